@@ -1,0 +1,1 @@
+//! Decisions of the capture service, free of I/O.

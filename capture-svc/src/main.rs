@@ -1,0 +1,3 @@
+//! The `capture-svc` program.
+
+fn main() {}

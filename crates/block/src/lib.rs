@@ -1,0 +1,1 @@
+//! Units, geometry, extents, checksums, image digests and frames; pure.

@@ -1,0 +1,1 @@
+//! Files: durable writes, guarded memory maps, the checksum table file.

@@ -1,0 +1,1 @@
+//! Block devices served to clients: the device trait and the NBD server.

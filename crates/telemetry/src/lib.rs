@@ -1,0 +1,1 @@
+//! One initialisation of logs and traces for both services.

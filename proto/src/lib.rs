@@ -1,0 +1,1 @@
+//! The Tidemark protocol: generated gRPC code and its conversions to domain types.

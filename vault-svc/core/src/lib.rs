@@ -1,0 +1,1 @@
+//! Decisions and formats of the vault service, free of I/O.

@@ -1,0 +1,3 @@
+//! The `vault-svc` program.
+
+fn main() {}
