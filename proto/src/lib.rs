@@ -2,6 +2,10 @@
 //!
 //! Protobuf types end at the RPC edge: whatever lies behind it works with the types of `tidemark-block`.
 
+pub mod error;
+
+pub use error::{ErrorKind, Reason, RpcError};
+
 /// Types that both services speak.
 pub mod common {
     /// `tidemark.common.v1`.
@@ -42,5 +46,4 @@ pub mod vault {
 }
 
 /// The compiled descriptors of all packages, for gRPC reflection.
-pub const FILE_DESCRIPTOR_SET: &[u8] =
-    include_bytes!(concat!(env!("OUT_DIR"), "/tidemark.binpb"));
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/tidemark.binpb"));
