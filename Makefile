@@ -1,0 +1,43 @@
+# Tidemark: `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test lint fmt fmt-check doc deny clean
+
+CARGO ?= cargo
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## check for the tools that tests and demo need, install what is missing (Debian)
+	@integration/setup.sh
+
+build: ## build the three programs for development
+	$(CARGO) build --workspace --bins
+
+demo: ## the whole round trip on real files: protect, write, kill, restore, compare (2 min after the build)
+	@integration/setup.sh
+	$(CARGO) build --release --bins -p tidemark-cli -p capture-svc -p vault-svc
+	@integration/demo.sh --bin-dir "$${CARGO_TARGET_DIR:-target}/release"
+
+test: ## every test (cargo-nextest where it is installed, else cargo test)
+	@integration/setup.sh
+	@integration/test.sh
+
+lint: ## clippy on everything, warnings are errors
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+fmt: ## format the sources
+	$(CARGO) fmt --all
+
+fmt-check: ## fail where a source is not formatted
+	$(CARGO) fmt --all --check
+
+doc: ## build the API documentation, warnings are errors
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
+
+deny: ## check licences, sources and duplicate versions of the dependencies (installs cargo-deny)
+	@integration/setup.sh --deny
+	$(CARGO) deny --workspace check --disable-fetch bans licenses sources
+
+clean: ## remove everything that was built
+	$(CARGO) clean
