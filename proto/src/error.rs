@@ -365,6 +365,27 @@ mod tests {
     }
 
     #[test]
+    fn every_reason_is_documented() {
+        let page = include_str!("../../docs/PROTOCOL.md");
+        let rows: Vec<(&str, &str)> = page
+            .lines()
+            .skip_while(|line| !line.starts_with("| reason | kind"))
+            .skip(2)
+            .take_while(|line| line.starts_with('|'))
+            .filter_map(|line| {
+                let mut cells = line.strip_prefix("| `")?.split(" | ");
+                Some((cells.next()?.trim_end_matches('`'), cells.next()?))
+            })
+            .collect();
+        let coded: Vec<_> = Reason::ALL
+            .iter()
+            .map(|r| (r.as_str(), format!("{:?}", r.kind())))
+            .collect();
+        let coded: Vec<_> = coded.iter().map(|(r, k)| (*r, k.as_str())).collect();
+        assert_eq!(rows, coded);
+    }
+
+    #[test]
     fn reasons_are_upper_snake_case_and_distinct() {
         let mut seen = std::collections::HashSet::new();
         for reason in Reason::ALL {

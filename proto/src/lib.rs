@@ -2,6 +2,7 @@
 //!
 //! Protobuf types end at the RPC edge: whatever lies behind it works with the types of `tidemark-block`.
 
+pub mod convert;
 pub mod error;
 
 pub use error::{ErrorKind, Reason, RpcError};

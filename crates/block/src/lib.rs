@@ -14,6 +14,7 @@ pub mod extent;
 pub mod frame;
 pub mod geometry;
 pub mod ids;
+pub mod interval;
 pub mod units;
 pub mod verified;
 pub mod wire;
@@ -27,5 +28,6 @@ pub use frame::{
 };
 pub use geometry::{BlockSize, Geometry, GeometryError};
 pub use ids::{IdError, IntervalId, SegmentId, VolumeId};
+pub use interval::{Coherence, IntervalHeader, IntervalSeal, Receipt, Trigger};
 pub use units::{BlockCount, BlockIndex, ByteOffset, Epoch, GenerationId, Sequence, WriterTerm};
 pub use verified::{UnverifiedBlock, VerifiedBlock};
