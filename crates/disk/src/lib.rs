@@ -1,1 +1,13 @@
-//! Files: durable writes, guarded memory maps, the checksum table file.
+//! Files, as both services need them: durable writes, small records, locks, guarded memory maps, checksum tables.
+//!
+//! [`durable`] is the one place where files are renamed, removed and synced.
+
+pub mod checksum_table;
+pub mod durable;
+pub mod guarded_map;
+pub mod lock;
+pub mod record;
+
+pub use checksum_table::{ChecksumTable, TableError};
+pub use guarded_map::VolumeMap;
+pub use lock::{FileLock, LockError};
