@@ -1,1 +1,10 @@
-//! The capture service.
+//! The capture service: protects volume files and ships what changes to a vault.
+//!
+//! [`start`] runs a whole service inside a process that has a tokio runtime; the `capture-svc` program is that and
+//! signals, `tidemark up` is that and a vault.
+
+pub mod config;
+pub mod service;
+
+pub use config::Config;
+pub use service::{Running, start};
