@@ -8,3 +8,5 @@ pub mod service;
 
 pub use config::Config;
 pub use service::{Running, start};
+
+pub mod engine;

@@ -1,0 +1,153 @@
+//! What can go wrong with an engine, and what to do about each.
+
+use std::{io, path::PathBuf};
+
+use thiserror::Error;
+use tidemark_block::{Epoch, Geometry, VolumeId};
+
+use super::SnapshotId;
+
+/// Why a call of the engine failed. Each message says what to do.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The volume file is not there.
+    #[error("volume file {path} is missing: restore it from the vault, or correct the path of the volume")]
+    VolumeMissing {
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// The volume file has another length than the volume.
+    #[error(
+        "volume file {path} has {found} bytes, the volume has {recorded}: bring the file back to its length, or remove \
+         the volume and add it again"
+    )]
+    VolumeLength {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        found: u64,
+        /// The length recorded for the volume, in bytes.
+        recorded: u64,
+    },
+    /// What lies at the path is not a regular file.
+    #[error("{path} is not a regular file: name the file that holds the volume")]
+    NotAFile {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// The volume file may not be written.
+    #[error("volume file {path} can't be opened for writing ({source}): give the service write access to it")]
+    VolumeReadOnly {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// Somebody else has the volume file locked.
+    #[error("volume file {path} is in use by another process: stop that one first")]
+    VolumeLocked {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Somebody else has the state directory locked.
+    #[error("state directory {path} is in use by another process: stop that one, or use another state directory")]
+    StateLocked {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The state directory belongs to another volume.
+    #[error("state directory {path} belongs to volume {found}, not to {expected}: correct the path of the state")]
+    OtherVolume {
+        /// The directory.
+        path: PathBuf,
+        /// Whose it is.
+        found: VolumeId,
+        /// Whose it should be.
+        expected: VolumeId,
+    },
+    /// The state directory was made for another geometry.
+    #[error("the volume's state in {path} is for {found}, not for {expected}: remove the volume and add it again")]
+    OtherGeometry {
+        /// The directory.
+        path: PathBuf,
+        /// The recorded geometry.
+        found: Geometry,
+        /// The geometry that was asked for.
+        expected: Geometry,
+    },
+    /// There is no state of a volume in the directory.
+    #[error("{path} holds no state of a volume: add the volume first")]
+    StateMissing {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// There is a volume's state in the directory already.
+    #[error("{path} already holds the state of a volume: open that one, or remove it first")]
+    StateExists {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// A file of the state is damaged beyond what tracking can make up for.
+    #[error("{path} is damaged ({what}): remove the volume and add it again; what the vault has stays")]
+    StateDamaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// A write or sync of durable state failed earlier.
+    #[error("the volume is stopped after a failed write or sync: mend the disk, then restart the service")]
+    Poisoned,
+    /// The engine was closed.
+    #[error("the volume is closed")]
+    Closed,
+    /// There is no such snapshot.
+    #[error("there is no snapshot {0}: list the snapshots of the volume")]
+    NoSuchSnapshot(SnapshotId),
+    /// The snapshot's before-images were given up because the spool was full.
+    #[error("the snapshot at epoch {0} was given up because the spool was full: make the spool larger")]
+    GivenUp(Epoch),
+    /// The volume has as many snapshots as it may.
+    #[error("the volume has {0} snapshots, the most it may have: delete some")]
+    TooManySnapshots(usize),
+    /// A label is too long.
+    #[error("the label has {0} bytes, more than the most of 255")]
+    LabelTooLong(usize),
+    /// The older snapshot must be older.
+    #[error("snapshot {older} is not older than snapshot {newer}: exchange them")]
+    SnapshotOrder {
+        /// What was given as the older one.
+        older: SnapshotId,
+        /// What was given as the newer one.
+        newer: SnapshotId,
+    },
+    /// An interval is open already.
+    #[error("the interval cut at epoch {0} is still open: commit it or give it up first")]
+    IntervalOpen(Epoch),
+    /// No interval with this cut is open.
+    #[error("no interval cut at epoch {0} is open")]
+    NoInterval(Epoch),
+    /// A before-image in the spool is not what was put there.
+    #[error("the before-image of block {block} in the spool is damaged: delete the snapshot, check the disk")]
+    SpoolDamaged {
+        /// The block that can't be read.
+        block: u64,
+    },
+    /// A range outside the volume was asked for.
+    #[error("the range is outside the volume")]
+    OutOfRange,
+    /// The system refused something.
+    #[error("{action}: {source}")]
+    Io {
+        /// What was tried.
+        action: String,
+        /// What the system says.
+        source: io::Error,
+    },
+}
+
+impl EngineError {
+    pub(super) fn io(action: impl Into<String>, source: io::Error) -> Self {
+        Self::Io { action: action.into(), source }
+    }
+}
