@@ -339,10 +339,16 @@ pub struct FileKey {
 pub fn file_key(path: &Path) -> Result<FileKey, EngineError> {
     use std::os::unix::fs::MetadataExt;
     match std::fs::metadata(path) {
-        Ok(metadata) => Ok(FileKey { device: metadata.dev(), inode: metadata.ino() }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            Err(EngineError::VolumeMissing { path: path.to_owned() })
-        }
-        Err(error) => Err(EngineError::io(format!("look at volume file {}", path.display()), error)),
+        Ok(metadata) => Ok(FileKey {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+        }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(EngineError::VolumeMissing {
+            path: path.to_owned(),
+        }),
+        Err(error) => Err(EngineError::io(
+            format!("look at volume file {}", path.display()),
+            error,
+        )),
     }
 }

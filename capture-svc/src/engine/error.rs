@@ -11,7 +11,9 @@ use super::SnapshotId;
 #[derive(Debug, Error)]
 pub enum EngineError {
     /// The volume file is not there.
-    #[error("volume file {path} is missing: restore it from the vault, or correct the path of the volume")]
+    #[error(
+        "volume file {path} is missing: restore it from the vault, or correct the path of the volume"
+    )]
     VolumeMissing {
         /// Where it should be.
         path: PathBuf,
@@ -36,7 +38,9 @@ pub enum EngineError {
         path: PathBuf,
     },
     /// The volume file may not be written.
-    #[error("volume file {path} can't be opened for writing ({source}): give the service write access to it")]
+    #[error(
+        "volume file {path} can't be opened for writing ({source}): give the service write access to it"
+    )]
     VolumeReadOnly {
         /// The file.
         path: PathBuf,
@@ -50,13 +54,17 @@ pub enum EngineError {
         path: PathBuf,
     },
     /// Somebody else has the state directory locked.
-    #[error("state directory {path} is in use by another process: stop that one, or use another state directory")]
+    #[error(
+        "state directory {path} is in use by another process: stop that one, or use another state directory"
+    )]
     StateLocked {
         /// The directory.
         path: PathBuf,
     },
     /// The state directory belongs to another volume.
-    #[error("state directory {path} belongs to volume {found}, not to {expected}: correct the path of the state")]
+    #[error(
+        "state directory {path} belongs to volume {found}, not to {expected}: correct the path of the state"
+    )]
     OtherVolume {
         /// The directory.
         path: PathBuf,
@@ -66,7 +74,9 @@ pub enum EngineError {
         expected: VolumeId,
     },
     /// The state directory was made for another geometry.
-    #[error("the volume's state in {path} is for {found}, not for {expected}: remove the volume and add it again")]
+    #[error(
+        "the volume's state in {path} is for {found}, not for {expected}: remove the volume and add it again"
+    )]
     OtherGeometry {
         /// The directory.
         path: PathBuf,
@@ -88,7 +98,9 @@ pub enum EngineError {
         path: PathBuf,
     },
     /// A file of the state is damaged beyond what tracking can make up for.
-    #[error("{path} is damaged ({what}): remove the volume and add it again; what the vault has stays")]
+    #[error(
+        "{path} is damaged ({what}): remove the volume and add it again; what the vault has stays"
+    )]
     StateDamaged {
         /// The file.
         path: PathBuf,
@@ -96,7 +108,9 @@ pub enum EngineError {
         what: String,
     },
     /// A write or sync of durable state failed earlier.
-    #[error("the volume is stopped after a failed write or sync: mend the disk, then restart the service")]
+    #[error(
+        "the volume is stopped after a failed write or sync: mend the disk, then restart the service"
+    )]
     Poisoned,
     /// The engine was closed.
     #[error("the volume is closed")]
@@ -105,7 +119,9 @@ pub enum EngineError {
     #[error("there is no snapshot {0}: list the snapshots of the volume")]
     NoSuchSnapshot(SnapshotId),
     /// The snapshot's before-images were given up because the spool was full.
-    #[error("the snapshot at epoch {0} was given up because the spool was full: make the spool larger")]
+    #[error(
+        "the snapshot at epoch {0} was given up because the spool was full: make the spool larger"
+    )]
     GivenUp(Epoch),
     /// The volume has as many snapshots as it may.
     #[error("the volume has {0} snapshots, the most it may have: delete some")]
@@ -128,7 +144,9 @@ pub enum EngineError {
     #[error("no interval cut at epoch {0} is open")]
     NoInterval(Epoch),
     /// A before-image in the spool is not what was put there.
-    #[error("the before-image of block {block} in the spool is damaged: delete the snapshot, check the disk")]
+    #[error(
+        "the before-image of block {block} in the spool is damaged: delete the snapshot, check the disk"
+    )]
     SpoolDamaged {
         /// The block that can't be read.
         block: u64,
@@ -148,6 +166,9 @@ pub enum EngineError {
 
 impl EngineError {
     pub(super) fn io(action: impl Into<String>, source: io::Error) -> Self {
-        Self::Io { action: action.into(), source }
+        Self::Io {
+            action: action.into(),
+            source,
+        }
     }
 }
