@@ -15,7 +15,8 @@ use tidemark_block::{
 
 pub use digests::{DIGEST_RANGES_MAX, DigestLevel, DigestRun, DigestsRequest, NodeRange};
 pub use ship::{CurrentMark, FrameBatch, ShipAnswer, ShipMessage};
-pub use term::{Head, TermGrant, TermRequest};
+pub use term::{TermGrant, TermRequest};
+pub use tidemark_block::Head;
 
 use crate::{
     common::v1 as common,

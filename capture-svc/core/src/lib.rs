@@ -1,1 +1,4 @@
 //! Decisions of the capture service, free of I/O.
+
+pub mod interval;
+pub mod uplink;

@@ -80,6 +80,17 @@ coded!(
     }
 );
 
+/// The newest generation of a volume at the vault.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Head {
+    /// Its number, from 1.
+    pub generation: GenerationId,
+    /// Of its image.
+    pub digest: ImageDigest,
+    /// What made it.
+    pub interval: IntervalId,
+}
+
 /// What the source says before the first frame.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct IntervalHeader {

@@ -1,7 +1,7 @@
 //! StartTerm: which source may write, and what the vault holds.
 
 use bytes::Bytes;
-use tidemark_block::{GenerationId, Geometry, ImageDigest, IntervalId, VolumeId, WriterTerm};
+use tidemark_block::{GenerationId, Geometry, Head, VolumeId, WriterTerm};
 
 use super::{
     WireError, geometry, image_digest, image_digest_field, interval_id, interval_id_field, out,
@@ -52,17 +52,6 @@ impl From<TermRequest> for vault::StartTermRequest {
             nonce: out(&d.nonce),
         }
     }
-}
-
-/// The newest generation of a volume at the vault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Head {
-    /// Its number, from 1.
-    pub generation: GenerationId,
-    /// Of its image.
-    pub digest: ImageDigest,
-    /// What made it.
-    pub interval: IntervalId,
 }
 
 /// The vault's answer to a [`TermRequest`].
