@@ -10,7 +10,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::{
+    fs::{CWD, FallocateFlags, RenameFlags, fallocate},
+    io::Errno,
+};
 
 /// Name ending of files that are not complete yet. Whatever carries it after a crash can be removed.
 pub const TEMPORARY_SUFFIX: &str = ".tmp";
@@ -39,6 +42,22 @@ pub fn write_file(path: &Path, content: &[u8]) -> io::Result<()> {
 /// Where the rename or the directory's sync fails. After the latter either name may be found.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)?;
+    sync_dir(parent(to))
+}
+
+/// Gives a file another name in the same directory that nothing has yet, durably.
+///
+/// # Errors
+/// [`io::ErrorKind::AlreadyExists`] where something has the name; else as [`rename`].
+pub fn rename_new(from: &Path, to: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        // A filesystem that cannot rename like that: a second name is never put over one that is there.
+        Err(Errno::INVAL | Errno::NOSYS) => {
+            fs::hard_link(from, to)?;
+            fs::remove_file(from)?;
+        }
+        other => other?,
+    }
     sync_dir(parent(to))
 }
 
@@ -150,6 +169,20 @@ mod tests {
         write_file(&path, b"newer").unwrap();
         assert_eq!(fs::read(&path).unwrap(), b"newer");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_name_that_is_taken_is_not_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let (new, old) = (dir.path().join("new"), dir.path().join("old"));
+        fs::write(&new, b"new").unwrap();
+        fs::write(&old, b"old").unwrap();
+        let error = rename_new(&new, &old).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(fs::read(&old).unwrap(), b"old");
+        rename_new(&new, &dir.path().join("free")).unwrap();
+        assert_eq!(fs::read(dir.path().join("free")).unwrap(), b"new");
+        assert!(!new.exists());
     }
 
     #[test]
