@@ -1,0 +1,304 @@
+//! The command line: every subcommand, flag and help text. `docs/CLI.md` describes the same; a test compares them.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::parse;
+
+/// Where the capture service listens unless told otherwise.
+pub const CAPTURE_DEFAULT: &str = "http://127.0.0.1:7401";
+/// Where the vault service listens unless told otherwise.
+pub const VAULT_DEFAULT: &str = "http://127.0.0.1:7402";
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done
+  1    failed for a reason not listed here; the message says why
+  2    the request cannot be right: a flag, a value, or a combination of them
+  3    what was named is not there: volume, snapshot or generation
+  4    it does not fit the present state, or another writer owns the volume
+  5    a service cannot be reached, or cannot do it now: try again later
+  6    bytes do not match their checksums
+  130  interrupted
+
+Start here:
+  tidemark up                                                   both services, in the foreground
+  tidemark volume add data --file /srv/data.img --size 8GiB     protect a file
+  nbdinfo --list nbd+unix:///?socket=$HOME/.local/share/tidemark/nbd.sock";
+
+/// Vaults the changes of live block volumes and brings any retained generation back.
+#[derive(Debug, Parser)]
+#[command(name = "tidemark", version, after_help = EXIT_CODES, max_term_width = 110)]
+#[command(propagate_version = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What all subcommands share.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags that every subcommand takes.
+#[derive(Debug, Clone, Args)]
+pub struct Global {
+    /// The capture service
+    #[arg(long, global = true, value_name = "URL", env = "TIDEMARK_CAPTURE", default_value = CAPTURE_DEFAULT)]
+    #[arg(value_parser = parse::url, help_heading = "Global options")]
+    pub capture: String,
+    /// The vault service
+    #[arg(long, global = true, value_name = "URL", env = "TIDEMARK_VAULT", default_value = VAULT_DEFAULT)]
+    #[arg(value_parser = parse::url, help_heading = "Global options")]
+    pub vault: String,
+    /// Print JSON, for programs; errors too, on standard error
+    #[arg(long, global = true, help_heading = "Global options")]
+    pub json: bool,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run both services in the foreground, with defaults that need no configuration
+    Up(UpArgs),
+    /// Protect volumes, and look at them
+    #[command(subcommand)]
+    Volume(VolumeCommand),
+    /// Take, list, read and delete snapshots of a live volume
+    #[command(subcommand)]
+    Snapshot(SnapshotCommand),
+    /// Cut now, ship the interval, wait for the vault's receipt and print it
+    Ship(ShipArgs),
+    /// Look at the generations that the vault retains
+    #[command(subcommand)]
+    Generation(GenerationCommand),
+    /// Write a generation's image to a file, verified
+    Restore(RestoreArgs),
+    /// Show both services and all volumes
+    Status(StatusArgs),
+    /// Retire and reclaim at the vault now, or show what would be done
+    Maintain(MaintainArgs),
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// `tidemark up`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Stop it with Ctrl-C or SIGTERM: both services then close cleanly.
+
+Examples:
+  tidemark up
+  tidemark up --state /var/lib/tidemark --interval-max 5m --retain 24
+  tidemark up --json          one JSON object with the endpoints, on one line, once ready")]
+pub struct UpArgs {
+    /// Folder for all state of both services [default: $XDG_DATA_HOME/tidemark or ~/.local/share/tidemark]
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Where the capture service's control interface listens
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7401")]
+    pub capture_listen: SocketAddr,
+    /// Where the vault service listens
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7402")]
+    pub vault_listen: SocketAddr,
+    /// Where volumes are served by NBD: unix:PATH or tcp:ADDR [default: unix:DIR/nbd.sock]
+    #[arg(long, value_name = "WHERE")]
+    pub nbd: Option<String>,
+    /// Cut at the latest this long after the last cut
+    #[arg(long, value_name = "TIME", default_value = "15m", value_parser = parse::duration)]
+    pub interval_max: Duration,
+    /// Cut as soon as this many blocks have changed [default: no such limit]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub changed_blocks_max: Option<u64>,
+    /// Generations to retain per volume
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
+    pub retain: u32,
+    /// What to log on standard error: directives such as warn, info or info,capture_svc=debug
+    #[arg(long, value_name = "FILTER", default_value = "warn")]
+    pub log: String,
+}
+
+/// `tidemark volume …`.
+#[derive(Debug, Subcommand)]
+pub enum VolumeCommand {
+    /// Protect a file: serve it by NBD, track its changes, ship them
+    #[command(after_help = "\
+A file that does not exist is created, sparse, with the length of --size. One that exists is adopted as it is;
+--size may then be left out. From then on write to it only through the NBD export, which has the volume's name.
+
+Examples:
+  tidemark volume add data --file /srv/data.img --size 8GiB
+  tidemark volume add disk0 --file disk0.img --block-size 64KiB")]
+    Add {
+        /// 1 to 63 of a-z 0-9 . _ - and the first a letter or digit
+        name: String,
+        /// The volume file, as the capture service sees it
+        #[arg(long, value_name = "PATH")]
+        file: PathBuf,
+        /// Length of the volume: bytes, or with KiB, MiB, GiB, TiB [default: the file's own length]
+        #[arg(long, value_parser = parse::size)]
+        size: Option<u64>,
+        /// Unit of tracking: a power of two from 4KiB to 64KiB
+        #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = parse::size)]
+        block_size: u64,
+    },
+    /// List the volumes of the capture service
+    List,
+    /// Show everything about one volume
+    Show {
+        /// Name or UUID
+        volume: String,
+    },
+    /// Stop protecting a volume; its file and its generations stay
+    Remove {
+        /// Name or UUID
+        volume: String,
+        /// Also while clients are connected or snapshots are open
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+/// `tidemark snapshot …`.
+#[derive(Debug, Subcommand)]
+pub enum SnapshotCommand {
+    /// Take a snapshot: instant, and unchanged by whatever is written afterwards
+    #[command(after_help = "\
+Example:
+  tidemark snapshot create data --label before-upgrade")]
+    Create {
+        /// Name or UUID
+        volume: String,
+        /// A note for people, at most 255 bytes
+        #[arg(long, default_value = "")]
+        label: String,
+    },
+    /// List the snapshots of a volume, oldest first
+    List {
+        /// Name or UUID
+        volume: String,
+    },
+    /// Write a snapshot's content to a file, verified
+    #[command(after_help = "\
+Without --since the file appears only when it is whole and verified. With --since OLD, FILE must hold what
+`snapshot read VOLUME OLD` wrote: only what changed since is read and written into it, in place. If that is
+interrupted FILE is neither of the two; run the same command again to finish.
+
+Examples:
+  tidemark snapshot read data 3 --output monday.img
+  cp --sparse=always monday.img tuesday.img
+  tidemark snapshot read data 4 --since 3 --output tuesday.img")]
+    Read {
+        /// Name or UUID
+        volume: String,
+        /// The snapshot's number
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        snapshot: u64,
+        /// Where to write it
+        #[arg(long, short, value_name = "FILE")]
+        output: PathBuf,
+        /// Patch FILE, a copy of this older snapshot, with only what changed
+        #[arg(long, value_name = "OLD", value_parser = clap::value_parser!(u64).range(1..))]
+        since: Option<u64>,
+        /// Replace FILE where it exists
+        #[arg(long, conflicts_with = "since")]
+        force: bool,
+    },
+    /// Delete a snapshot and free its part of the spool
+    Delete {
+        /// Name or UUID
+        volume: String,
+        /// The snapshot's number
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        snapshot: u64,
+    },
+}
+
+/// `tidemark ship`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Where nothing changed since the last cut no generation is made: the receipt names the one that is still current.
+Interrupting the command does not interrupt the shipping.
+
+Examples:
+  tidemark ship data
+  tidemark ship data --json | jq .generation")]
+pub struct ShipArgs {
+    /// Name or UUID
+    pub volume: String,
+}
+
+/// `tidemark generation …`.
+#[derive(Debug, Subcommand)]
+pub enum GenerationCommand {
+    /// List the retained generations of a volume, oldest first
+    List {
+        /// Name or UUID
+        volume: String,
+    },
+    /// Show one generation
+    #[command(after_help = "\
+Example:
+  tidemark generation show data@7")]
+    Show {
+        /// VOLUME@N, or VOLUME for the newest
+        #[arg(value_name = "VOLUME[@N]")]
+        generation: parse::GenerationRef,
+    },
+}
+
+/// `tidemark restore`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The image is written sparse to a temporary file beside OUTPUT and takes its name only when every block matched its
+checksum and the whole image matched the generation's digest. After a failure nothing is left behind.
+
+Examples:
+  tidemark restore data restored.img          the newest generation
+  tidemark restore data@7 /srv/data.img --force")]
+pub struct RestoreArgs {
+    /// VOLUME@N, or VOLUME for the newest
+    #[arg(value_name = "VOLUME[@N]")]
+    pub generation: parse::GenerationRef,
+    /// The file to write
+    pub output: PathBuf,
+    /// Replace OUTPUT where it exists
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `tidemark status`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exits with 5 where one of the services cannot be reached; what the other says is printed all the same.
+With --watch and --json each change is one JSON object on one line.")]
+pub struct StatusArgs {
+    /// Show it again at each change, until interrupted
+    #[arg(long)]
+    pub watch: bool,
+}
+
+/// `tidemark maintain`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The vault does this by itself after each commit. Nothing that a retained generation needs is ever deleted.
+
+Example:
+  tidemark maintain --dry-run")]
+pub struct MaintainArgs {
+    /// Name or UUID [default: all volumes]
+    pub volume: Option<String>,
+    /// Only show what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+}
+
+/// `tidemark completions`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  tidemark completions bash > ~/.local/share/bash-completion/completions/tidemark")]
+pub struct CompletionsArgs {
+    /// For which shell
+    pub shell: clap_complete::Shell,
+}

@@ -1,0 +1,118 @@
+//! `tidemark ship`.
+
+use tidemark_proto::capture::v1::{
+    TriggerIntervalRequest, Uplink, trigger_interval_response::Message,
+};
+
+use crate::{
+    args::{Global, ShipArgs},
+    failure::{Failure, Kind},
+    format, output,
+    progress::Progress,
+    report::Receipt,
+};
+
+pub(super) async fn run(global: &Global, args: ShipArgs) -> Result<(), Failure> {
+    let mut capture = global.capture().await?;
+    let request = TriggerIntervalRequest {
+        volume: args.volume.clone(),
+    };
+    let progress = Progress::spinner("cutting");
+    let mut answers = capture.trigger_interval(request).await?.into_inner();
+    while let Some(answer) = answers.message().await? {
+        match answer.message {
+            Some(Message::Progress(uplink)) => progress.say(doing(&uplink)),
+            Some(Message::Receipt(receipt)) => {
+                drop(progress);
+                let receipt = Receipt::new(&args.volume, &receipt)?;
+                return output::print(global.json, &receipt, &describe(&receipt));
+            }
+            None => return Err(Failure::protocol("an empty answer to ship")),
+        }
+    }
+    Err(Failure::new(
+        Kind::Unavailable,
+        "UNREACHABLE",
+        format!(
+            "the capture service went away before {}'s interval was committed",
+            args.volume
+        ),
+        "nothing is lost: it goes on by itself when the service runs again; see `tidemark status`",
+    ))
+}
+
+fn doing(uplink: &Uplink) -> String {
+    let error = if uplink.error.is_empty() {
+        String::new()
+    } else {
+        format!("  {}", uplink.error)
+    };
+    format!(
+        "shipping: {} of {} blocks, {} sent{error}",
+        uplink.blocks_done,
+        uplink.blocks_total,
+        format::bytes(uplink.bytes_sent)
+    )
+}
+
+/// A receipt for people.
+pub(super) fn describe(receipt: &Receipt) -> String {
+    let mut fields = vec![(
+        "generation",
+        if receipt.created {
+            format!("{}@{}", receipt.volume, receipt.generation)
+        } else {
+            format!(
+                "{}@{} (nothing has changed)",
+                receipt.volume, receipt.generation
+            )
+        },
+    )];
+    fields.extend([
+        ("image digest", receipt.image_digest.clone()),
+        ("changed", format!("{} blocks", receipt.changed_blocks)),
+        ("sent", format::bytes(receipt.bytes_sent)),
+        ("coherence", receipt.coherence.to_owned()),
+        ("cut", format::time(receipt.cut_time)),
+        ("committed", format::time(receipt.committed_time)),
+    ]);
+    format::fields(&fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use tidemark_proto::common::v1 as common;
+
+    use super::*;
+
+    fn receipt(created: bool) -> Receipt {
+        Receipt::new(
+            "data",
+            &common::Receipt {
+                volume_id: vec![0x11; 16].into(),
+                interval_id: vec![0x22; 16].into(),
+                generation: 7,
+                created,
+                image_digest: vec![0xab; 16].into(),
+                changed_blocks: 12,
+                frame_bytes: 20_000,
+                cut_time_ms: 1_793_337_404_000,
+                committed_time_ms: 1_793_337_405_250,
+                coherence: common::Coherence::Lull.into(),
+                trigger: common::Trigger::Request.into(),
+            },
+        )
+        .unwrap()
+    }
+
+    #[test]
+    fn a_receipt_is_printed_for_people_and_for_programs() {
+        insta::assert_snapshot!(describe(&receipt(true)));
+        insta::assert_json_snapshot!(receipt(true));
+    }
+
+    #[test]
+    fn an_interval_without_changes_says_so() {
+        assert!(describe(&receipt(false)).contains("data@7 (nothing has changed)"));
+    }
+}

@@ -1,0 +1,272 @@
+//! `tidemark volume …`.
+
+use std::path::{Path, PathBuf};
+
+use tidemark_proto::capture::v1::{
+    AddVolumeRequest, GetVolumeRequest, ListVolumesRequest, RemoveVolumeRequest,
+};
+
+use crate::{
+    args::{Global, VolumeCommand},
+    failure::{Failure, Kind},
+    format, output, report,
+};
+
+pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), Failure> {
+    match command {
+        VolumeCommand::Add {
+            name,
+            file,
+            size,
+            block_size,
+        } => {
+            let request = AddVolumeRequest {
+                name,
+                file: absolute(&file)?,
+                length: size.map(check_size).transpose()?.unwrap_or(0),
+                block_size: u32::try_from(block_size).map_err(|_| {
+                    Failure::new(
+                        Kind::Usage,
+                        "GEOMETRY_INVALID",
+                        format!("block size {block_size} is not a power of two from 4096 to 65536"),
+                        "use 4KiB, 8KiB, 16KiB, 32KiB or 64KiB",
+                    )
+                })?,
+            };
+            let volume = global.capture().await?.add_volume(request).await?;
+            show(global, &report::Volume::new(volume.into_inner())?)
+        }
+        VolumeCommand::List => list(global).await,
+        VolumeCommand::Show { volume } => {
+            let mut capture = global.capture().await?;
+            let volume = capture.get_volume(GetVolumeRequest { volume }).await?;
+            show(global, &report::Volume::new(volume.into_inner())?)
+        }
+        VolumeCommand::Remove { volume, force } => {
+            let request = RemoveVolumeRequest {
+                volume: volume.clone(),
+                force,
+            };
+            global.capture().await?.remove_volume(request).await?;
+            output::print(
+                global.json,
+                &serde_json::json!({ "removed": volume }),
+                &format!("{volume} is no longer protected; its file and its generations stay\n"),
+            )
+        }
+    }
+}
+
+async fn list(global: &Global) -> Result<(), Failure> {
+    let listed = global
+        .capture()
+        .await?
+        .list_volumes(ListVolumesRequest {})
+        .await?;
+    let volumes = listed
+        .into_inner()
+        .volumes
+        .into_iter()
+        .map(report::Volume::new)
+        .collect::<Result<Vec<_>, _>>()?;
+    let text = if volumes.is_empty() {
+        "no volumes; `tidemark volume add --help` shows how to protect a file\n".to_owned()
+    } else {
+        table(&volumes)
+    };
+    output::print(global.json, &volumes, &text)
+}
+
+fn table(volumes: &[report::Volume]) -> String {
+    let rows: Vec<_> = volumes
+        .iter()
+        .map(|v| {
+            [
+                v.volume.clone(),
+                v.state.to_owned(),
+                format::bytes(v.size),
+                v.changed_blocks.to_string(),
+                v.snapshots.to_string(),
+                v.generation.to_string(),
+                v.uplink.state.to_owned(),
+                v.file.clone(),
+            ]
+        })
+        .collect();
+    let mut text = format::table(
+        [
+            "VOLUME",
+            "STATE",
+            "SIZE",
+            "CHANGED",
+            "SNAPSHOTS",
+            "GENERATION",
+            "UPLINK",
+            "FILE",
+        ],
+        &rows,
+    );
+    for v in volumes.iter().filter(|v| !v.problem.is_empty()) {
+        text.push_str(&format!("{}: {}\n", v.volume, v.problem));
+    }
+    text
+}
+
+fn show(global: &Global, v: &report::Volume) -> Result<(), Failure> {
+    output::print(global.json, v, &describe(v))
+}
+
+fn describe(v: &report::Volume) -> String {
+    let mut fields = vec![
+        ("volume", v.volume.clone()),
+        ("id", v.id.clone()),
+        ("file", v.file.clone()),
+        (
+            "size",
+            format!(
+                "{} ({} bytes, blocks of {})",
+                format::bytes(v.size),
+                v.size,
+                format::bytes(v.block_size.into())
+            ),
+        ),
+        ("engine", v.engine.clone()),
+        ("state", v.state.to_owned()),
+    ];
+    if !v.problem.is_empty() {
+        fields.push(("problem", v.problem.clone()));
+    }
+    fields.extend([
+        ("nbd", v.nbd_uris.join("  ")),
+        ("clients", v.clients.to_string()),
+        ("epoch", v.epoch.to_string()),
+        ("changed", format!("{} blocks", v.changed_blocks)),
+        ("snapshots", v.snapshots.to_string()),
+        (
+            "spool",
+            format!(
+                "{} of {}",
+                format::bytes(v.spool_bytes_used),
+                format::bytes(v.spool_bytes_max)
+            ),
+        ),
+        ("generation", v.generation.to_string()),
+        ("term", v.term.to_string()),
+        ("uplink", uplink(&v.uplink)),
+        ("recovery point", format::time(v.uplink.recovery_point)),
+        (
+            "source scrub",
+            format!(
+                "{} passes, {} of {} blocks in this one, {} mismatches",
+                v.scrub.passes, v.scrub.blocks_done, v.scrub.blocks_total, v.scrub.mismatches
+            ),
+        ),
+    ]);
+    format::fields(&fields)
+}
+
+/// The state of an uplink in a few words.
+pub(super) fn uplink(u: &report::Uplink) -> String {
+    let mut text = u.state.to_owned();
+    if u.blocks_total > 0 && u.state != "idle" {
+        text.push_str(&format!(
+            " {} of {} blocks, {} sent",
+            u.blocks_done,
+            u.blocks_total,
+            format::bytes(u.bytes_sent)
+        ));
+    }
+    if !u.error.is_empty() {
+        text.push_str(&format!(" ({})", u.error));
+    }
+    text
+}
+
+/// The capture service may have another working directory.
+fn absolute(file: &Path) -> Result<String, Failure> {
+    let path: PathBuf = std::path::absolute(file)
+        .map_err(|e| Failure::io(format_args!("make {} absolute", file.display()), &e))?;
+    path.into_os_string().into_string().map_err(|_| {
+        Failure::new(
+            Kind::Usage,
+            "VOLUME_FILE_INVALID",
+            format!("the path {} is not UTF-8", file.display()),
+            "give the volume file a name that is",
+        )
+    })
+}
+
+/// 0 would mean "the file's own length" to the service.
+fn check_size(size: u64) -> Result<u64, Failure> {
+    if size > 0 {
+        return Ok(size);
+    }
+    Err(Failure::new(
+        Kind::Usage,
+        "GEOMETRY_INVALID",
+        "a volume has at least one block",
+        "name a --size above 0, or leave it out to adopt a file as it is",
+    ))
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use tidemark_proto::{capture::v1 as capture, common::v1 as common};
+
+    use super::*;
+
+    pub(crate) fn example() -> report::Volume {
+        report::Volume::new(capture::Volume {
+            volume_id: vec![0x11; 16].into(),
+            name: "data".into(),
+            file: "/srv/data.img".into(),
+            geometry: Some(common::Geometry {
+                length: 8 << 30,
+                block_size: 4096,
+            }),
+            engine: "intercept".into(),
+            state: capture::VolumeState::Serving.into(),
+            epoch: 12,
+            changed_blocks: 345,
+            base_generation: 7,
+            term: 2,
+            snapshots: 3,
+            spool_bytes_used: 5 << 20,
+            spool_bytes_max: 1 << 30,
+            nbd_uris: vec!["nbd+unix:///data?socket=/run/nbd.sock".into()],
+            clients: 1,
+            uplink: Some(capture::Uplink {
+                state: capture::UplinkState::Backoff.into(),
+                error: "the vault cannot be reached".into(),
+                recovery_point_ms: 1_793_337_404_000,
+                blocks_total: 345,
+                blocks_done: 12,
+                bytes_sent: 40_000,
+                last_receipt: None,
+            }),
+            ..capture::Volume::default()
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn a_volume_is_shown_with_everything_about_it() {
+        insta::assert_snapshot!(describe(&example()));
+        insta::assert_snapshot!(table(&[example()]));
+    }
+
+    #[test]
+    fn a_volume_that_does_not_serve_says_why() {
+        let mut volume = example();
+        volume.state = "failed";
+        volume.problem = "the file is gone: put it back, then restart".into();
+        assert!(describe(&volume).contains("problem:         the file is gone: put it back"));
+        assert!(table(&[volume]).ends_with("data: the file is gone: put it back, then restart\n"));
+    }
+
+    #[test]
+    fn a_size_of_nothing_is_refused() {
+        assert_eq!(check_size(0).unwrap_err().kind(), Kind::Usage);
+        assert_eq!(check_size(1).unwrap(), 1);
+    }
+}
