@@ -11,8 +11,7 @@ pub const CAPTURE_DEFAULT: &str = "http://127.0.0.1:7401";
 /// Where the vault service listens unless told otherwise.
 pub const VAULT_DEFAULT: &str = "http://127.0.0.1:7402";
 
-const EXIT_CODES: &str = "\
-Exit codes:
+const EXIT_CODES: &str = r#"Exit codes:
   0    done
   1    failed for a reason not listed here; the message says why
   2    the request cannot be right: a flag, a value, or a combination of them
@@ -25,7 +24,7 @@ Exit codes:
 Start here:
   tidemark up                                                   both services, in the foreground
   tidemark volume add data --file /srv/data.img --size 8GiB     protect a file
-  nbdinfo --list nbd+unix:///?socket=$HOME/.local/share/tidemark/nbd.sock";
+  nbdinfo --list "nbd+unix:///?socket=$HOME/.local/share/tidemark/nbd.sock""#;
 
 /// Vaults the changes of live block volumes and brings any retained generation back.
 #[derive(Debug, Parser)]

@@ -1,0 +1,45 @@
+//! The help texts, as they are printed: changing one is a decision, not an accident.
+
+use crate::{stdout, tidemark};
+
+/// Every subcommand, in the order of the manual.
+pub(crate) const COMMANDS: &[&[&str]] = &[
+    &["up"],
+    &["volume", "add"],
+    &["volume", "list"],
+    &["volume", "show"],
+    &["volume", "remove"],
+    &["snapshot", "create"],
+    &["snapshot", "list"],
+    &["snapshot", "read"],
+    &["snapshot", "delete"],
+    &["ship"],
+    &["generation", "list"],
+    &["generation", "show"],
+    &["restore"],
+    &["status"],
+    &["maintain"],
+    &["completions"],
+];
+
+pub(crate) fn help(command: &[&str]) -> String {
+    let output = tidemark().args(command).arg("--help").output().unwrap();
+    assert!(output.status.success(), "{command:?}");
+    stdout(&output)
+}
+
+#[test]
+fn every_subcommand_explains_itself() {
+    insta::assert_snapshot!("tidemark", help(&[]));
+    for command in COMMANDS {
+        insta::assert_snapshot!(command.join("-"), help(command));
+    }
+}
+
+#[test]
+fn there_are_completions_for_every_common_shell() {
+    for shell in ["bash", "zsh", "fish"] {
+        let output = tidemark().args(["completions", shell]).output().unwrap();
+        assert!(stdout(&output).contains("generation"), "{shell}");
+    }
+}
