@@ -1,0 +1,416 @@
+//! State of one volume's capture: epochs and their gate, what is open, and the rules that tie the files together.
+//!
+//! All decisions of the engine are methods of [`Capture`]; none of them waits for another request. Where one must,
+//! it says so and the caller comes again: on threads by blocking, in the model test by taking another turn.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+};
+
+use parking_lot::{Mutex, RwLock};
+use thiserror::Error;
+use tidemark_block::{BlockCount, BlockSet, Extent, Geometry, VolumeId};
+
+use super::{
+    dirty::{DirtyLayout, DirtyMap},
+    intent::IntentMap,
+    media::{Map, Media, MediaError, Record},
+    records::{RecordError, SnapshotTable, encode_carry},
+    ring::{RING_WORDS, Ring},
+    spool::{Spool, SpoolLimits},
+};
+
+/// Word of the open epoch in [`Map::Tracking`].
+pub const EPOCH_WORD: usize = 0;
+/// Word of the marks.
+pub const MARKS_WORD: usize = 1;
+/// First word of the recorded blocks.
+pub const RING_WORD: usize = 8;
+/// Words of [`Map::Tracking`].
+pub const TRACKING_WORDS: usize = RING_WORD + RING_WORDS;
+/// Mark: a sync of the volume failed; what was written since the last good one may be lost.
+pub const MARK_SYNC_FAILED: u64 = 1;
+
+/// Sizes and bounds of one volume's capture.
+#[derive(Debug, Clone, Copy)]
+pub struct Tuning {
+    /// Bytes of a region of the intent map; also the most that is written in one step. A multiple of the block size.
+    pub region_bytes: u64,
+    /// Blocks under one lock.
+    pub stripe_blocks: u64,
+    /// Bounds of the spool.
+    pub spool: SpoolLimits,
+    /// The most regions that stay set in the intent map past a commit.
+    pub hot_regions_max: usize,
+    /// The most snapshots.
+    pub snapshots_max: usize,
+    /// The most records of changes since the newest snapshot, before they are merged.
+    pub changes_max: usize,
+}
+
+/// Why something was not done.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum CaptureError {
+    /// The medium failed.
+    #[error(transparent)]
+    Media(#[from] MediaError),
+    /// A record of the state can't be read.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// An earlier write or sync of durable state failed.
+    #[error("stopped after a failed write or sync")]
+    Poisoned,
+    /// The cut was given up because the spool was full.
+    #[error("the cut at epoch {0} was given up")]
+    GivenUp(u64),
+    /// An interval is open.
+    #[error("the interval cut at epoch {0} is open")]
+    IntervalOpen(u64),
+    /// No interval with this cut is open.
+    #[error("no interval cut at epoch {0} is open")]
+    NoInterval(u64),
+    /// There is no such snapshot.
+    #[error("there is no snapshot {0}")]
+    NoSnapshot(u64),
+    /// There are as many snapshots as there may be.
+    #[error("there are {0} snapshots already")]
+    TooManySnapshots(usize),
+    /// The older snapshot isn't older.
+    #[error("snapshot {0} is not older than snapshot {1}")]
+    SnapshotOrder(u64, u64),
+    /// A before-image isn't what was stored.
+    #[error("the before-image of block {0} is damaged")]
+    SpoolDamaged(u64),
+}
+
+/// A cut that can be read.
+#[derive(Debug)]
+pub struct View {
+    pub(super) cut: u64,
+    pub(super) broken: AtomicBool,
+}
+
+impl View {
+    /// The last epoch that is seen.
+    #[must_use]
+    pub const fn cut(&self) -> u64 {
+        self.cut
+    }
+
+    /// Whether its before-images were given up.
+    #[must_use]
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(SeqCst)
+    }
+}
+
+/// A cut whose before-images are kept.
+#[derive(Debug)]
+pub(super) struct OpenCut {
+    pub(super) view: Arc<View>,
+    pub(super) readers: u64,
+    /// A snapshot or interval stands for it; else only its readers keep it open.
+    pub(super) wanted: bool,
+}
+
+/// The open interval.
+#[derive(Debug, Clone)]
+pub struct Interval {
+    /// Its cut.
+    pub cut: u64,
+    /// The blocks that may differ from the base.
+    pub changed: Arc<BlockSet>,
+    /// There is a record of it. An interval without changes needs none.
+    pub(super) recorded: bool,
+}
+
+/// What control operations change, under one lock that requests never take.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    pub(super) cuts: std::collections::BTreeMap<u64, OpenCut>,
+    /// Flipped, not finished.
+    pub(super) cutting: Option<u64>,
+    /// A closed epoch whose dirty map could not be drained.
+    pub(super) undrained: Option<u64>,
+    pub(super) interval: Option<Interval>,
+    pub(super) carry: BlockSet,
+    pub(super) snapshots: SnapshotTable,
+    /// Cuts with a record of changes.
+    pub(super) changes: std::collections::BTreeSet<u64>,
+    /// The cut of the last committed interval.
+    pub(super) committed: u64,
+}
+
+/// Counters since the opening.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Snapshots and intervals given up because the spool was full.
+    pub give_ups: AtomicU64,
+    /// Blocks of TRIM requests that were ignored for the sake of a snapshot.
+    pub trims_ignored: AtomicU64,
+    /// Before-images stored.
+    pub copied: AtomicU64,
+}
+
+/// Keeps two counters off each other's cache line.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Padded(AtomicU64);
+
+/// The capture of one volume.
+#[derive(Debug)]
+pub struct Capture<M> {
+    pub(super) media: M,
+    pub(super) volume: VolumeId,
+    pub(super) geometry: Geometry,
+    pub(super) tuning: Tuning,
+    pub(super) layout: DirtyLayout,
+    pub(super) intent: IntentMap,
+    pub(super) spool: Spool,
+    pub(super) ring: Ring,
+    pub(super) table: Mutex<Table>,
+    /// Open cuts, ascending: a copy for those who must not take the table's lock.
+    pub(super) open_cuts: RwLock<Arc<[u64]>>,
+    /// By parity of the epoch: the newest open cut before it, 0 for none.
+    pub(super) cut_before: [AtomicU64; 2],
+    inflight: [Padded; 2],
+    /// Blocks set in the dirty map, by parity.
+    pub(super) dirty_count: [AtomicU64; 2],
+    pub(super) carry_count: AtomicU64,
+    poisoned: AtomicBool,
+    /// All requests of the epochs up to this one have ended.
+    pub(super) settled_through: AtomicU64,
+    /// A sync of the volume that began after this epoch had settled has succeeded.
+    pub(super) synced_through: AtomicU64,
+    /// Counters.
+    pub counters: Counters,
+}
+
+/// Index of an epoch's parity.
+#[allow(clippy::cast_possible_truncation, reason = "0 or 1")]
+pub(super) const fn parity(epoch: u64) -> usize {
+    (epoch & 1) as usize
+}
+
+impl<M: Media> Capture<M> {
+    #[allow(clippy::too_many_arguments, reason = "only the opening calls it")]
+    pub(super) fn assemble(
+        media: M,
+        volume: VolumeId,
+        geometry: Geometry,
+        tuning: Tuning,
+        intent: IntentMap,
+        spool: Spool,
+        table: Table,
+        settled: u64,
+    ) -> Self {
+        let capture = Self {
+            media,
+            volume,
+            geometry,
+            tuning,
+            layout: DirtyLayout::new(geometry.block_count().get()),
+            intent,
+            spool,
+            ring: Ring::default(),
+            open_cuts: RwLock::new(Arc::new([])),
+            cut_before: Default::default(),
+            inflight: Default::default(),
+            dirty_count: Default::default(),
+            carry_count: AtomicU64::new(table.carry.len().get()),
+            table: Mutex::new(table),
+            poisoned: AtomicBool::new(false),
+            settled_through: AtomicU64::new(settled),
+            synced_through: AtomicU64::new(settled),
+            counters: Counters::default(),
+        };
+        capture.publish_cuts(&capture.table.lock(), capture.epoch());
+        capture
+    }
+
+    /// What the capture stands on.
+    pub const fn media(&self) -> &M {
+        &self.media
+    }
+
+    /// The volume's geometry.
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// The volume.
+    pub const fn volume(&self) -> VolumeId {
+        self.volume
+    }
+
+    /// The spool.
+    pub const fn spool(&self) -> &Spool {
+        &self.spool
+    }
+
+    /// The intent map.
+    pub const fn intent(&self) -> &IntentMap {
+        &self.intent
+    }
+
+    fn epoch_word(&self) -> &AtomicU64 {
+        &self.media.words(Map::Tracking)[EPOCH_WORD]
+    }
+
+    /// The open epoch.
+    pub fn epoch(&self) -> u64 {
+        self.epoch_word().load(SeqCst)
+    }
+
+    pub(super) fn flip(&self) {
+        self.epoch_word().fetch_add(1, SeqCst);
+    }
+
+    /// Lets a request in: gives it its epoch, which it must [`Self::exit`] with.
+    ///
+    /// # Errors
+    /// Where the engine is poisoned.
+    pub fn enter(&self) -> Result<u64, CaptureError> {
+        loop {
+            self.check()?;
+            let epoch = self.epoch();
+            let inflight = &self.inflight[parity(epoch)].0;
+            inflight.fetch_add(1, SeqCst);
+            if self.epoch() == epoch {
+                return Ok(epoch);
+            }
+            // A flip came between: its settle may have counted us in, and is no longer held up.
+            inflight.fetch_sub(1, SeqCst);
+        }
+    }
+
+    /// Ends a request. True where a settle may have waited for it.
+    pub fn exit(&self, epoch: u64) -> bool {
+        let last = self.inflight[parity(epoch)].0.fetch_sub(1, SeqCst) == 1;
+        last && self.epoch() != epoch
+    }
+
+    /// Whether all requests of a closed epoch have ended.
+    pub fn is_settled(&self, epoch: u64) -> bool {
+        self.inflight[parity(epoch)].0.load(SeqCst) == 0
+    }
+
+    /// Whether no request is in flight.
+    pub fn is_idle(&self) -> bool {
+        self.inflight.iter().all(|count| count.0.load(SeqCst) == 0)
+    }
+
+    pub(super) fn dirty(&self, epoch: u64) -> DirtyMap<'_> {
+        self.layout.map(self.media.words(Map::Dirty(u8::from(epoch & 1 == 1))))
+    }
+
+    pub(super) fn ring_words(&self) -> &[AtomicU64] {
+        &self.media.words(Map::Tracking)[RING_WORD..][..RING_WORDS]
+    }
+
+    /// Refuses work from now on: what is durable is no longer known. Only a new opening helps.
+    pub fn poison(&self) {
+        self.poisoned.store(true, SeqCst);
+    }
+
+    /// Whether work is refused.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(SeqCst)
+    }
+
+    /// # Errors
+    /// Where work is refused.
+    pub fn check(&self) -> Result<(), CaptureError> {
+        if self.is_poisoned() { Err(CaptureError::Poisoned) } else { Ok(()) }
+    }
+
+    /// Makes durable every write that ended before the call.
+    ///
+    /// # Errors
+    /// Where the sync fails; all further work is refused then.
+    pub fn sync(&self) -> Result<(), CaptureError> {
+        self.check()?;
+        let through = self.settled_through.load(SeqCst);
+        match self.media.sync_volume() {
+            Ok(()) => {
+                self.synced_through.fetch_max(through, SeqCst);
+                Ok(())
+            }
+            Err(error) => {
+                self.media.words(Map::Tracking)[MARKS_WORD].fetch_or(MARK_SYNC_FAILED, SeqCst);
+                self.poison();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// Replaces a record. After a failure either the old one is known to be there, or all work is refused.
+    pub(super) fn put(&self, record: Record, content: Option<&[u8]>) -> Result<(), CaptureError> {
+        let Err(error) = self.media.put(record, content) else { return Ok(()) };
+        match self.media.get(record) {
+            Ok(found) if found.as_deref() != content => {}
+            _ => self.poison(),
+        }
+        Err(error.into())
+    }
+
+    /// Replaces the carry, on disk and in memory.
+    pub(super) fn put_carry(&self, table: &mut Table, carry: BlockSet) -> Result<(), CaptureError> {
+        if carry.is_empty() {
+            self.put(Record::Carry, None)?;
+        } else {
+            self.put(Record::Carry, Some(&encode_carry(&carry)))?;
+        }
+        self.carry_count.store(carry.len().get(), SeqCst);
+        table.carry = carry;
+        Ok(())
+    }
+
+    /// Puts blocks into the next interval, durably.
+    ///
+    /// # Errors
+    /// Where the carry can't be replaced.
+    pub fn doubt(&self, blocks: &BlockSet) -> Result<(), CaptureError> {
+        self.check()?;
+        let mut table = self.table.lock();
+        let mut carry = table.carry.clone();
+        carry.union_with(blocks);
+        if carry == table.carry { Ok(()) } else { self.put_carry(&mut table, carry) }
+    }
+
+    /// The blocks of an extent that may differ from the base.
+    pub fn tracked(&self, extent: Extent) -> BlockSet {
+        // Dirty maps first: a drain enters the blocks elsewhere before it clears them.
+        let mut tracked = self.dirty(0).collect(extent);
+        tracked.union_with(&self.dirty(1).collect(extent));
+        let table = self.table.lock();
+        tracked.union_with(&table.carry.intersect_extent(extent));
+        if let Some(interval) = &table.interval {
+            tracked.union_with(&interval.changed.intersect_extent(extent));
+        }
+        tracked
+    }
+
+    /// Blocks that the next interval will hold: an upper bound.
+    pub fn changed_bound(&self) -> BlockCount {
+        let dirty: u64 = self.dirty_count.iter().map(|count| count.load(SeqCst)).sum();
+        BlockCount::new(dirty + self.carry_count.load(SeqCst))
+    }
+
+    /// Publishes the open cuts to writers and readers. `newest` is the newest epoch a writer may have, its parity's
+    /// and its predecessor's entries are set.
+    pub(super) fn publish_cuts(&self, table: &Table, newest: u64) {
+        let cuts: Arc<[u64]> = table.cuts.keys().copied().collect();
+        for epoch in [newest.saturating_sub(1), newest] {
+            let before = cuts.iter().rev().find(|&&cut| cut < epoch).copied().unwrap_or(0);
+            self.cut_before[parity(epoch)].store(before, SeqCst);
+        }
+        *self.open_cuts.write() = cuts;
+    }
+
+    /// Frees the before-images that no open cut reads.
+    pub(super) fn sweep(&self) {
+        self.spool.sweep(&self.media, || Arc::clone(&self.open_cuts.read()));
+    }
+}

@@ -1,0 +1,287 @@
+//! Opening a volume: from what the files hold to a capture that may serve.
+//!
+//! Each step leaves files from which another opening finds the same blocks or more.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering::SeqCst},
+};
+
+use tidemark_block::{
+    BlockCount, BlockIndex, BlockSet, Extent, Geometry, VolumeId, block_checksum,
+};
+
+use super::{
+    capture::{
+        Capture, CaptureError, EPOCH_WORD, Interval, MARK_SYNC_FAILED, MARKS_WORD, OpenCut,
+        RING_WORD, Table, Tuning, View,
+    },
+    dirty::DirtyLayout,
+    intent::{IntentMap, PAGE_LEN, page_count},
+    media::{Map, Media, Record},
+    records::{RecordError, SnapshotTable, decode_carry, decode_cut, encode_carry, encode_cut},
+    ring::Ring,
+    spool::Spool,
+    trust::Judgement,
+};
+
+/// How far the tracking could be trusted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// All is as it was left, cleanly.
+    Clean,
+    /// All is as it was left by a process that ended in the middle.
+    ProcessCrash,
+    /// The intent map's regions are in doubt: this many blocks. Snapshots are gone.
+    PowerLoss(BlockCount),
+    /// All blocks are in doubt. Snapshots are gone.
+    Everything(String),
+}
+
+/// Epochs that an identity reserves beyond the open one.
+pub const EPOCHS_RESERVED: u64 = 1 << 32;
+
+/// What the state's records hold.
+struct Found {
+    carry: BlockSet,
+    interval: Option<(u64, BlockSet)>,
+    snapshots: SnapshotTable,
+}
+
+impl<M: Media> Capture<M> {
+    /// Opens a volume. Afterwards, before any request, the caller writes the identity with a limit of
+    /// [`EPOCHS_RESERVED`] past the open epoch.
+    ///
+    /// # Errors
+    /// Where a file can't be read, written or synced; the call may be repeated.
+    pub fn recover(
+        media: M,
+        volume: VolumeId,
+        geometry: Geometry,
+        tuning: Tuning,
+        judgement: Judgement,
+        epoch_limit: u64,
+    ) -> Result<(Self, Outcome), CaptureError> {
+        let (found, damage) = read_records(&media, geometry)?;
+        let judgement = match damage {
+            Some(record) => Err(format!("the {record} is damaged")),
+            None => examine(&media, geometry, judgement)?,
+        };
+        // What is found must be durable before it counts as such: it may come out of the page cache.
+        media.sync_intent()?;
+        let pages = read_intent(&media, &tuning, geometry)?;
+        let regions = geometry.length().div_ceil(tuning.region_bytes);
+        let restore = |epoch: u64| IntentMap::restore(volume, regions, epoch, &pages);
+        match judgement {
+            Ok(Judgement::Exact { clean }) => {
+                let (table, epoch) = resume(&media, geometry, found)?;
+                let spool = Spool::new(tuning.spool);
+                if !spool.rebuild(&media)? {
+                    // Before-images are lost: so are the snapshots, and an interval is no longer readable.
+                    let table = forget(&media, geometry, table)?;
+                    let epoch = begin(&media, epoch);
+                    let spool = Spool::new(tuning.spool);
+                    let whole = spool.rebuild(&media)?;
+                    debug_assert!(whole, "an empty spool is whole");
+                    let capture = Self::assemble(
+                        media, volume, geometry, tuning, restore(epoch - 1), spool, table, epoch - 1,
+                    );
+                    return Ok((capture, Outcome::ProcessCrash));
+                }
+                let epoch = begin(&media, epoch);
+                let capture = Self::assemble(
+                    media, volume, geometry, tuning, restore(epoch - 1), spool, table, epoch - 1,
+                );
+                capture.sweep();
+                Ok((capture, if clean { Outcome::Clean } else { Outcome::ProcessCrash }))
+            }
+            other => {
+                let intent = restore(epoch_limit - 1);
+                let mut doubt = BlockSet::new();
+                let outcome = match other {
+                    Ok(Judgement::Everything(reason)) => Err(reason.to_owned()),
+                    Err(reason) => Err(reason),
+                    Ok(_) => Ok(()),
+                };
+                match outcome {
+                    Ok(()) => {
+                        let doubtful = intent.set_regions();
+                        doubt.extend(doubtful.into_iter().map(|r| region_blocks(geometry, &tuning, r)));
+                        doubt.union_with(&found.carry);
+                        if let Some((_, changed)) = &found.interval {
+                            doubt.union_with(changed);
+                        }
+                    }
+                    Err(_) => doubt.insert(geometry.all()),
+                }
+                let doubtful = doubt.len();
+                let last_id = found.snapshots.last_id;
+                let table = start_over(&media, doubt, last_id)?;
+                let epoch = begin(&media, epoch_limit);
+                media.words(Map::Tracking)[MARKS_WORD].store(0, SeqCst);
+                let spool = Spool::new(tuning.spool);
+                spool.rebuild(&media)?;
+                let capture =
+                    Self::assemble(media, volume, geometry, tuning, intent, spool, table, epoch - 1);
+                let outcome = match outcome {
+                    Ok(()) => Outcome::PowerLoss(doubtful),
+                    Err(reason) => Outcome::Everything(reason),
+                };
+                Ok((capture, outcome))
+            }
+        }
+    }
+}
+
+fn read_records<M: Media>(
+    media: &M,
+    geometry: Geometry,
+) -> Result<(Found, Option<&'static str>), CaptureError> {
+    let mut damage = None;
+    let mut take = |name, result: Result<(), RecordError>| {
+        if result.is_err() {
+            damage = Some(name);
+        }
+    };
+    let mut found =
+        Found { carry: BlockSet::new(), interval: None, snapshots: SnapshotTable::default() };
+    let all = geometry.all();
+    if let Some(bytes) = media.get(Record::Carry)? {
+        take("carry", decode_carry(&bytes, all).map(|carry| found.carry = carry));
+    }
+    if let Some(bytes) = media.get(Record::Interval)? {
+        take("open interval", decode_cut(&bytes, all).map(|cut| found.interval = Some(cut)));
+    }
+    if let Some(bytes) = media.get(Record::Snapshots)? {
+        take("snapshot table", SnapshotTable::decode(&bytes).map(|table| found.snapshots = table));
+    }
+    Ok((found, damage))
+}
+
+/// What the volume itself adds to the judgement; an error tells why nothing can be trusted.
+fn examine<M: Media>(
+    media: &M,
+    geometry: Geometry,
+    judgement: Judgement,
+) -> Result<Result<Judgement, String>, CaptureError> {
+    let words = media.words(Map::Tracking);
+    let Judgement::Exact { clean } = judgement else {
+        media.sync_volume()?;
+        return Ok(Ok(judgement));
+    };
+    let failed_before = words[MARKS_WORD].load(SeqCst) & MARK_SYNC_FAILED != 0;
+    // The first sync may report a failure that nobody has heard of; the second one must succeed.
+    if failed_before || media.sync_volume().is_err() {
+        words[MARKS_WORD].fetch_or(MARK_SYNC_FAILED, SeqCst);
+        media.sync_volume()?;
+        return Ok(Ok(Judgement::PowerLoss));
+    }
+    let mut block_bytes = vec![0; geometry.block_size().as_usize()];
+    for (block, checksum) in Ring::records(&words[RING_WORD..]) {
+        if !geometry.all().contains(block) {
+            return Ok(Err("the recorded blocks are damaged".to_owned()));
+        }
+        media.read_volume(geometry.offset_of(block).get(), &mut block_bytes)?;
+        if block_checksum(&block_bytes) != checksum {
+            return Ok(Err(format!("block {block} is not what was written to it last")));
+        }
+    }
+    Ok(Ok(Judgement::Exact { clean }))
+}
+
+fn read_intent<M: Media>(
+    media: &M,
+    tuning: &Tuning,
+    geometry: Geometry,
+) -> Result<Vec<[Vec<u8>; 2]>, CaptureError> {
+    let regions = geometry.length().div_ceil(tuning.region_bytes);
+    (0..page_count(regions) as u64)
+        .map(|number| {
+            let mut pair = [vec![0; PAGE_LEN], vec![0; PAGE_LEN]];
+            media.read_intent(number * 2, &mut pair[0])?;
+            media.read_intent(number * 2 + 1, &mut pair[1])?;
+            Ok(pair)
+        })
+        .collect()
+}
+
+/// Takes up the tracking where it was left: the dirty maps' blocks join the carry.
+fn resume<M: Media>(
+    media: &M,
+    geometry: Geometry,
+    found: Found,
+) -> Result<(Table, u64), CaptureError> {
+    let epoch = media.words(Map::Tracking)[EPOCH_WORD].load(SeqCst).max(1);
+    let layout = DirtyLayout::new(geometry.block_count().get());
+    let maps = [0, 1].map(|parity| layout.map(media.words(Map::Dirty(parity))));
+    let mut drained = maps[0].collect(geometry.all());
+    drained.union_with(&maps[1].collect(geometry.all()));
+
+    let mut changes: std::collections::BTreeSet<u64> = media.changes()?.into_iter().collect();
+    if !drained.is_empty() {
+        if !found.snapshots.snapshots.is_empty() {
+            media.put(Record::Changes(epoch), Some(&encode_cut(epoch, &drained)))?;
+            changes.insert(epoch);
+        }
+        let mut carry = found.carry.clone();
+        carry.union_with(&drained);
+        media.put(Record::Carry, Some(&encode_carry(&carry)))?;
+    }
+    media.instant()?;
+    for map in maps {
+        map.clear();
+        media.instant()?;
+    }
+
+    let mut carry = found.carry;
+    carry.union_with(&drained);
+    let mut table = Table { carry, changes, snapshots: found.snapshots, ..Table::default() };
+    let mut open = |cut| {
+        let view = Arc::new(View { cut, broken: AtomicBool::new(false) });
+        table.cuts.insert(cut, OpenCut { view, readers: 0, wanted: true });
+    };
+    table.snapshots.snapshots.iter().for_each(|snapshot| open(snapshot.cut));
+    if let Some((cut, changed)) = found.interval {
+        open(cut);
+        table.interval = Some(Interval { cut, changed: Arc::new(changed), recorded: true });
+    }
+    Ok((table, epoch + 1))
+}
+
+/// Gives up all cuts of a table, because their before-images are damaged.
+fn forget<M: Media>(media: &M, geometry: Geometry, table: Table) -> Result<Table, CaptureError> {
+    let mut carry = table.carry;
+    if let Some(interval) = table.interval {
+        carry.union_with(&interval.changed.intersect_extent(geometry.all()));
+    }
+    start_over(media, carry, table.snapshots.last_id)
+}
+
+/// Leaves nothing but a carry, in an order that another opening can take up anywhere.
+fn start_over<M: Media>(media: &M, carry: BlockSet, last_id: u64) -> Result<Table, CaptureError> {
+    media.put(Record::Carry, Some(&encode_carry(&carry)))?;
+    let snapshots = SnapshotTable { last_id, snapshots: Vec::new() };
+    media.put(Record::Snapshots, Some(&snapshots.encode()))?;
+    media.put(Record::Interval, None)?;
+    for cut in media.changes()? {
+        media.put(Record::Changes(cut), None)?;
+    }
+    for map in [Map::Slots, Map::Dirty(0), Map::Dirty(1)] {
+        media.reset(map)?;
+        media.instant()?;
+    }
+    Ring::clear(&media.words(Map::Tracking)[RING_WORD..]);
+    Ok(Table { carry, snapshots, ..Table::default() })
+}
+
+/// Begins an epoch.
+fn begin<M: Media>(media: &M, epoch: u64) -> u64 {
+    media.words(Map::Tracking)[EPOCH_WORD].store(epoch, SeqCst);
+    epoch
+}
+
+fn region_blocks(geometry: Geometry, tuning: &Tuning, region: u64) -> Extent {
+    let start = region * tuning.region_bytes;
+    let length = tuning.region_bytes.min(geometry.length() - start);
+    geometry.covering(start, length).intersect(Extent::new(BlockIndex::ZERO, geometry.block_count()))
+}

@@ -1,0 +1,110 @@
+//! Recorded blocks: the checksums of up to 256 blocks that were written lately, in mapped memory, so that an opening
+//! can tell whether the volume still holds what was written to it.
+//!
+//! Direct-mapped: a block has one place, by its hash. A record is invalid from before its block is written until the
+//! write has ended, so a mismatch is never a request in flight.
+
+use std::{
+    hint,
+    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::{Acquire, Relaxed, Release, SeqCst}},
+};
+
+use tidemark_block::{BlockIndex, Checksum128, Extent, block_checksum};
+
+/// Records.
+pub const RING_LEN: usize = 256;
+/// Words of a record: block + 1 (0: none), the checksum's halves, 0.
+const RECORD_WORDS: usize = 4;
+/// Words of all records.
+pub const RING_WORDS: usize = RING_LEN * RECORD_WORDS;
+/// One write in this many makes a record in a place of another block.
+const SAMPLE: u32 = 16;
+
+/// What the process knows besides the mapped words.
+#[derive(Debug)]
+pub struct Ring {
+    busy: Vec<AtomicBool>,
+    writes: AtomicU32,
+}
+
+impl Default for Ring {
+    fn default() -> Self {
+        Self {
+            busy: std::iter::repeat_with(AtomicBool::default).take(RING_LEN).collect(),
+            writes: AtomicU32::new(0),
+        }
+    }
+}
+
+#[allow(clippy::cast_possible_truncation, reason = "the upper 8 bits of a hash")]
+const fn place_of(block: BlockIndex) -> usize {
+    (block.get().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as usize
+}
+
+fn halves(checksum: Checksum128) -> [u64; 2] {
+    let value = u128::from_le_bytes(*checksum.as_bytes());
+    #[allow(clippy::cast_possible_truncation, reason = "the two halves")]
+    [value as u64, (value >> 64) as u64]
+}
+
+impl Ring {
+    /// Before blocks are written: makes their records invalid.
+    pub fn invalidate(&self, words: &[AtomicU64], blocks: Extent) {
+        if blocks.count().get() < RING_LEN as u64 {
+            blocks.iter().for_each(|block| self.invalidate_at(words, place_of(block), blocks));
+        } else {
+            (0..RING_LEN).for_each(|place| self.invalidate_at(words, place, blocks));
+        }
+    }
+
+    fn invalidate_at(&self, words: &[AtomicU64], place: usize, blocks: Extent) {
+        let tag = &words[place * RECORD_WORDS];
+        let holds = |tag: u64| tag != 0 && blocks.contains(BlockIndex::new(tag - 1));
+        if holds(tag.load(SeqCst)) {
+            self.acquire(place);
+            if holds(tag.load(SeqCst)) {
+                tag.store(0, SeqCst);
+            }
+            self.busy[place].store(false, Release);
+        }
+    }
+
+    /// After a whole block was written, its stripe still locked: now and then makes a record of it.
+    pub fn record(&self, words: &[AtomicU64], block: BlockIndex, content: &[u8]) {
+        if !self.writes.fetch_add(1, Relaxed).is_multiple_of(SAMPLE) {
+            return;
+        }
+        let checksum = halves(block_checksum(content));
+        let place = place_of(block);
+        self.acquire(place);
+        let record = &words[place * RECORD_WORDS..][..RECORD_WORDS];
+        record[0].store(0, SeqCst);
+        record[1].store(checksum[0], SeqCst);
+        record[2].store(checksum[1], SeqCst);
+        record[0].store(block.get() + 1, SeqCst);
+        self.busy[place].store(false, Release);
+    }
+
+    fn acquire(&self, place: usize) {
+        while self.busy[place].compare_exchange_weak(false, true, Acquire, Relaxed).is_err() {
+            hint::spin_loop();
+        }
+    }
+
+    /// The valid records.
+    pub fn records(words: &[AtomicU64]) -> impl Iterator<Item = (BlockIndex, Checksum128)> + '_ {
+        words.chunks_exact(RECORD_WORDS).filter_map(|record| {
+            let tag = record[0].load(SeqCst);
+            let value =
+                u128::from(record[1].load(SeqCst)) | u128::from(record[2].load(SeqCst)) << 64;
+            (tag != 0).then(|| {
+                (BlockIndex::new(tag - 1), Checksum128::from_bytes(value.to_le_bytes()))
+            })
+        })
+    }
+
+    /// Forgets all records.
+    pub fn clear(words: &[AtomicU64]) {
+        words.chunks_exact(RECORD_WORDS).for_each(|record| record[0].store(0, SeqCst));
+    }
+}

@@ -1,0 +1,193 @@
+//! Snapshots: listing, deleting, reading, what changed between two, and giving up when the spool is full.
+
+use std::sync::{Arc, atomic::Ordering::SeqCst};
+
+use tidemark_block::BlockSet;
+
+use super::{
+    capture::{Capture, CaptureError, Table, View},
+    media::{Media, Record},
+    records::{Snapshot, SnapshotTable, decode_cut, encode_cut},
+};
+
+impl<M: Media> Capture<M> {
+    /// All snapshots, oldest first.
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        self.table.lock().snapshots.snapshots.clone()
+    }
+
+    /// Deletes a snapshot; its before-images go with its last reader.
+    ///
+    /// # Errors
+    /// [`CaptureError::NoSnapshot`], or where the table can't be written: the snapshot is still there.
+    pub fn delete_snapshot(&self, id: u64) -> Result<(), CaptureError> {
+        self.check()?;
+        let mut table = self.table.lock();
+        let cut = find(&table, id)?.cut;
+        self.drop_snapshot(&mut table, cut)?;
+        self.unwant(&mut table, cut);
+        self.publish_cuts(&table, self.epoch());
+        drop(table);
+        self.sweep();
+        Ok(())
+    }
+
+    fn drop_snapshot(&self, table: &mut Table, cut: u64) -> Result<(), CaptureError> {
+        let snapshots = SnapshotTable {
+            last_id: table.snapshots.last_id,
+            snapshots: table.snapshots.snapshots.iter().filter(|s| s.cut != cut).cloned().collect(),
+        };
+        self.put(Record::Snapshots, Some(&snapshots.encode()))?;
+        table.snapshots = snapshots;
+        self.drop_changes(table)
+    }
+
+    /// Removes the records of changes that no two snapshots enclose.
+    fn drop_changes(&self, table: &mut Table) -> Result<(), CaptureError> {
+        let oldest = table.snapshots.snapshots.first().map_or(u64::MAX, |snapshot| snapshot.cut);
+        while let Some(&cut) = table.changes.first().filter(|&&cut| cut <= oldest) {
+            self.put(Record::Changes(cut), None)?;
+            table.changes.remove(&cut);
+        }
+        Ok(())
+    }
+
+    /// Keeps a closed epoch's blocks for [`Self::changed_between`], where a snapshot is older.
+    pub(super) fn note_changes(
+        &self,
+        table: &mut Table,
+        epoch: u64,
+        drained: &BlockSet,
+    ) -> Result<(), CaptureError> {
+        let Some(newest) = table.snapshots.snapshots.last().map(|snapshot| snapshot.cut) else {
+            return Ok(());
+        };
+        if drained.is_empty() {
+            return Ok(());
+        }
+        let mut union = drained.clone();
+        let since: Vec<u64> = table.changes.range(newest + 1..epoch).copied().collect();
+        let merged = if since.len() >= self.tuning.changes_max { &since[..] } else { &[] };
+        for &cut in merged {
+            union.union_with(&self.changes_of(cut)?);
+        }
+        self.put(Record::Changes(epoch), Some(&encode_cut(epoch, &union)))?;
+        table.changes.insert(epoch);
+        for cut in merged {
+            self.put(Record::Changes(*cut), None)?;
+            table.changes.remove(cut);
+        }
+        Ok(())
+    }
+
+    fn changes_of(&self, cut: u64) -> Result<BlockSet, CaptureError> {
+        match self.media.get(Record::Changes(cut))? {
+            Some(bytes) => Ok(decode_cut(&bytes, self.geometry.all())?.1),
+            None => Ok(BlockSet::new()),
+        }
+    }
+
+    /// The blocks that may differ between two snapshots.
+    ///
+    /// # Errors
+    /// Where one doesn't exist, the older isn't older, or a record can't be read.
+    pub fn changed_between(&self, older: u64, newer: u64) -> Result<BlockSet, CaptureError> {
+        self.check()?;
+        let table = self.table.lock();
+        let (from, to) = (find(&table, older)?.cut, find(&table, newer)?.cut);
+        if from >= to {
+            return Err(CaptureError::SnapshotOrder(older, newer));
+        }
+        let mut changed = BlockSet::new();
+        for &cut in table.changes.range(from + 1..=to) {
+            changed.union_with(&self.changes_of(cut)?);
+        }
+        Ok(changed)
+    }
+
+    /// Opens a snapshot for reading. The view is given back by [`Self::close_view`].
+    ///
+    /// # Errors
+    /// [`CaptureError::NoSnapshot`].
+    pub fn open_snapshot(&self, id: u64) -> Result<Arc<View>, CaptureError> {
+        self.check()?;
+        let mut table = self.table.lock();
+        let cut = find(&table, id)?.cut;
+        Self::open_view(&mut table, cut).ok_or(CaptureError::NoSnapshot(id))
+    }
+
+    /// Opens an open cut for reading: the interval's. The view is given back by [`Self::close_view`].
+    pub fn open_cut(&self, cut: u64) -> Option<Arc<View>> {
+        Self::open_view(&mut self.table.lock(), cut)
+    }
+
+    fn open_view(table: &mut Table, cut: u64) -> Option<Arc<View>> {
+        let open = table.cuts.get_mut(&cut)?;
+        open.readers += 1;
+        Some(Arc::clone(&open.view))
+    }
+
+    /// A reader has ended.
+    pub fn close_view(&self, view: &Arc<View>) {
+        let mut table = self.table.lock();
+        // A cut that was given up has gone from the table already.
+        let Some(open) = table.cuts.get_mut(&view.cut).filter(|open| Arc::ptr_eq(&open.view, view))
+        else {
+            return;
+        };
+        open.readers -= 1;
+        if open.readers == 0 && !open.wanted {
+            table.cuts.remove(&view.cut);
+            self.publish_cuts(&table, self.epoch());
+            drop(table);
+            self.sweep();
+        }
+    }
+
+    /// Makes room in a full spool: gives up the oldest open cut whose before-images nobody else needs, until there is
+    /// room or nothing is open. Returns the cuts given up.
+    ///
+    /// # Errors
+    /// Where a record can't be written; all work is refused then.
+    pub fn relieve(&self) -> Result<Vec<u64>, CaptureError> {
+        let mut given_up = Vec::new();
+        loop {
+            self.check()?;
+            let mut table = self.table.lock();
+            let cuts: Vec<u64> = table.cuts.keys().copied().collect();
+            if cuts.is_empty() || (self.spool.has_room() && !given_up.is_empty()) {
+                return Ok(given_up);
+            }
+            let exclusive = self.spool.exclusive(&cuts);
+            let victim = cuts[exclusive.iter().position(|&count| count > 0).unwrap_or(0)];
+            if let Err(error) = self.give_up(&mut table, victim) {
+                self.poison();
+                return Err(error);
+            }
+            self.publish_cuts(&table, self.epoch());
+            drop(table);
+            self.sweep();
+            self.counters.give_ups.fetch_add(1, SeqCst);
+            given_up.push(victim);
+        }
+    }
+
+    fn give_up(&self, table: &mut Table, cut: u64) -> Result<(), CaptureError> {
+        if table.interval.as_ref().is_some_and(|open| open.cut == cut) {
+            self.fold_interval(table)?;
+        } else if table.snapshots.snapshots.iter().any(|snapshot| snapshot.cut == cut) {
+            self.drop_snapshot(table, cut)?;
+        }
+        // Readers learn of it before the first before-image is freed.
+        if let Some(open) = table.cuts.get(&cut) {
+            open.view.broken.store(true, SeqCst);
+        }
+        table.cuts.remove(&cut);
+        Ok(())
+    }
+}
+
+fn find(table: &Table, id: u64) -> Result<&Snapshot, CaptureError> {
+    let mut snapshots = table.snapshots.snapshots.iter();
+    snapshots.find(|snapshot| snapshot.id == id).ok_or(CaptureError::NoSnapshot(id))
+}
