@@ -302,7 +302,8 @@ impl<M: Media> Capture<M> {
     }
 
     pub(super) fn dirty(&self, epoch: u64) -> DirtyMap<'_> {
-        self.layout.map(self.media.words(Map::Dirty(u8::from(epoch & 1 == 1))))
+        self.layout
+            .map(self.media.words(Map::Dirty(u8::from(epoch & 1 == 1))))
     }
 
     pub(super) fn ring_words(&self) -> &[AtomicU64] {
@@ -322,7 +323,11 @@ impl<M: Media> Capture<M> {
     /// # Errors
     /// Where work is refused.
     pub fn check(&self) -> Result<(), CaptureError> {
-        if self.is_poisoned() { Err(CaptureError::Poisoned) } else { Ok(()) }
+        if self.is_poisoned() {
+            Err(CaptureError::Poisoned)
+        } else {
+            Ok(())
+        }
     }
 
     /// Makes durable every write that ended before the call.
@@ -347,7 +352,9 @@ impl<M: Media> Capture<M> {
 
     /// Replaces a record. After a failure either the old one is known to be there, or all work is refused.
     pub(super) fn put(&self, record: Record, content: Option<&[u8]>) -> Result<(), CaptureError> {
-        let Err(error) = self.media.put(record, content) else { return Ok(()) };
+        let Err(error) = self.media.put(record, content) else {
+            return Ok(());
+        };
         match self.media.get(record) {
             Ok(found) if found.as_deref() != content => {}
             _ => self.poison(),
@@ -376,7 +383,11 @@ impl<M: Media> Capture<M> {
         let mut table = self.table.lock();
         let mut carry = table.carry.clone();
         carry.union_with(blocks);
-        if carry == table.carry { Ok(()) } else { self.put_carry(&mut table, carry) }
+        if carry == table.carry {
+            Ok(())
+        } else {
+            self.put_carry(&mut table, carry)
+        }
     }
 
     /// The blocks of an extent that may differ from the base.
@@ -394,7 +405,11 @@ impl<M: Media> Capture<M> {
 
     /// Blocks that the next interval will hold: an upper bound.
     pub fn changed_bound(&self) -> BlockCount {
-        let dirty: u64 = self.dirty_count.iter().map(|count| count.load(SeqCst)).sum();
+        let dirty: u64 = self
+            .dirty_count
+            .iter()
+            .map(|count| count.load(SeqCst))
+            .sum();
         BlockCount::new(dirty + self.carry_count.load(SeqCst))
     }
 
@@ -403,7 +418,12 @@ impl<M: Media> Capture<M> {
     pub(super) fn publish_cuts(&self, table: &Table, newest: u64) {
         let cuts: Arc<[u64]> = table.cuts.keys().copied().collect();
         for epoch in [newest.saturating_sub(1), newest] {
-            let before = cuts.iter().rev().find(|&&cut| cut < epoch).copied().unwrap_or(0);
+            let before = cuts
+                .iter()
+                .rev()
+                .find(|&&cut| cut < epoch)
+                .copied()
+                .unwrap_or(0);
             self.cut_before[parity(epoch)].store(before, SeqCst);
         }
         *self.open_cuts.write() = cuts;
@@ -411,6 +431,7 @@ impl<M: Media> Capture<M> {
 
     /// Frees the before-images that no open cut reads.
     pub(super) fn sweep(&self) {
-        self.spool.sweep(&self.media, || Arc::clone(&self.open_cuts.read()));
+        self.spool
+            .sweep(&self.media, || Arc::clone(&self.open_cuts.read()));
     }
 }

@@ -70,8 +70,18 @@ impl<M: Media> Capture<M> {
             table.undrained = None;
         }
         let epoch = self.epoch();
-        let view = Arc::new(View { cut: epoch, broken: AtomicBool::new(false) });
-        table.cuts.insert(epoch, OpenCut { view, readers: 0, wanted: true });
+        let view = Arc::new(View {
+            cut: epoch,
+            broken: AtomicBool::new(false),
+        });
+        table.cuts.insert(
+            epoch,
+            OpenCut {
+                view,
+                readers: 0,
+                wanted: true,
+            },
+        );
         table.cutting = Some(epoch);
         // Writers of the new epoch must find the cut open, so it is published first. Its parity is free: the last
         // epoch of it has settled.
@@ -86,7 +96,10 @@ impl<M: Media> Capture<M> {
     /// [`CaptureError::GivenUp`] where the spool was full before that; or where a record can't be written. The
     /// closed epoch's blocks go into the next interval then.
     pub fn finish_cut(&self, cut: Cut) -> Result<(), CaptureError> {
-        assert!(self.is_settled(cut.epoch), "a cut is finished after it has settled");
+        assert!(
+            self.is_settled(cut.epoch),
+            "a cut is finished after it has settled"
+        );
         let mut table = self.table.lock();
         table.cutting = None;
         self.settled_through.fetch_max(cut.epoch, SeqCst);
@@ -116,7 +129,11 @@ impl<M: Media> Capture<M> {
         if recorded {
             self.put(Record::Interval, Some(&encode_cut(epoch, &changed)))?;
         }
-        table.interval = Some(Interval { cut: epoch, changed: Arc::new(changed), recorded });
+        table.interval = Some(Interval {
+            cut: epoch,
+            changed: Arc::new(changed),
+            recorded,
+        });
         if !table.carry.is_empty() {
             // From here on the interval stands, whatever becomes of the carry: blocks in both are no harm.
             let cleared = self.put_carry(table, BlockSet::new());
@@ -140,7 +157,12 @@ impl<M: Media> Capture<M> {
         let mut snapshots = table.snapshots.clone();
         snapshots.last_id += 1;
         let id = snapshots.last_id;
-        snapshots.snapshots.push(Snapshot { id, cut: epoch, time_ms, label });
+        snapshots.snapshots.push(Snapshot {
+            id,
+            cut: epoch,
+            time_ms,
+            label,
+        });
         self.put(Record::Snapshots, Some(&snapshots.encode()))?;
         table.snapshots = snapshots;
         Ok(())
@@ -184,7 +206,9 @@ impl<M: Media> Capture<M> {
     }
 
     pub(super) fn fold_interval(&self, table: &mut Table) -> Result<(), CaptureError> {
-        let Some(interval) = table.interval.clone() else { return Ok(()) };
+        let Some(interval) = table.interval.clone() else {
+            return Ok(());
+        };
         let mut carry = table.carry.clone();
         carry.union_with(&interval.changed);
         if carry != table.carry {
@@ -214,7 +238,9 @@ impl<M: Media> Capture<M> {
         }
         let mut table = self.table.lock();
         let interval = table.interval.clone().filter(|open| open.cut == cut);
-        let Some(interval) = interval else { return Err(CaptureError::NoInterval(cut)) };
+        let Some(interval) = interval else {
+            return Err(CaptureError::NoInterval(cut));
+        };
         if interval.recorded {
             self.put(Record::Interval, None)?;
         }
@@ -224,13 +250,16 @@ impl<M: Media> Capture<M> {
         self.publish_cuts(&table, self.epoch());
         drop(table);
         self.sweep();
-        self.intent.clear(cut, committed_before, self.tuning.hot_regions_max);
+        self.intent
+            .clear(cut, committed_before, self.tuning.hot_regions_max);
         self.write_intent()
     }
 
     /// Writes the pages of the intent map that have changed, unless somebody is about to.
     fn write_intent(&self) -> Result<(), CaptureError> {
-        let Some(batch) = self.intent.lead() else { return Ok(()) };
+        let Some(batch) = self.intent.lead() else {
+            return Ok(());
+        };
         let written = batch
             .pages()
             .try_for_each(|(place, page)| self.media.write_intent(place, &page[..]))

@@ -26,7 +26,11 @@ impl DirtyLayout {
         let blocks = usize::try_from(block_count.div_ceil(64))
             .expect("a volume's dirty map fits into the address space");
         let words = blocks.div_ceil(64);
-        Self { blocks, words, groups: words.div_ceil(64) }
+        Self {
+            blocks,
+            words,
+            groups: words.div_ceil(64),
+        }
     }
 
     /// All words: top level first, bits of blocks last.
@@ -40,7 +44,11 @@ impl DirtyLayout {
     pub fn map(self, words: &[AtomicU64]) -> DirtyMap<'_> {
         let (groups, rest) = words.split_at(self.groups);
         let (words, rest) = rest.split_at(self.words);
-        DirtyMap { groups, words, blocks: &rest[..self.blocks] }
+        DirtyMap {
+            groups,
+            words,
+            blocks: &rest[..self.blocks],
+        }
     }
 }
 
@@ -55,7 +63,10 @@ pub struct DirtyMap<'a> {
     blocks: &'a [AtomicU64],
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "the layout has checked that positions fit")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the layout has checked that positions fit"
+)]
 const fn split(at: u64) -> (usize, u64) {
     ((at / 64) as usize, 1 << (at % 64))
 }
@@ -116,7 +127,9 @@ impl DirtyMap<'_> {
         let last = self.blocks.len() as u64 - 1;
         self.each_word(0, last, |word| self.blocks[word].store(0, SeqCst));
         for (group, summary) in self.groups.iter().enumerate() {
-            each_bit(summary.load(SeqCst), |bit| self.words[group * 64 + bit].store(0, SeqCst));
+            each_bit(summary.load(SeqCst), |bit| {
+                self.words[group * 64 + bit].store(0, SeqCst)
+            });
             summary.store(0, SeqCst);
         }
     }
@@ -162,11 +175,16 @@ mod tests {
     const BLOCKS: u64 = 64 * 64 * 64 * 2 + 100;
 
     fn words(layout: DirtyLayout) -> Vec<AtomicU64> {
-        std::iter::repeat_with(AtomicU64::default).take(layout.total()).collect()
+        std::iter::repeat_with(AtomicU64::default)
+            .take(layout.total())
+            .collect()
     }
 
     fn extent(start: u64, count: u64) -> Extent {
-        Extent::between(BlockIndex::new(start), BlockIndex::new((start + count).min(BLOCKS)))
+        Extent::between(
+            BlockIndex::new(start),
+            BlockIndex::new((start + count).min(BLOCKS)),
+        )
     }
 
     proptest! {

@@ -37,7 +37,12 @@ type Words = [u64; PAGE_WORDS];
 
 /// Encodes a page.
 #[must_use]
-pub fn encode_page(volume: VolumeId, number: u64, sequence: u64, bits: &Words) -> Box<[u8; PAGE_LEN]> {
+pub fn encode_page(
+    volume: VolumeId,
+    number: u64,
+    sequence: u64,
+    bits: &Words,
+) -> Box<[u8; PAGE_LEN]> {
     let mut page = Box::new([0; PAGE_LEN]);
     page[..8].copy_from_slice(&MAGIC);
     page[8..10].copy_from_slice(&VERSION.to_le_bytes());
@@ -103,7 +108,10 @@ impl Batch {
     pub fn pages(&self) -> impl Iterator<Item = (u64, Box<[u8; PAGE_LEN]>)> + '_ {
         self.pages.iter().map(|(number, sequence, bits)| {
             let number = *number as u64;
-            (place_of(number, *sequence), encode_page(self.volume, number, *sequence, bits))
+            (
+                place_of(number, *sequence),
+                encode_page(self.volume, number, *sequence, bits),
+            )
         })
     }
 }
@@ -133,7 +141,10 @@ pub struct IntentMap {
     state: Mutex<State>,
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "regions fit the address space: there is a word for each")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "regions fit the address space: there is a word for each"
+)]
 const fn index(value: u64) -> usize {
     value as usize
 }
@@ -156,8 +167,16 @@ impl IntentMap {
                     .filter_map(|bytes| decode_page(volume, number as u64, bytes))
                     .max_by_key(|(sequence, _)| *sequence);
                 match newest {
-                    Some((sequence, wanted)) => Page { sequence, changed: false, wanted },
-                    None => Page { sequence: 0, changed: true, wanted: all_regions(regions, number) },
+                    Some((sequence, wanted)) => Page {
+                        sequence,
+                        changed: false,
+                        wanted,
+                    },
+                    None => Page {
+                        sequence: 0,
+                        changed: true,
+                        wanted: all_regions(regions, number),
+                    },
                 }
             })
             .collect();
@@ -167,12 +186,20 @@ impl IntentMap {
             regions,
             last_epoch: zeroes(index(regions)),
             durable: zeroes(words),
-            state: Mutex::new(State { pages, leading: false }),
+            state: Mutex::new(State {
+                pages,
+                leading: false,
+            }),
         };
         {
             let state = map.state.lock();
             for (number, page) in state.pages.iter().enumerate() {
-                for (n, &bits) in page.wanted.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+                for (n, &bits) in page
+                    .wanted
+                    .iter()
+                    .enumerate()
+                    .filter(|(_, bits)| **bits != 0)
+                {
                     let word = number * PAGE_WORDS + n;
                     if let (Some(durable), false) = (map.durable.get(word), page.changed) {
                         durable.store(bits, SeqCst);
@@ -231,7 +258,11 @@ impl IntentMap {
             return None;
         }
         state.leading = true;
-        let changed = state.pages.iter_mut().enumerate().filter(|(_, page)| page.changed);
+        let changed = state
+            .pages
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, page)| page.changed);
         let pages = changed
             .map(|(number, page)| {
                 page.changed = false;
@@ -239,7 +270,10 @@ impl IntentMap {
                 (number, page.sequence, page.wanted.clone())
             })
             .collect();
-        Some(Batch { pages, volume: self.volume })
+        Some(Batch {
+            pages,
+            volume: self.volume,
+        })
     }
 
     /// Ends a batch. After a failure nothing of it counts as durable.
@@ -267,10 +301,18 @@ impl IntentMap {
         let mut state = self.state.lock();
         let mut settled = Vec::new();
         for (number, page) in state.pages.iter().enumerate() {
-            for (n, &bits) in page.wanted.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+            for (n, &bits) in page
+                .wanted
+                .iter()
+                .enumerate()
+                .filter(|(_, bits)| **bits != 0)
+            {
                 each_bit(bits, |bit| {
                     let region = (number * PAGE_WORDS + n) * 64 + bit;
-                    let last = self.last_epoch.get(region).map_or(0, |last| last.load(SeqCst));
+                    let last = self
+                        .last_epoch
+                        .get(region)
+                        .map_or(0, |last| last.load(SeqCst));
                     if last <= cut {
                         settled.push((last, region));
                     }
@@ -278,7 +320,11 @@ impl IntentMap {
             }
         }
         settled.sort_unstable_by(|a, b| b.cmp(a));
-        let hot = settled.iter().take(hot_max).take_while(|(last, _)| *last > cut_before).count();
+        let hot = settled
+            .iter()
+            .take(hot_max)
+            .take_while(|(last, _)| *last > cut_before)
+            .count();
         for &(_, region) in &settled[hot..] {
             self.clear_region(&mut state, region, cut);
         }
@@ -286,7 +332,9 @@ impl IntentMap {
 
     fn clear_region(&self, state: &mut State, region: usize, cut: u64) {
         let bit = 1 << (region % 64);
-        let Some(durable) = self.durable.get(region / 64) else { return };
+        let Some(durable) = self.durable.get(region / 64) else {
+            return;
+        };
         let was = durable.fetch_and(!bit, SeqCst) & bit;
         if self.last_epoch[region].load(SeqCst) > cut {
             // A writer announced itself: it may have seen the bit before it was taken back.
@@ -305,7 +353,9 @@ impl IntentMap {
         let mut regions = Vec::new();
         for (number, page) in state.pages.iter().enumerate() {
             for (n, &bits) in page.wanted.iter().enumerate() {
-                each_bit(bits, |bit| regions.push(((number * PAGE_WORDS + n) * 64 + bit) as u64));
+                each_bit(bits, |bit| {
+                    regions.push(((number * PAGE_WORDS + n) * 64 + bit) as u64)
+                });
             }
         }
         regions.retain(|&region| region < self.regions);
@@ -329,7 +379,9 @@ fn all_regions(regions: u64, number: usize) -> Box<Words> {
 }
 
 fn zeroes(count: usize) -> Vec<AtomicU64> {
-    std::iter::repeat_with(AtomicU64::default).take(count).collect()
+    std::iter::repeat_with(AtomicU64::default)
+        .take(count)
+        .collect()
 }
 
 fn each_bit(mut bits: u64, mut then: impl FnMut(usize)) {

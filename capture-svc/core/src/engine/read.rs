@@ -23,7 +23,11 @@ impl SnapshotRead {
     /// A read of an extent within the volume. The view stays open meanwhile.
     #[must_use]
     pub fn new(view: Arc<View>, extent: Extent) -> Self {
-        Self { view, extent, live: BlockSet::new() }
+        Self {
+            view,
+            extent,
+            live: BlockSet::new(),
+        }
     }
 
     /// Reads the blocks whose before-images are in the spool.
@@ -51,7 +55,9 @@ impl SnapshotRead {
     ) -> Result<(), CaptureError> {
         for run in self.live.extents() {
             let part = self.part(capture, run, buffer);
-            capture.media.read_volume(capture.geometry.offset_of(run.start()).get(), part)?;
+            capture
+                .media
+                .read_volume(capture.geometry.offset_of(run.start()).get(), part)?;
         }
         Ok(())
     }
@@ -68,7 +74,11 @@ impl SnapshotRead {
     ) -> Result<(), CaptureError> {
         self.from_spool(capture, buffer)?;
         capture.check()?;
-        if self.view.is_broken() { Err(CaptureError::GivenUp(self.view.cut)) } else { Ok(()) }
+        if self.view.is_broken() {
+            Err(CaptureError::GivenUp(self.view.cut))
+        } else {
+            Ok(())
+        }
     }
 
     /// Reads those of the remaining blocks that the spool has now.
@@ -80,7 +90,9 @@ impl SnapshotRead {
         let runs: Vec<Extent> = self.live.extents().collect();
         for run in runs {
             let found =
-                capture.spool.blocks_after(run.start().get(), run.end().get(), self.view.cut);
+                capture
+                    .spool
+                    .blocks_after(run.start().get(), run.end().get(), self.view.cut);
             for block in found.into_iter().map(BlockIndex::new) {
                 let one = Extent::between(block, block.next());
                 self.before_image(capture, block, self.part(capture, one, buffer))?;
@@ -118,7 +130,9 @@ impl SnapshotRead {
         run: Extent,
         buffer: &'b mut [u8],
     ) -> &'b mut [u8] {
-        let from = capture.geometry.bytes(run.start().since(self.extent.start())) as usize;
+        let from = capture
+            .geometry
+            .bytes(run.start().since(self.extent.start())) as usize;
         &mut buffer[from..][..capture.geometry.bytes(run.count()) as usize]
     }
 }
@@ -126,7 +140,9 @@ impl SnapshotRead {
 impl<M: Media> Capture<M> {
     /// Blocks of an extent that have a before-image for the cut: what the volume's holes say nothing about.
     pub fn spooled(&self, view: &View, extent: Extent) -> BlockSet {
-        let found = self.spool.blocks_after(extent.start().get(), extent.end().get(), view.cut);
+        let found = self
+            .spool
+            .blocks_after(extent.start().get(), extent.end().get(), view.cut);
         found
             .into_iter()
             .map(|block| Extent::between(BlockIndex::new(block), BlockIndex::new(block + 1)))

@@ -118,12 +118,22 @@ impl SnapshotTable {
         for _ in 0..count {
             let (id, cut, time_ms) = (reader.u64()?, reader.u64()?, reader.u64()?);
             let length = reader.u8()?;
-            let label = std::str::from_utf8(reader.bytes(length.into())?).map_err(|_| RecordError::Label)?;
-            snapshots.push(Snapshot { id, cut, time_ms, label: label.to_owned() });
+            let label = std::str::from_utf8(reader.bytes(length.into())?)
+                .map_err(|_| RecordError::Label)?;
+            snapshots.push(Snapshot {
+                id,
+                cut,
+                time_ms,
+                label: label.to_owned(),
+            });
         }
         reader.end()?;
         let ascending = snapshots.is_sorted_by(|a, b| a.cut < b.cut);
-        if ascending { Ok(Self { last_id, snapshots }) } else { Err(WireError::Range("order of snapshots").into()) }
+        if ascending {
+            Ok(Self { last_id, snapshots })
+        } else {
+            Err(WireError::Range("order of snapshots").into())
+        }
     }
 }
 
@@ -206,6 +216,12 @@ impl Identity {
             modified_ns: reader.u32()?,
         };
         reader.end()?;
-        Ok(Self { volume, geometry, clean, epoch_limit, file })
+        Ok(Self {
+            volume,
+            geometry,
+            clean,
+            epoch_limit,
+            file,
+        })
     }
 }

@@ -84,16 +84,37 @@ impl<M: Media> Capture<M> {
                     let whole = spool.rebuild(&media)?;
                     debug_assert!(whole, "an empty spool is whole");
                     let capture = Self::assemble(
-                        media, volume, geometry, tuning, restore(epoch - 1), spool, table, epoch - 1,
+                        media,
+                        volume,
+                        geometry,
+                        tuning,
+                        restore(epoch - 1),
+                        spool,
+                        table,
+                        epoch - 1,
                     );
                     return Ok((capture, Outcome::ProcessCrash));
                 }
                 let epoch = begin(&media, epoch);
                 let capture = Self::assemble(
-                    media, volume, geometry, tuning, restore(epoch - 1), spool, table, epoch - 1,
+                    media,
+                    volume,
+                    geometry,
+                    tuning,
+                    restore(epoch - 1),
+                    spool,
+                    table,
+                    epoch - 1,
                 );
                 capture.sweep();
-                Ok((capture, if clean { Outcome::Clean } else { Outcome::ProcessCrash }))
+                Ok((
+                    capture,
+                    if clean {
+                        Outcome::Clean
+                    } else {
+                        Outcome::ProcessCrash
+                    },
+                ))
             }
             other => {
                 let intent = restore(epoch_limit - 1);
@@ -106,7 +127,11 @@ impl<M: Media> Capture<M> {
                 match outcome {
                     Ok(()) => {
                         let doubtful = intent.set_regions();
-                        doubt.extend(doubtful.into_iter().map(|r| region_blocks(geometry, &tuning, r)));
+                        doubt.extend(
+                            doubtful
+                                .into_iter()
+                                .map(|r| region_blocks(geometry, &tuning, r)),
+                        );
                         doubt.union_with(&found.carry);
                         if let Some((_, changed)) = &found.interval {
                             doubt.union_with(changed);
@@ -121,8 +146,16 @@ impl<M: Media> Capture<M> {
                 media.words(Map::Tracking)[MARKS_WORD].store(0, SeqCst);
                 let spool = Spool::new(tuning.spool);
                 spool.rebuild(&media)?;
-                let capture =
-                    Self::assemble(media, volume, geometry, tuning, intent, spool, table, epoch - 1);
+                let capture = Self::assemble(
+                    media,
+                    volume,
+                    geometry,
+                    tuning,
+                    intent,
+                    spool,
+                    table,
+                    epoch - 1,
+                );
                 let outcome = match outcome {
                     Ok(()) => Outcome::PowerLoss(doubtful),
                     Err(reason) => Outcome::Everything(reason),
@@ -143,17 +176,29 @@ fn read_records<M: Media>(
             damage = Some(name);
         }
     };
-    let mut found =
-        Found { carry: BlockSet::new(), interval: None, snapshots: SnapshotTable::default() };
+    let mut found = Found {
+        carry: BlockSet::new(),
+        interval: None,
+        snapshots: SnapshotTable::default(),
+    };
     let all = geometry.all();
     if let Some(bytes) = media.get(Record::Carry)? {
-        take("carry", decode_carry(&bytes, all).map(|carry| found.carry = carry));
+        take(
+            "carry",
+            decode_carry(&bytes, all).map(|carry| found.carry = carry),
+        );
     }
     if let Some(bytes) = media.get(Record::Interval)? {
-        take("open interval", decode_cut(&bytes, all).map(|cut| found.interval = Some(cut)));
+        take(
+            "open interval",
+            decode_cut(&bytes, all).map(|cut| found.interval = Some(cut)),
+        );
     }
     if let Some(bytes) = media.get(Record::Snapshots)? {
-        take("snapshot table", SnapshotTable::decode(&bytes).map(|table| found.snapshots = table));
+        take(
+            "snapshot table",
+            SnapshotTable::decode(&bytes).map(|table| found.snapshots = table),
+        );
     }
     Ok((found, damage))
 }
@@ -183,7 +228,9 @@ fn examine<M: Media>(
         }
         media.read_volume(geometry.offset_of(block).get(), &mut block_bytes)?;
         if block_checksum(&block_bytes) != checksum {
-            return Ok(Err(format!("block {block} is not what was written to it last")));
+            return Ok(Err(format!(
+                "block {block} is not what was written to it last"
+            )));
         }
     }
     Ok(Ok(Judgement::Exact { clean }))
@@ -235,15 +282,38 @@ fn resume<M: Media>(
 
     let mut carry = found.carry;
     carry.union_with(&drained);
-    let mut table = Table { carry, changes, snapshots: found.snapshots, ..Table::default() };
-    let mut open = |cut| {
-        let view = Arc::new(View { cut, broken: AtomicBool::new(false) });
-        table.cuts.insert(cut, OpenCut { view, readers: 0, wanted: true });
+    let mut table = Table {
+        carry,
+        changes,
+        snapshots: found.snapshots,
+        ..Table::default()
     };
-    table.snapshots.snapshots.iter().for_each(|snapshot| open(snapshot.cut));
+    let mut open = |cut| {
+        let view = Arc::new(View {
+            cut,
+            broken: AtomicBool::new(false),
+        });
+        table.cuts.insert(
+            cut,
+            OpenCut {
+                view,
+                readers: 0,
+                wanted: true,
+            },
+        );
+    };
+    table
+        .snapshots
+        .snapshots
+        .iter()
+        .for_each(|snapshot| open(snapshot.cut));
     if let Some((cut, changed)) = found.interval {
         open(cut);
-        table.interval = Some(Interval { cut, changed: Arc::new(changed), recorded: true });
+        table.interval = Some(Interval {
+            cut,
+            changed: Arc::new(changed),
+            recorded: true,
+        });
     }
     Ok((table, epoch + 1))
 }
@@ -260,7 +330,10 @@ fn forget<M: Media>(media: &M, geometry: Geometry, table: Table) -> Result<Table
 /// Leaves nothing but a carry, in an order that another opening can take up anywhere.
 fn start_over<M: Media>(media: &M, carry: BlockSet, last_id: u64) -> Result<Table, CaptureError> {
     media.put(Record::Carry, Some(&encode_carry(&carry)))?;
-    let snapshots = SnapshotTable { last_id, snapshots: Vec::new() };
+    let snapshots = SnapshotTable {
+        last_id,
+        snapshots: Vec::new(),
+    };
     media.put(Record::Snapshots, Some(&snapshots.encode()))?;
     media.put(Record::Interval, None)?;
     for cut in media.changes()? {
@@ -271,7 +344,11 @@ fn start_over<M: Media>(media: &M, carry: BlockSet, last_id: u64) -> Result<Tabl
         media.instant()?;
     }
     Ring::clear(&media.words(Map::Tracking)[RING_WORD..]);
-    Ok(Table { carry, snapshots, ..Table::default() })
+    Ok(Table {
+        carry,
+        snapshots,
+        ..Table::default()
+    })
 }
 
 /// Begins an epoch.
@@ -283,5 +360,7 @@ fn begin<M: Media>(media: &M, epoch: u64) -> u64 {
 fn region_blocks(geometry: Geometry, tuning: &Tuning, region: u64) -> Extent {
     let start = region * tuning.region_bytes;
     let length = tuning.region_bytes.min(geometry.length() - start);
-    geometry.covering(start, length).intersect(Extent::new(BlockIndex::ZERO, geometry.block_count()))
+    geometry
+        .covering(start, length)
+        .intersect(Extent::new(BlockIndex::ZERO, geometry.block_count()))
 }

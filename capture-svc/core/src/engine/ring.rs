@@ -6,7 +6,10 @@
 
 use std::{
     hint,
-    sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::{Acquire, Relaxed, Release, SeqCst}},
+    sync::atomic::{
+        AtomicBool, AtomicU32, AtomicU64,
+        Ordering::{Acquire, Relaxed, Release, SeqCst},
+    },
 };
 
 use tidemark_block::{BlockIndex, Checksum128, Extent, block_checksum};
@@ -30,13 +33,18 @@ pub struct Ring {
 impl Default for Ring {
     fn default() -> Self {
         Self {
-            busy: std::iter::repeat_with(AtomicBool::default).take(RING_LEN).collect(),
+            busy: std::iter::repeat_with(AtomicBool::default)
+                .take(RING_LEN)
+                .collect(),
             writes: AtomicU32::new(0),
         }
     }
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "the upper 8 bits of a hash")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the upper 8 bits of a hash"
+)]
 const fn place_of(block: BlockIndex) -> usize {
     (block.get().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as usize
 }
@@ -51,7 +59,9 @@ impl Ring {
     /// Before blocks are written: makes their records invalid.
     pub fn invalidate(&self, words: &[AtomicU64], blocks: Extent) {
         if blocks.count().get() < RING_LEN as u64 {
-            blocks.iter().for_each(|block| self.invalidate_at(words, place_of(block), blocks));
+            blocks
+                .iter()
+                .for_each(|block| self.invalidate_at(words, place_of(block), blocks));
         } else {
             (0..RING_LEN).for_each(|place| self.invalidate_at(words, place, blocks));
         }
@@ -86,7 +96,10 @@ impl Ring {
     }
 
     fn acquire(&self, place: usize) {
-        while self.busy[place].compare_exchange_weak(false, true, Acquire, Relaxed).is_err() {
+        while self.busy[place]
+            .compare_exchange_weak(false, true, Acquire, Relaxed)
+            .is_err()
+        {
             hint::spin_loop();
         }
     }
@@ -98,13 +111,18 @@ impl Ring {
             let value =
                 u128::from(record[1].load(SeqCst)) | u128::from(record[2].load(SeqCst)) << 64;
             (tag != 0).then(|| {
-                (BlockIndex::new(tag - 1), Checksum128::from_bytes(value.to_le_bytes()))
+                (
+                    BlockIndex::new(tag - 1),
+                    Checksum128::from_bytes(value.to_le_bytes()),
+                )
             })
         })
     }
 
     /// Forgets all records.
     pub fn clear(words: &[AtomicU64]) {
-        words.chunks_exact(RECORD_WORDS).for_each(|record| record[0].store(0, SeqCst));
+        words
+            .chunks_exact(RECORD_WORDS)
+            .for_each(|record| record[0].store(0, SeqCst));
     }
 }

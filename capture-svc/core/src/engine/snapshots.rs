@@ -35,7 +35,13 @@ impl<M: Media> Capture<M> {
     fn drop_snapshot(&self, table: &mut Table, cut: u64) -> Result<(), CaptureError> {
         let snapshots = SnapshotTable {
             last_id: table.snapshots.last_id,
-            snapshots: table.snapshots.snapshots.iter().filter(|s| s.cut != cut).cloned().collect(),
+            snapshots: table
+                .snapshots
+                .snapshots
+                .iter()
+                .filter(|s| s.cut != cut)
+                .cloned()
+                .collect(),
         };
         self.put(Record::Snapshots, Some(&snapshots.encode()))?;
         table.snapshots = snapshots;
@@ -44,7 +50,11 @@ impl<M: Media> Capture<M> {
 
     /// Removes the records of changes that no two snapshots enclose.
     fn drop_changes(&self, table: &mut Table) -> Result<(), CaptureError> {
-        let oldest = table.snapshots.snapshots.first().map_or(u64::MAX, |snapshot| snapshot.cut);
+        let oldest = table
+            .snapshots
+            .snapshots
+            .first()
+            .map_or(u64::MAX, |snapshot| snapshot.cut);
         while let Some(&cut) = table.changes.first().filter(|&&cut| cut <= oldest) {
             self.put(Record::Changes(cut), None)?;
             table.changes.remove(&cut);
@@ -59,7 +69,12 @@ impl<M: Media> Capture<M> {
         epoch: u64,
         drained: &BlockSet,
     ) -> Result<(), CaptureError> {
-        let Some(newest) = table.snapshots.snapshots.last().map(|snapshot| snapshot.cut) else {
+        let Some(newest) = table
+            .snapshots
+            .snapshots
+            .last()
+            .map(|snapshot| snapshot.cut)
+        else {
             return Ok(());
         };
         if drained.is_empty() {
@@ -67,7 +82,11 @@ impl<M: Media> Capture<M> {
         }
         let mut union = drained.clone();
         let since: Vec<u64> = table.changes.range(newest + 1..epoch).copied().collect();
-        let merged = if since.len() >= self.tuning.changes_max { &since[..] } else { &[] };
+        let merged = if since.len() >= self.tuning.changes_max {
+            &since[..]
+        } else {
+            &[]
+        };
         for &cut in merged {
             union.union_with(&self.changes_of(cut)?);
         }
@@ -131,7 +150,10 @@ impl<M: Media> Capture<M> {
     pub fn close_view(&self, view: &Arc<View>) {
         let mut table = self.table.lock();
         // A cut that was given up has gone from the table already.
-        let Some(open) = table.cuts.get_mut(&view.cut).filter(|open| Arc::ptr_eq(&open.view, view))
+        let Some(open) = table
+            .cuts
+            .get_mut(&view.cut)
+            .filter(|open| Arc::ptr_eq(&open.view, view))
         else {
             return;
         };
@@ -175,7 +197,12 @@ impl<M: Media> Capture<M> {
     fn give_up(&self, table: &mut Table, cut: u64) -> Result<(), CaptureError> {
         if table.interval.as_ref().is_some_and(|open| open.cut == cut) {
             self.fold_interval(table)?;
-        } else if table.snapshots.snapshots.iter().any(|snapshot| snapshot.cut == cut) {
+        } else if table
+            .snapshots
+            .snapshots
+            .iter()
+            .any(|snapshot| snapshot.cut == cut)
+        {
             self.drop_snapshot(table, cut)?;
         }
         // Readers learn of it before the first before-image is freed.
@@ -189,5 +216,7 @@ impl<M: Media> Capture<M> {
 
 fn find(table: &Table, id: u64) -> Result<&Snapshot, CaptureError> {
     let mut snapshots = table.snapshots.snapshots.iter();
-    snapshots.find(|snapshot| snapshot.id == id).ok_or(CaptureError::NoSnapshot(id))
+    snapshots
+        .find(|snapshot| snapshot.id == id)
+        .ok_or(CaptureError::NoSnapshot(id))
 }

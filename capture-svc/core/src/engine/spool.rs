@@ -99,7 +99,9 @@ impl Numbers {
     }
 
     fn mark(&mut self, number: u64) -> bool {
-        let Ok(n) = u32::try_from(number).map(|number| number as usize / 64) else { return false };
+        let Ok(n) = u32::try_from(number).map(|number| number as usize / 64) else {
+            return false;
+        };
         if self.words.len() <= n {
             self.words.resize(n + 1, 0);
         }
@@ -110,7 +112,10 @@ impl Numbers {
     }
 
     fn free(&mut self, number: u64) {
-        if let Some(word) = usize::try_from(number / 64).ok().and_then(|n| self.words.get_mut(n)) {
+        if let Some(word) = usize::try_from(number / 64)
+            .ok()
+            .and_then(|n| self.words.get_mut(n))
+        {
             self.used -= u64::from(*word & 1 << (number % 64) != 0);
             *word &= !(1 << (number % 64));
         }
@@ -134,9 +139,14 @@ impl Spool {
     /// An empty spool.
     #[must_use]
     pub fn new(limits: SpoolLimits) -> Self {
-        let numbers = |max: u64| Numbers { max: max.min(u64::from(u32::MAX)), ..Numbers::default() };
+        let numbers = |max: u64| Numbers {
+            max: max.min(u64::from(u32::MAX)),
+            ..Numbers::default()
+        };
         Self {
-            shards: std::iter::repeat_with(Mutex::default).take(SHARDS as usize).collect(),
+            shards: std::iter::repeat_with(Mutex::default)
+                .take(SHARDS as usize)
+                .collect(),
             allocation: Mutex::new(Allocation {
                 entries: numbers(limits.entries_max),
                 slots: numbers(limits.slots_max),
@@ -173,7 +183,10 @@ impl Spool {
     }
 
     fn shard(&self, block: u64) -> &Mutex<BTreeMap<Key, u32>> {
-        #[allow(clippy::cast_possible_truncation, reason = "below the number of shards")]
+        #[allow(
+            clippy::cast_possible_truncation,
+            reason = "below the number of shards"
+        )]
         &self.shards[(block / SHARD_BLOCKS % SHARDS) as usize]
     }
 
@@ -188,7 +201,10 @@ impl Spool {
     pub fn find(&self, block: BlockIndex, cut: u64) -> Option<u32> {
         let shard = self.shard(block.get()).lock();
         let from = (block.get(), cut + 1);
-        shard.range(from..=(block.get(), u64::MAX)).next().map(|(_, &id)| id)
+        shard
+            .range(from..=(block.get(), u64::MAX))
+            .next()
+            .map(|(_, &id)| id)
     }
 
     /// Whether any before-image of the blocks in `first..end` is there from an epoch > `cut`; cheap for a range.
@@ -200,7 +216,10 @@ impl Spool {
             let stop = end.min((at / SHARD_BLOCKS + 1) * SHARD_BLOCKS);
             let shard = self.shard(at).lock();
             let keys = shard.range((at, 0)..(stop, 0)).map(|(&key, _)| key);
-            found.extend(keys.filter(|&(_, epoch)| epoch > cut).map(|(block, _)| block));
+            found.extend(
+                keys.filter(|&(_, epoch)| epoch > cut)
+                    .map(|(block, _)| block),
+            );
             at = stop;
         }
         found.dedup();
@@ -226,10 +245,17 @@ impl Spool {
             self.release(id, Some(slot));
             return Err(error.into());
         }
-        let entry = Entry { block: block.get(), epoch, slot: slot.unwrap_or(ZEROES), checksum };
+        let entry = Entry {
+            block: block.get(),
+            epoch,
+            slot: slot.unwrap_or(ZEROES),
+            checksum,
+        };
         entry.store(entry_words(media.words(Map::Slots), id));
         media.instant()?;
-        self.shard(block.get()).lock().insert((block.get(), epoch), id);
+        self.shard(block.get())
+            .lock()
+            .insert((block.get(), epoch), id);
         Ok(())
     }
 
@@ -293,7 +319,11 @@ impl Spool {
             return Ok(());
         }
         media.read_before(entry.slot, buffer)?;
-        if block_checksum(buffer) == entry.checksum { Ok(()) } else { Err(SpoolError::Damaged) }
+        if block_checksum(buffer) == entry.checksum {
+            Ok(())
+        } else {
+            Err(SpoolError::Damaged)
+        }
     }
 
     /// Frees what no open cut reads. `open` gives the open cuts, ascending; it is asked under the lock that also
@@ -375,7 +405,10 @@ fn entry_words(words: &[AtomicU64], id: u32) -> &[AtomicU64] {
     &words[id as usize * ENTRY_WORDS..][..ENTRY_WORDS]
 }
 
-#[allow(clippy::cast_possible_truncation, reason = "the two halves of 128 bits")]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "the two halves of 128 bits"
+)]
 fn halves(checksum: Checksum128) -> [u64; 2] {
     let value = u128::from_le_bytes(*checksum.as_bytes());
     [value as u64, (value >> 64) as u64]
@@ -398,20 +431,32 @@ impl Entry {
     fn store(self, words: &[AtomicU64]) {
         let fields = self.fields();
         words[0].store(0, SeqCst);
-        for (word, field) in words[1..].iter().zip(fields.iter().chain(&Self::seal(&fields))) {
+        for (word, field) in words[1..]
+            .iter()
+            .zip(fields.iter().chain(&Self::seal(&fields)))
+        {
             word.store(*field, SeqCst);
         }
         words[0].store(ENTRY_TAG, SeqCst);
     }
 
     fn load(words: &[AtomicU64]) -> Option<Self> {
-        let [tag, fields @ .., seal_low, seal_high] =
-            <[u64; ENTRY_WORDS]>::try_from(words.iter().map(|word| word.load(SeqCst)).collect::<Vec<_>>())
-                .ok()?;
+        let [tag, fields @ .., seal_low, seal_high] = <[u64; ENTRY_WORDS]>::try_from(
+            words
+                .iter()
+                .map(|word| word.load(SeqCst))
+                .collect::<Vec<_>>(),
+        )
+        .ok()?;
         let valid = tag == ENTRY_TAG && Self::seal(&fields) == [seal_low, seal_high];
         let [block, epoch, slot, low, high] = fields;
         let checksum =
             Checksum128::from_bytes((u128::from(low) | u128::from(high) << 64).to_le_bytes());
-        valid.then_some(Self { block, epoch, slot, checksum })
+        valid.then_some(Self {
+            block,
+            epoch,
+            slot,
+            checksum,
+        })
     }
 }

@@ -67,25 +67,62 @@ mod tests {
             epoch_limit: 8,
             file,
         };
-        let clean = Identity { clean: true, ..running };
+        let clean = Identity {
+            clean: true,
+            ..running
+        };
         let exact = |clean| Judgement::Exact { clean };
         let everything = |judgement: Judgement| matches!(judgement, Judgement::Everything(_));
 
         assert_eq!(judge(&running, &file), exact(false));
         assert_eq!(judge(&clean, &file), exact(true));
         // A running service modifies its file, so that the time says nothing.
-        assert_eq!(judge(&running, &FileIdentity { modified_ns: 8, ..file }), exact(false));
-        assert!(everything(judge(&clean, &FileIdentity { modified_ns: 8, ..file })));
-        for found in [FileIdentity { boot: [2; 16], ..file }, FileIdentity { mount: 3, ..file }] {
+        assert_eq!(
+            judge(
+                &running,
+                &FileIdentity {
+                    modified_ns: 8,
+                    ..file
+                }
+            ),
+            exact(false)
+        );
+        assert!(everything(judge(
+            &clean,
+            &FileIdentity {
+                modified_ns: 8,
+                ..file
+            }
+        )));
+        for found in [
+            FileIdentity {
+                boot: [2; 16],
+                ..file
+            },
+            FileIdentity { mount: 3, ..file },
+        ] {
             assert_eq!(judge(&running, &found), Judgement::PowerLoss);
             assert_eq!(judge(&clean, &found), exact(true));
         }
-        for found in [FileIdentity { inode: 6, ..file }, FileIdentity { filesystem: [4; 16], ..file }] {
+        for found in [
+            FileIdentity { inode: 6, ..file },
+            FileIdentity {
+                filesystem: [4; 16],
+                ..file
+            },
+        ] {
             assert!(everything(judge(&running, &found)));
             assert!(everything(judge(&clean, &found)));
         }
-        assert!(everything(judge(&running, &FileIdentity { device: 5, ..file })));
-        let rebooted = FileIdentity { boot: [2; 16], device: 5, ..file };
+        assert!(everything(judge(
+            &running,
+            &FileIdentity { device: 5, ..file }
+        )));
+        let rebooted = FileIdentity {
+            boot: [2; 16],
+            device: 5,
+            ..file
+        };
         assert_eq!(judge(&running, &rebooted), Judgement::PowerLoss);
     }
 }

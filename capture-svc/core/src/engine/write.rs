@@ -112,7 +112,16 @@ impl<'d> WriteOp<'d> {
             at = capture.geometry.offset_of(whole.start()).get();
             end = at + capture.geometry.bytes(whole.count());
         }
-        Self { epoch, change, offset, at, until: at, end, state: State::Region, kept: [0; KEPT_WORDS] }
+        Self {
+            epoch,
+            change,
+            offset,
+            at,
+            until: at,
+            end,
+            state: State::Region,
+            kept: [0; KEPT_WORDS],
+        }
     }
 
     /// The epoch the request entered with.
@@ -217,7 +226,11 @@ impl<'d> WriteOp<'d> {
             return Ok(Step::Again);
         }
         self.state = State::Intent;
-        Ok(if capture.intent.is_durable(region) { Step::Again } else { Step::AwaitIntent(region) })
+        Ok(if capture.intent.is_durable(region) {
+            Step::Again
+        } else {
+            Step::AwaitIntent(region)
+        })
     }
 
     fn blocks<M: Media>(&self, capture: &Capture<M>) -> Extent {
@@ -280,7 +293,8 @@ impl<'d> WriteOp<'d> {
         let kept = self.kept;
         let end = blocks.count().get();
         let is_kept = move |n: u64| {
-            usize::try_from(n / 64).is_ok_and(|word| kept[word.min(KEPT_WORDS - 1)] >> (n % 64) & 1 == 1)
+            usize::try_from(n / 64)
+                .is_ok_and(|word| kept[word.min(KEPT_WORDS - 1)] >> (n % 64) & 1 == 1)
         };
         let any = kept != [0; KEPT_WORDS];
         let mut at = 0;
@@ -314,17 +328,24 @@ impl<'d> WriteOp<'d> {
         match self.change {
             Change::Data(data) => {
                 #[allow(clippy::cast_possible_truncation, reason = "positions in a slice")]
-                let data = &data[(self.at - self.offset) as usize..(self.until - self.offset) as usize];
+                let data =
+                    &data[(self.at - self.offset) as usize..(self.until - self.offset) as usize];
                 capture.media.write_volume(self.at, data)?;
                 self.record(capture, data);
             }
             Change::Zeroes { allocated, .. } => {
-                capture.media.zero_volume(self.at, self.until - self.at, allocated)?;
+                capture
+                    .media
+                    .zero_volume(self.at, self.until - self.at, allocated)?;
             }
             Change::Trim { .. } => {
                 for run in self.runs(capture) {
                     let offset = capture.geometry.offset_of(run.start()).get();
-                    capture.media.zero_volume(offset, capture.geometry.bytes(run.count()), false)?;
+                    capture.media.zero_volume(
+                        offset,
+                        capture.geometry.bytes(run.count()),
+                        false,
+                    )?;
                 }
             }
         }
@@ -340,7 +361,11 @@ impl<'d> WriteOp<'d> {
             let from = capture.geometry.offset_of(whole.start()).get() - self.at;
             if let Ok(from) = usize::try_from(from) {
                 let size = capture.geometry.block_size().as_usize();
-                capture.ring.record(capture.ring_words(), whole.start(), &data[from..from + size]);
+                capture.ring.record(
+                    capture.ring_words(),
+                    whole.start(),
+                    &data[from..from + size],
+                );
             }
         }
     }
@@ -358,7 +383,9 @@ fn copy_block<M: Media>(
     epoch: u64,
     scratch: &mut [u8],
 ) -> Result<(), SpoolError> {
-    capture.media.read_volume(capture.geometry.offset_of(block).get(), scratch)?;
+    capture
+        .media
+        .read_volume(capture.geometry.offset_of(block).get(), scratch)?;
     capture.spool.store(&capture.media, block, epoch, scratch)?;
     capture.counters.copied.fetch_add(1, SeqCst);
     Ok(())
