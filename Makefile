@@ -37,7 +37,8 @@ doc: ## build the API documentation, warnings are errors
 
 deny: ## check licences, sources and duplicate versions of the dependencies (installs cargo-deny)
 	@integration/setup.sh --deny
-	$(CARGO) deny --workspace check --disable-fetch bans licenses sources
+	$(CARGO) fetch --locked
+	$(CARGO) deny --offline --workspace check bans licenses sources
 
 clean: ## remove everything that was built
 	$(CARGO) clean
