@@ -6,11 +6,13 @@
 //! performs it and replies.
 //!
 //! In the order in which data meets them: [`exports`] (which device a name means, and who uses it),
-//! [`device`] (what a request may ask of it), [`errno`] (how a failure is told to the client).
+//! [`device`] (what a request may ask of it), [`errno`] (how a failure is told to the client), [`nbd`] (the server).
 
 pub mod device;
 pub mod errno;
 pub mod exports;
+pub mod nbd;
 
 pub use device::{AllocationExtent, BlockDevice, Durability, ZeroFlags};
 pub use exports::{ConnectError, ConnectedClient, Export, ExportRegistry, Exports, RegistryError};
+pub use nbd::{NbdAddress, NbdServer};
