@@ -238,8 +238,28 @@ impl ChecksumTable {
         &self,
         checksums: impl IntoIterator<Item = (BlockIndex, Checksum128)>,
     ) -> io::Result<()> {
+        self.apply_with(checksums, false)
+    }
+
+    /// As [`Self::apply`], after a crash in the middle of the same: groups and leaves are written also where the
+    /// blocks have these checksums already.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn reapply(
+        &self,
+        checksums: impl IntoIterator<Item = (BlockIndex, Checksum128)>,
+    ) -> io::Result<()> {
+        self.apply_with(checksums, true)
+    }
+
+    fn apply_with(
+        &self,
+        checksums: impl IntoIterator<Item = (BlockIndex, Checksum128)>,
+        again: bool,
+    ) -> io::Result<()> {
         self.write(|| {
-            let mut change = Change::new(self);
+            let mut change = Change::new(self, again);
             for (block, checksum) in checksums {
                 change.set(block, checksum)?;
             }
@@ -252,6 +272,18 @@ impl ChecksumTable {
     /// # Errors
     /// As [`Self::apply`].
     pub fn apply_zero(&self, extent: Extent) -> io::Result<()> {
+        self.apply_zero_with(extent, false)
+    }
+
+    /// As [`Self::apply_zero`], after a crash in the middle of the same.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn reapply_zero(&self, extent: Extent) -> io::Result<()> {
+        self.apply_zero_with(extent, true)
+    }
+
+    fn apply_zero_with(&self, extent: Extent, again: bool) -> io::Result<()> {
         self.write(|| {
             for leaf in leaves_of(extent) {
                 let whole = digest::leaf_extent(self.layout.geometry, leaf);
@@ -259,7 +291,7 @@ impl ChecksumTable {
                 if part == whole {
                     self.zero_leaf(leaf, whole)?;
                 } else {
-                    let mut change = Change::new(self);
+                    let mut change = Change::new(self, again);
                     part.iter()
                         .try_for_each(|block| change.set(block, Checksum128::ZERO))?;
                     change.finish()?;
@@ -449,6 +481,7 @@ struct Change<'a> {
     table: &'a ChecksumTable,
     group: Option<Node>,
     leaf: Option<Node>,
+    again: bool,
 }
 
 struct Node {
@@ -458,11 +491,12 @@ struct Node {
 }
 
 impl<'a> Change<'a> {
-    const fn new(table: &'a ChecksumTable) -> Self {
+    const fn new(table: &'a ChecksumTable, again: bool) -> Self {
         Self {
             table,
             group: None,
             leaf: None,
+            again,
         }
     }
 
@@ -481,14 +515,14 @@ impl<'a> Change<'a> {
                 self.leaf = Some(Node {
                     number: leaf,
                     children,
-                    changed: false,
+                    changed: self.again,
                 });
             }
             let children = self.table.blocks(number)?;
             self.group = Some(Node {
                 number,
                 children,
-                changed: false,
+                changed: self.again,
             });
         }
         if let Some(group) = &mut self.group {
@@ -671,6 +705,39 @@ mod tests {
         assert_ne!(table.digest().unwrap(), digest);
         table.rebuild_upper_levels().unwrap();
         assert_eq!(table.digest().unwrap(), digest);
+    }
+
+    #[test]
+    fn an_apply_torn_by_a_crash_is_completed_by_repeating_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("table");
+        let g = geometry(3000);
+        let table = ChecksumTable::create(&path, VOLUME, g).unwrap();
+        let block = |n| BlockIndex::new(n);
+        let changes = [
+            (block(3), sum(1)),
+            (block(1500), sum(2)),
+            (block(2999), sum(3)),
+        ];
+        let zero = Extent::between(block(10), block(20));
+        table.apply((0..20).map(|n| (block(n), sum(9)))).unwrap();
+        table.apply(changes).unwrap();
+        table.apply_zero(zero).unwrap();
+        let whole = table.digest().unwrap();
+        // The blocks were written, groups and leaves were not.
+        table
+            .file
+            .write_all_at(
+                &vec![0; usize::try_from(table.layout.blocks_at).unwrap()],
+                0,
+            )
+            .unwrap();
+        assert_ne!(table.digest().unwrap(), whole);
+        table.reapply((0..3).map(|n| (block(n), sum(9)))).unwrap();
+        table.reapply(changes).unwrap();
+        table.reapply((4..10).map(|n| (block(n), sum(9)))).unwrap();
+        table.reapply_zero(zero).unwrap();
+        assert_eq!(table.digest().unwrap(), whole);
     }
 
     #[test]
