@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod service;
+pub mod uplink;
 
 pub use config::Config;
 pub use service::{Running, start};

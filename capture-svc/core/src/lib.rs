@@ -1,6 +1,6 @@
 //! Decisions of the capture service, free of I/O.
 
-pub mod engine;
 pub mod codec;
+pub mod engine;
 pub mod interval;
 pub mod uplink;

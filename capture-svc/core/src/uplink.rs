@@ -109,6 +109,8 @@ pub enum Event {
     Adopted,
     /// The table is that of the base.
     TableRepaired,
+    /// The table is not that of the base any more.
+    TableLost,
     /// The interval is given up and forgotten.
     Dropped,
     /// A cut was made, and the interval's id is durable.
@@ -214,6 +216,7 @@ impl Uplink {
                 }
             }
             Event::TableRepaired => self.facts.table_sound = true,
+            Event::TableLost => self.facts.table_sound = false,
             Event::Dropped | Event::GivenUp => {
                 self.drop = false;
                 self.facts.own = OwnInterval::None;

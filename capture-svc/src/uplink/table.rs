@@ -1,0 +1,142 @@
+//! The checksum table of the base, and who may look at it when.
+//!
+//! A cache of what the vault holds. It is changed only after "base = g" is durable, together with the release of the
+//! engine's interval, under the write lock: a reader that holds the read lock sees tracking and table fit together.
+
+use std::{io, path::Path, sync::Arc};
+
+use anyhow::{Context, Result};
+use parking_lot::{RwLock, RwLockReadGuard};
+use tidemark_block::{BlockIndex, Checksum128, Extent, Geometry, VolumeId};
+use tidemark_disk::{ChecksumTable, TableError};
+
+use super::pending::{Entry, PendingKey, PendingReader};
+
+/// The table, and whether it is known to be that of the base.
+#[derive(Debug)]
+pub(crate) struct BaseTable {
+    table: Arc<ChecksumTable>,
+    sound: RwLock<bool>,
+}
+
+impl BaseTable {
+    /// Opens the table of a volume; makes a new one, that is not sound, where there is none to be used.
+    pub(crate) fn open(path: &Path, volume: VolumeId, geometry: Geometry) -> Result<Self> {
+        let (table, found) = match ChecksumTable::open(path, volume, geometry) {
+            Ok(table) => (table, true),
+            Err(error) => {
+                if !matches!(error, TableError::Missing(_)) {
+                    tracing::warn!(%volume, %error, "the checksum table is made anew");
+                }
+                let table = ChecksumTable::create(path, volume, geometry)
+                    .with_context(|| format!("create the checksum table {}", path.display()))?;
+                (table, false)
+            }
+        };
+        Ok(Self {
+            table: Arc::new(table),
+            sound: RwLock::new(found),
+        })
+    }
+
+    /// Takes a table as that of the base.
+    #[cfg(test)]
+    pub(crate) const fn over(table: Arc<ChecksumTable>) -> Self {
+        Self {
+            table,
+            sound: RwLock::new(true),
+        }
+    }
+
+    /// The table itself, for whoever knows that it doesn't change meanwhile.
+    pub(crate) const fn table(&self) -> &Arc<ChecksumTable> {
+        &self.table
+    }
+
+    /// Whether the table is that of the base.
+    pub(crate) fn is_sound(&self) -> bool {
+        *self.sound.read()
+    }
+
+    /// Says whether the table is that of the base.
+    pub(crate) fn set_sound(&self, sound: bool) {
+        *self.sound.write() = sound;
+    }
+
+    /// Keeps the table, and the tracking it goes with, as they are until the guard is dropped. None where the table
+    /// isn't that of the base.
+    pub(crate) fn steady(&self) -> Option<RwLockReadGuard<'_, bool>> {
+        Some(self.sound.read()).filter(|sound| **sound)
+    }
+
+    /// Releases an interval and applies its checksums, as one step for whoever holds [`Self::steady`]. The table is
+    /// not sound any more where its checksums are not all there.
+    pub(crate) fn advance(
+        &self,
+        pending: Option<(&Path, PendingKey)>,
+        release: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let mut sound = self.sound.write();
+        let released = release();
+        let Some((path, key)) = pending else {
+            return released;
+        };
+        // The base is recorded: the table follows it, whatever became of the release.
+        *sound = match self.apply(path, key, false) {
+            Ok(complete) => complete,
+            Err(error) => {
+                tracing::error!(%error, "the interval's checksums can't be applied; the table will be fetched again");
+                false
+            }
+        };
+        released
+    }
+
+    /// Applies an interval's checksums again, after a crash that may have torn the first time. False where they are
+    /// not all there.
+    pub(crate) fn replay(&self, path: &Path, key: PendingKey) -> io::Result<bool> {
+        let mut sound = self.sound.write();
+        *sound = false;
+        *sound = super::pending::is_complete(path, key)? && self.apply(path, key, true)?;
+        Ok(*sound)
+    }
+
+    fn apply(&self, path: &Path, key: PendingKey, again: bool) -> io::Result<bool> {
+        let Some(mut reader) = PendingReader::open(path, key)? else {
+            return Ok(false);
+        };
+        let mut run: Vec<(BlockIndex, Checksum128)> = Vec::new();
+        let apply = |run: &mut Vec<(BlockIndex, Checksum128)>| match again {
+            false => self.table.apply(run.drain(..)),
+            true => self.table.reapply(run.drain(..)),
+        };
+        while let Some(entry) = reader.next()? {
+            match entry {
+                Entry::Data(extents, sums) => {
+                    run.extend(extents.iter().flat_map(|e: &Extent| e.iter()).zip(sums));
+                    if run.len() >= RUN_BLOCKS {
+                        apply(&mut run)?;
+                    }
+                }
+                Entry::Zero(extents) => {
+                    apply(&mut run)?;
+                    for extent in extents {
+                        match again {
+                            false => self.table.apply_zero(extent)?,
+                            true => self.table.reapply_zero(extent)?,
+                        }
+                    }
+                }
+                Entry::Batch(_) => {}
+                Entry::End(_) => {
+                    apply(&mut run)?;
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// Checksums gathered before they are applied.
+const RUN_BLOCKS: usize = 16 << 10;
