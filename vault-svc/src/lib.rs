@@ -1,22 +1,45 @@
 //! The vault service: receives intervals, commits generations, keeps and serves them.
+//!
+//! In the order of the data: [`rpc`] → [`ship`] (one interval) → [`volume`] (manifest and checksum table) →
+//! [`store`]; back out through [`image`]; beside it [`upkeep`] (retention, reclaim).
 
+mod cache;
 pub mod config;
+mod error;
+pub mod image;
+mod rpc;
+mod ship;
+pub mod store;
+mod upkeep;
+mod vault;
+mod volume;
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, sync::Arc};
 
 use anyhow::{Context, Result};
-use tidemark_proto::FILE_DESCRIPTOR_SET;
-use tokio::{sync::watch, task::JoinHandle};
+use tidemark_proto::{
+    FILE_DESCRIPTOR_SET,
+    vault::v1::{ingest_server::IngestServer, vault_server::VaultServer},
+};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+    task::JoinHandle,
+};
 use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Server;
+use tonic_health::ServingStatus;
 
 pub use config::Config;
+pub use vault::Vault;
+
+use crate::rpc::Service;
 
 /// A vault that serves until it is told to stop.
 #[derive(Debug)]
 pub struct Running {
     /// Where it listens; the port is the real one.
     pub listen_addr: SocketAddr,
+    vault: Arc<Vault>,
     stop: watch::Sender<bool>,
     server: JoinHandle<Result<()>>,
 }
@@ -28,43 +51,78 @@ impl Running {
     /// The server had failed before, or the last writes failed; nothing committed is lost then.
     pub async fn shutdown(self) -> Result<()> {
         self.stop.send_replace(true);
-        self.server.await.context("join the server task")?
+        let served = self.server.await.context("join the server task")?;
+        self.vault.close().await?;
+        served
+    }
+
+    /// The vault itself.
+    #[must_use]
+    pub fn vault(&self) -> &Arc<Vault> {
+        &self.vault
     }
 }
 
 /// Opens the vault and serves it.
 ///
 /// # Errors
-/// The configuration is invalid, a directory belongs to another vault, or the address is taken.
+/// The configuration is invalid, a directory is in use or belongs to another vault, or the address is taken.
 pub async fn start(config: Config) -> Result<Running> {
     config.validate()?;
-    let listener = tokio::net::TcpListener::bind(config.listen)
+    let listen = config.listen;
+    let listener = TcpListener::bind(listen)
         .await
-        .with_context(|| format!("listen on {}", config.listen))?;
+        .with_context(|| format!("listen on {listen}"))?;
+    let vault = Vault::open(config).await?;
+    serve(vault, listener).await
+}
+
+/// Serves an open vault.
+///
+/// # Errors
+/// The listener fails.
+pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> {
     let listen_addr = listener
         .local_addr()
         .context("read the listener's address")?;
-    let (stop, mut stopping) = watch::channel(false);
+    let (stop, stopping) = watch::channel(false);
+    let service = Service {
+        restores: Arc::new(Semaphore::new(vault.config().restores_max as usize)),
+        vault: Arc::clone(&vault),
+        stopping: stopping.clone(),
+    };
     let (health, health_service) = tonic_health::server::health_reporter();
-    health
-        .set_service_status("", tonic_health::ServingStatus::Serving)
-        .await;
-    let reflection = tonic_reflection::server::Builder::configure()
-        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+    health.set_service_status("", ServingStatus::Serving).await;
+    health.set_serving::<IngestServer<Service>>().await;
+    health.set_serving::<VaultServer<Service>>().await;
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+    };
+    let reflection_v1 = reflection()
         .build_v1()
         .context("build the reflection service")?;
+    let reflection_v1alpha = reflection()
+        .build_v1alpha()
+        .context("build the reflection service")?;
+    let router = rpc::builder(vault.config().bytes_in_flight_max.get())
+        .add_service(health_service)
+        .add_service(reflection_v1)
+        .add_service(reflection_v1alpha)
+        .add_service(service.ingest())
+        .add_service(service.reader());
+    let mut signal = stopping.clone();
     let server = tokio::spawn(async move {
-        Server::builder()
-            .add_service(health_service)
-            .add_service(reflection)
+        router
             .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
-                let _ = stopping.wait_for(|stop| *stop).await;
+                let _ = signal.wait_for(|stop| *stop).await;
             })
             .await
             .context("serve")
     });
     Ok(Running {
         listen_addr,
+        vault,
         stop,
         server,
     })

@@ -12,8 +12,8 @@ use std::collections::VecDeque;
 
 use thiserror::Error;
 use tidemark_block::{
-    Checksum128, Epoch, Extent, GenerationId, Geometry, ImageDigest, IntervalId, Sequence, VolumeId,
-    WriterTerm,
+    BlockCount, Checksum128, Coherence, Epoch, Extent, GenerationId, Geometry, ImageDigest,
+    IntervalId, Receipt, Sequence, Trigger, VolumeId, WriterTerm,
 };
 
 pub use codec::{Current, StoreMarker};
@@ -53,13 +53,13 @@ pub const PAGE_REF_LEN: usize = 72;
 /// Bytes of a condemned object's record.
 pub const CONDEMNED_LEN: usize = 48;
 
-/// How trustworthy a cut is for the workload; the numbers are those of the protocol.
+/// How and why a cut was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CutKind {
-    /// `Coherence` of the protocol.
-    pub coherence: u8,
-    /// `Trigger` of the protocol.
-    pub trigger: u8,
+    /// How trustworthy it is for the workload.
+    pub coherence: Coherence,
+    /// Why it was made.
+    pub trigger: Trigger,
 }
 
 /// A retained generation.
@@ -136,6 +136,26 @@ pub struct Recent {
     pub frame_bytes: u64,
     /// The source's epoch that the cut closed.
     pub epoch: Epoch,
+}
+
+impl Recent {
+    /// The receipt, as it was given.
+    #[must_use]
+    pub const fn receipt(&self, volume: VolumeId) -> Receipt {
+        Receipt {
+            volume,
+            interval: self.interval,
+            generation: self.generation,
+            created: true,
+            image_digest: self.digest,
+            changed_blocks: BlockCount::new(self.changed_blocks),
+            frame_bytes: self.frame_bytes,
+            cut_time_ms: self.cut_time_ms,
+            committed_time_ms: self.committed_time_ms,
+            coherence: self.cut.coherence,
+            trigger: self.cut.trigger,
+        }
+    }
 }
 
 /// Names an immutable page of segment records, and sums it up.
@@ -335,17 +355,26 @@ impl Manifest {
     /// A retained generation.
     #[must_use]
     pub fn generation(&self, id: GenerationId) -> Option<&Generation> {
-        self.generations.iter().find(|generation| generation.id == id)
+        self.generations
+            .iter()
+            .find(|generation| generation.id == id)
     }
 
     /// What became of an interval, where it was committed and is still remembered.
     #[must_use]
     pub fn committed(&self, interval: IntervalId) -> Option<&Recent> {
-        self.recent.iter().rev().find(|recent| recent.interval == interval)
+        self.recent
+            .iter()
+            .rev()
+            .find(|recent| recent.interval == interval)
     }
 
     /// Names a new generation and its segments; returns the pages to put before the manifest.
-    pub fn push_generation(&mut self, generation: Generation, segments: Vec<SegmentRecord>) -> Vec<NewPage> {
+    pub fn push_generation(
+        &mut self,
+        generation: Generation,
+        segments: Vec<SegmentRecord>,
+    ) -> Vec<NewPage> {
         self.recent.push_back(generation.recent());
         while self.recent.len() > RECENT_MAX {
             self.recent.pop_front();
@@ -377,12 +406,21 @@ impl Manifest {
     #[must_use]
     pub fn named_bytes(&self) -> u64 {
         let paged: u64 = self.pages.iter().map(|page| page.stored_bytes).sum();
-        paged + self.tail.iter().map(|segment| segment.file_len).sum::<u64>()
+        paged
+            + self
+                .tail
+                .iter()
+                .map(|segment| segment.file_len)
+                .sum::<u64>()
     }
 
     /// Number of segments that images are read from.
     #[must_use]
     pub fn segment_count(&self) -> u64 {
-        self.pages.iter().map(|page| u64::from(page.count)).sum::<u64>() + self.tail.len() as u64
+        self.pages
+            .iter()
+            .map(|page| u64::from(page.count))
+            .sum::<u64>()
+            + self.tail.len() as u64
     }
 }

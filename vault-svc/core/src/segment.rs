@@ -10,8 +10,8 @@ mod writer;
 
 use thiserror::Error;
 use tidemark_block::{
-    BlockCount, BlockIndex, Checksum128, Epoch, Extent, Geometry, GenerationId, IntervalId, SegmentId,
-    Sequence, VolumeId,
+    BlockCount, BlockIndex, Checksum128, Epoch, Extent, GenerationId, Geometry, IntervalId,
+    SegmentId, Sequence, VolumeId,
     wire::{self, ENVELOPE_LEN, Reader, WireError},
 };
 
@@ -217,7 +217,8 @@ impl SegmentRecord {
         if self.index_at < FRAMES_AT || end != Some(self.file_len) {
             return Err(WireError::Range("segment's sections"));
         }
-        if self.data_blocks.get() > DATA_BLOCKS_MAX || checksums != Some(self.checksums_len.into()) {
+        if self.data_blocks.get() > DATA_BLOCKS_MAX || checksums != Some(self.checksums_len.into())
+        {
             return Err(WireError::Range("segment's checksum section"));
         }
         if self.sequences.0 > self.sequences.1 {
@@ -228,7 +229,10 @@ impl SegmentRecord {
 }
 
 /// Reads first block and the one behind the last.
-pub(crate) fn read_extent(reader: &mut Reader<'_>, what: &'static str) -> Result<Extent, WireError> {
+pub(crate) fn read_extent(
+    reader: &mut Reader<'_>,
+    what: &'static str,
+) -> Result<Extent, WireError> {
     let start = BlockIndex::new(reader.u64()?);
     let end = BlockIndex::new(reader.u64()?);
     if start > end {
@@ -297,7 +301,8 @@ impl Footer {
         if record.file_len != file_len {
             return Err(WireError::Range("segment's length").into());
         }
-        if (reader.u64()?, reader.u64()?) != (geometry.length(), geometry.block_size().get().into()) {
+        if (reader.u64()?, reader.u64()?) != (geometry.length(), geometry.block_size().get().into())
+        {
             return Err(WireError::Range("segment's geometry").into());
         }
         let origin = SegmentOrigin {
@@ -324,7 +329,10 @@ impl Footer {
     }
 }
 
-pub(crate) fn misplaced(found: &impl std::fmt::Display, expected: &impl std::fmt::Display) -> FormatError {
+pub(crate) fn misplaced(
+    found: &impl std::fmt::Display,
+    expected: &impl std::fmt::Display,
+) -> FormatError {
     FormatError::Misplaced {
         found: found.to_string(),
         expected: expected.to_string(),

@@ -1,15 +1,15 @@
 //! Bytes of manifests, of the advisory object and of the store's marker.
 
 use tidemark_block::{
-    BlockSize, Checksum128, Epoch, GenerationId, Geometry, ImageDigest, IntervalId, SegmentId, Sequence,
-    VolumeId, WriterTerm,
+    BlockSize, Checksum128, Coherence, Epoch, GenerationId, Geometry, ImageDigest, IntervalId,
+    SegmentId, Sequence, Trigger, VolumeId, WriterTerm,
     wire::{self, Reader, WireError},
 };
 
 use super::{
     CONDEMNED_MAX, CURRENT_MAGIC, Condemned, CondemnedObject, CutKind, GENERATIONS_MAX, Generation,
-    MANIFEST_MAGIC, MARKER_MAGIC, Manifest, NAME_LEN_MAX, PAGE_RECORDS, PAGES_MAX, PageRef, RECENT_MAX,
-    Recent, VERSION,
+    MANIFEST_MAGIC, MARKER_MAGIC, Manifest, NAME_LEN_MAX, PAGE_RECORDS, PAGES_MAX, PageRef,
+    RECENT_MAX, Recent, VERSION,
 };
 use crate::segment::{FormatError, SegmentRecord, misplaced, read_extent};
 
@@ -19,7 +19,10 @@ impl Manifest {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         out.extend_from_slice(self.volume.as_bytes());
-        put_words(&mut out, &[self.version, self.written_ms, self.geometry.length()]);
+        put_words(
+            &mut out,
+            &[self.version, self.written_ms, self.geometry.length()],
+        );
         out.extend_from_slice(&self.geometry.block_size().get().to_le_bytes());
         put_name(&mut out, &self.name);
         put_name(&mut out, &self.source);
@@ -29,7 +32,9 @@ impl Manifest {
         put_list(&mut out, self.generations.iter(), put_generation);
         put_list(&mut out, self.recent.iter(), put_recent);
         put_list(&mut out, self.pages.iter(), put_page_ref);
-        put_list(&mut out, self.tail.iter(), |out, segment| segment.encode(out));
+        put_list(&mut out, self.tail.iter(), |out, segment| {
+            segment.encode(out)
+        });
         put_list(&mut out, self.condemned.iter(), put_condemned);
         wire::seal(MANIFEST_MAGIC, VERSION, &out)
     }
@@ -47,7 +52,10 @@ impl Manifest {
         }
         let found = r.u64()?;
         if found != version {
-            return Err(misplaced(&format!("version {found}"), &format!("version {version}")));
+            return Err(misplaced(
+                &format!("version {found}"),
+                &format!("version {version}"),
+            ));
         }
         let written_ms = r.u64()?;
         let length = r.u64()?;
@@ -56,7 +64,8 @@ impl Manifest {
             volume,
             version,
             written_ms,
-            geometry: Geometry::new(length, block_size).map_err(|_| WireError::Range("geometry"))?,
+            geometry: Geometry::new(length, block_size)
+                .map_err(|_| WireError::Range("geometry"))?,
             name: take_name(&mut r)?,
             source: take_name(&mut r)?,
             term: WriterTerm::new(r.u64()?),
@@ -74,7 +83,9 @@ impl Manifest {
 }
 
 pub(super) fn put_words(out: &mut Vec<u8>, words: &[u64]) {
-    words.iter().for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
+    words
+        .iter()
+        .for_each(|word| out.extend_from_slice(&word.to_le_bytes()));
 }
 
 fn put_name(out: &mut Vec<u8>, name: &str) {
@@ -117,7 +128,7 @@ pub(super) fn take_list<T>(
 }
 
 fn put_cut(out: &mut Vec<u8>, cut: CutKind) {
-    out.extend_from_slice(&[cut.coherence, cut.trigger, 0, 0, 0, 0, 0, 0]);
+    out.extend_from_slice(&[cut.coherence.code(), cut.trigger.code(), 0, 0, 0, 0, 0, 0]);
 }
 
 fn take_cut(r: &mut Reader<'_>) -> Result<CutKind, WireError> {
@@ -125,7 +136,10 @@ fn take_cut(r: &mut Reader<'_>) -> Result<CutKind, WireError> {
     if reserved != [0; 6] {
         return Err(WireError::Range("reserved field"));
     }
-    Ok(CutKind { coherence, trigger })
+    Ok(CutKind {
+        coherence: Coherence::from_code(coherence).ok_or(WireError::Range("coherence"))?,
+        trigger: Trigger::from_code(trigger).ok_or(WireError::Range("trigger"))?,
+    })
 }
 
 fn put_generation(out: &mut Vec<u8>, generation: &Generation) {
@@ -182,7 +196,11 @@ fn put_recent(out: &mut Vec<u8>, recent: &Recent) {
     put_cut(out, recent.cut);
     put_words(
         out,
-        &[recent.changed_blocks, recent.frame_bytes, recent.epoch.get()],
+        &[
+            recent.changed_blocks,
+            recent.frame_bytes,
+            recent.epoch.get(),
+        ],
     );
 }
 
@@ -241,7 +259,10 @@ fn put_condemned(out: &mut Vec<u8>, condemned: &Condemned) {
     out.extend_from_slice(&kind.to_le_bytes());
     out.extend_from_slice(&part.to_le_bytes());
     out.extend_from_slice(&name);
-    put_words(out, &[condemned.length, condemned.version, condemned.time_ms]);
+    put_words(
+        out,
+        &[condemned.length, condemned.version, condemned.time_ms],
+    );
 }
 
 fn take_condemned(r: &mut Reader<'_>) -> Result<Condemned, WireError> {

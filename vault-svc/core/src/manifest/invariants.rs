@@ -92,24 +92,39 @@ fn generations(manifest: &Manifest) -> Result<(), Violation> {
         if head.id >= manifest.next_generation || head.parent >= head.id {
             return Err(Violation::Order(head.id));
         }
-        if manifest.committed(head.interval).is_none_or(|recent| recent.generation != head.id) {
+        if manifest
+            .committed(head.interval)
+            .is_none_or(|recent| recent.generation != head.id)
+        {
             return Err(Violation::Receipt(head.id));
         }
     }
     let mut seen = HashSet::new();
-    match manifest.recent.iter().find(|recent| !seen.insert(recent.interval)) {
+    match manifest
+        .recent
+        .iter()
+        .find(|recent| !seen.insert(recent.interval))
+    {
         Some(recent) => Err(Violation::Doubled(recent.generation)),
         None => Ok(()),
     }
 }
 
 fn segments(manifest: &Manifest) -> Result<(), Violation> {
-    let condemned = manifest.condemned.iter().filter_map(|condemned| match condemned.object {
-        CondemnedObject::Segment(id) => Some(id),
-        CondemnedObject::Page(_) => None,
-    });
+    let condemned = manifest
+        .condemned
+        .iter()
+        .filter_map(|condemned| match condemned.object {
+            CondemnedObject::Segment(id) => Some(id),
+            CondemnedObject::Page(_) => None,
+        });
     let mut seen = HashSet::new();
-    for id in manifest.tail.iter().map(|segment| segment.id).chain(condemned) {
+    for id in manifest
+        .tail
+        .iter()
+        .map(|segment| segment.id)
+        .chain(condemned)
+    {
         if !seen.insert(id) {
             return Err(Violation::Named(id));
         }

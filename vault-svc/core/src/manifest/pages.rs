@@ -52,14 +52,30 @@ pub fn decode_page(bytes: &[u8], name: Checksum128) -> Result<Vec<SegmentRecord>
 fn new_page(records: Vec<SegmentRecord>) -> (PageRef, NewPage) {
     let bytes = encode_page(&records);
     let name = xxh3_128(&bytes);
-    let start = records.iter().map(|r| r.blocks.start()).min().unwrap_or(BlockIndex::ZERO);
-    let end = records.iter().map(|r| r.blocks.end()).max().unwrap_or(start);
+    let start = records
+        .iter()
+        .map(|r| r.blocks.start())
+        .min()
+        .unwrap_or(BlockIndex::ZERO);
+    let end = records
+        .iter()
+        .map(|r| r.blocks.end())
+        .max()
+        .unwrap_or(start);
     let reference = PageRef {
         name,
         count: u32::try_from(records.len()).unwrap_or(u32::MAX),
         sequences: (
-            records.iter().map(|r| r.sequences.0).min().unwrap_or(Sequence::ZERO),
-            records.iter().map(|r| r.sequences.1).max().unwrap_or(Sequence::ZERO),
+            records
+                .iter()
+                .map(|r| r.sequences.0)
+                .min()
+                .unwrap_or(Sequence::ZERO),
+            records
+                .iter()
+                .map(|r| r.sequences.1)
+                .max()
+                .unwrap_or(Sequence::ZERO),
         ),
         blocks: Extent::between(start, end),
         stored_bytes: records.iter().map(|r| r.file_len).sum(),
@@ -137,9 +153,16 @@ impl Manifest {
         self.tail.extend(added);
         let made = self.spill();
         // A page with the same content is named again: it is not to be deleted.
-        condemned.retain(|c| !made.iter().any(|page| c.object == CondemnedObject::Page(page.name)));
-        self.condemned
-            .retain(|c| !made.iter().any(|page| c.object == CondemnedObject::Page(page.name)));
+        condemned.retain(|c| {
+            !made
+                .iter()
+                .any(|page| c.object == CondemnedObject::Page(page.name))
+        });
+        self.condemned.retain(|c| {
+            !made
+                .iter()
+                .any(|page| c.object == CondemnedObject::Page(page.name))
+        });
         self.condemned.extend(condemned);
         made
     }

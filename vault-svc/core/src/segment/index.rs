@@ -7,7 +7,8 @@ use tidemark_block::{
 };
 
 use super::{
-    CHECKSUMS_MAGIC, ENTRIES_MAX, ENTRY_LEN, FLAG_ZERO, FRAMES_AT, INDEX_MAGIC, SegmentRecord, VERSION,
+    CHECKSUMS_MAGIC, ENTRIES_MAX, ENTRY_LEN, FLAG_ZERO, FRAMES_AT, INDEX_MAGIC, SegmentRecord,
+    VERSION,
 };
 
 /// One run of adjacent blocks of one version.
@@ -128,7 +129,11 @@ impl SegmentIndex {
     ///
     /// # Errors
     /// The bytes are damaged, or contradict the record.
-    pub fn decode(bytes: &[u8], record: &SegmentRecord, geometry: Geometry) -> Result<Self, WireError> {
+    pub fn decode(
+        bytes: &[u8],
+        record: &SegmentRecord,
+        geometry: Geometry,
+    ) -> Result<Self, WireError> {
         let (_, payload) = wire::unseal(INDEX_MAGIC, VERSION, bytes)?;
         let count = payload.len() / ENTRY_LEN;
         if payload.len() % ENTRY_LEN != 0 || count > ENTRIES_MAX {
@@ -139,7 +144,10 @@ impl SegmentIndex {
         for _ in 0..count {
             let entry = IndexEntry::decode(&mut reader)?;
             entry.check(record, geometry)?;
-            if entries.last().is_some_and(|last: &IndexEntry| last.key() >= entry.key()) {
+            if entries
+                .last()
+                .is_some_and(|last: &IndexEntry| last.key() >= entry.key())
+            {
                 return Err(WireError::Range("index's order"));
             }
             entries.push(entry);
@@ -193,8 +201,9 @@ impl SegmentIndex {
             .entries
             .partition_point(|entry| entry.blocks.start() < window.end());
         let touches = move |entry: &IndexEntry| !entry.blocks.intersect(window).is_empty();
-        let short = (first..behind)
-            .filter(move |&at| self.entries[at].blocks.count().get() <= reach && touches(&self.entries[at]));
+        let short = (first..behind).filter(move |&at| {
+            self.entries[at].blocks.count().get() <= reach && touches(&self.entries[at])
+        });
         let long = self
             .long
             .iter()
@@ -221,11 +230,18 @@ impl SegmentIndex {
 ///
 /// # Errors
 /// The bytes are damaged, or contradict the record.
-pub fn decode_checksums(bytes: &[u8], record: &SegmentRecord) -> Result<Vec<Checksum128>, WireError> {
+pub fn decode_checksums(
+    bytes: &[u8],
+    record: &SegmentRecord,
+) -> Result<Vec<Checksum128>, WireError> {
     let (_, payload) = wire::unseal(CHECKSUMS_MAGIC, VERSION, bytes)?;
     let (chunks, rest) = payload.as_chunks::<{ Checksum128::LEN }>();
     if !rest.is_empty() || chunks.len() as u64 != record.data_blocks.get() {
         return Err(WireError::Range("checksum section's length"));
     }
-    Ok(chunks.iter().copied().map(Checksum128::from_bytes).collect())
+    Ok(chunks
+        .iter()
+        .copied()
+        .map(Checksum128::from_bytes)
+        .collect())
 }

@@ -3,13 +3,12 @@
 use bytes::Bytes;
 use tidemark_block::{
     BlockCount, BlockIndex, Checksum128, Codec, Extent, Sequence, VerifiedFrame,
-    frame::EXTENTS_MAX,
-    wire,
+    frame::EXTENTS_MAX, wire,
 };
 
 use super::{
-    CHECKSUMS_MAGIC, DATA_BLOCKS_MAX, ENTRIES_MAX, ENTRY_LEN, FOOTER_LEN, FRAMES_AT, Footer, INDEX_MAGIC,
-    IndexEntry, SegmentOrigin, SegmentRecord, VERSION, encode_header,
+    CHECKSUMS_MAGIC, DATA_BLOCKS_MAX, ENTRIES_MAX, ENTRY_LEN, FOOTER_LEN, FRAMES_AT, Footer,
+    INDEX_MAGIC, IndexEntry, SegmentOrigin, SegmentRecord, VERSION, encode_header,
 };
 
 /// A segment under construction, in memory.
@@ -182,8 +181,15 @@ impl SegmentWriter {
     }
 
     fn span(&self) -> Extent {
-        let start = self.entries.first().map_or(BlockIndex::ZERO, |(entry, _)| entry.blocks.start());
-        let end = self.entries.iter().map(|(entry, _)| entry.blocks.end()).max();
+        let start = self
+            .entries
+            .first()
+            .map_or(BlockIndex::ZERO, |(entry, _)| entry.blocks.start());
+        let end = self
+            .entries
+            .iter()
+            .map(|(entry, _)| entry.blocks.end())
+            .max();
         Extent::between(start, end.unwrap_or(start))
     }
 }

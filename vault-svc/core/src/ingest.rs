@@ -1,0 +1,612 @@
+//! Receiving one interval: what is admitted, what a batch must look like, and what a commit needs.
+//!
+//! The state machine is handed verified frames only ([`VerifiedFrame`] is the only type it takes), so nothing
+//! unverified is ever stored or counted. It gathers frames into parts, knows the durable prefix, and computes the
+//! digest of the image on the way, so that the seal finds it almost done. Every refusal leaves it, and the volume,
+//! as they were.
+
+use thiserror::Error;
+use tidemark_block::{
+    BlockCount, BlockIndex, Checksum128, Codec, DigestUpdate, Extent, GenerationId, Geometry,
+    ImageDigest, IntervalHeader, IntervalSeal, Receipt, SegmentId, Sequence, TableView,
+    VerifiedFrame, WriterTerm,
+};
+
+use crate::{
+    manifest::{CutKind, Generation, Manifest},
+    segment::{
+        FRAMES_AT, Footer, SealedSegment, SegmentIndex, SegmentKind, SegmentOrigin, SegmentRecord,
+        SegmentWriter,
+    },
+};
+
+/// Checksums kept in memory for the table until the commit; an interval with more has them read back from its parts.
+const OVERLAY_BLOCKS_MAX: usize = 1 << 18;
+/// Room for index, checksums and footer behind the frames of a part.
+const TRAILER_ROOM: usize = 1 << 20;
+
+/// Why an interval, or a part of it, is refused. Nothing has changed then.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum IngestError {
+    /// Another writer owns the volume.
+    #[error("term {found} is not the current one: {current} is")]
+    Fenced {
+        /// The header's.
+        found: WriterTerm,
+        /// The current one.
+        current: WriterTerm,
+    },
+    /// The interval changes another generation than the newest.
+    #[error("the interval's base is generation {found}, the newest is {head}")]
+    BaseNotHead {
+        /// The header's.
+        found: GenerationId,
+        /// The newest.
+        head: GenerationId,
+    },
+    /// The volume has another shape.
+    #[error("the vault knows the volume as {known}, the interval is of {found}")]
+    Geometry {
+        /// At the vault.
+        known: Geometry,
+        /// In the header.
+        found: Geometry,
+    },
+    /// Its id is known with another header.
+    #[error("the interval's id is known with another {0}")]
+    Conflict(&'static str),
+    /// A batch's end doesn't rise, or lies behind the volume's.
+    #[error("a batch ends at block {found}, the one before it at {last}")]
+    Watermark {
+        /// Of the batch.
+        found: BlockIndex,
+        /// Of the one before it.
+        last: BlockIndex,
+    },
+    /// A frame's blocks are not behind those before them, or not within their batch.
+    #[error("block {block} is not in the range {range} that is next")]
+    OutOfOrder {
+        /// The block.
+        block: BlockIndex,
+        /// Where it should be.
+        range: Extent,
+    },
+    /// The seal counts other blocks or frames than were received.
+    #[error("the seal counts {sealed} {what}, {received} were received")]
+    Count {
+        /// Blocks or frames.
+        what: &'static str,
+        /// By the seal.
+        sealed: u64,
+        /// Received.
+        received: u64,
+    },
+    /// Nothing was changed: that is told by MarkCurrent.
+    #[error("an interval without changes makes no generation")]
+    Empty,
+    /// Both sides computed different digests.
+    #[error("the source computed image digest {source_digest}, the vault {vault_digest}")]
+    DigestMismatch {
+        /// In the seal.
+        source_digest: ImageDigest,
+        /// From table and frames.
+        vault_digest: ImageDigest,
+    },
+    /// The volume has as many generations as a manifest holds.
+    #[error("the volume has too many generations")]
+    TooManyGenerations,
+}
+
+/// A refusal, or a table that can't be read.
+#[derive(Debug, Error)]
+pub enum BatchError<E> {
+    /// The peer's fault.
+    #[error(transparent)]
+    Refused(#[from] IngestError),
+    /// Ours.
+    #[error("the checksum table can't be read")]
+    Table(E),
+}
+
+/// What a header leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Admission {
+    /// The interval is committed: this is its receipt.
+    Committed(Receipt),
+    /// Go on; its blocks get this sequence.
+    Open(Sequence),
+}
+
+/// Decides on a header.
+///
+/// # Errors
+/// The term is stale, the base isn't the head, or the volume has another shape.
+pub fn admit(manifest: &Manifest, header: &IntervalHeader) -> Result<Admission, IngestError> {
+    if header.geometry != manifest.geometry {
+        return Err(IngestError::Geometry {
+            known: manifest.geometry,
+            found: header.geometry,
+        });
+    }
+    if header.term != manifest.term {
+        return Err(IngestError::Fenced {
+            found: header.term,
+            current: manifest.term,
+        });
+    }
+    if let Some(recent) = manifest.committed(header.interval) {
+        if recent.epoch != header.epoch {
+            return Err(IngestError::Conflict("epoch"));
+        }
+        return Ok(Admission::Committed(recent.receipt(manifest.volume)));
+    }
+    if header.base != manifest.head_id() {
+        return Err(IngestError::BaseNotHead {
+            found: header.base,
+            head: manifest.head_id(),
+        });
+    }
+    if manifest.generations.len() >= crate::manifest::GENERATIONS_MAX {
+        return Err(IngestError::TooManyGenerations);
+    }
+    Ok(Admission::Open(Sequence::new(
+        manifest.next_generation.get(),
+    )))
+}
+
+/// The checksums of an interval's blocks, in ascending order, for the table.
+#[derive(Debug, Clone, Default)]
+pub struct Overlay {
+    /// Blocks with data; empty checksums stand for zero blocks.
+    pub runs: Vec<(Extent, Vec<Checksum128>)>,
+    blocks: usize,
+}
+
+impl Overlay {
+    fn push(&mut self, blocks: Extent, checksums: Vec<Checksum128>) -> bool {
+        self.blocks += checksums.len() + 4;
+        self.runs.push((blocks, checksums));
+        self.blocks <= OVERLAY_BLOCKS_MAX
+    }
+}
+
+/// An interval on its way in.
+#[derive(Debug)]
+pub struct Interval {
+    header: IntervalHeader,
+    sequence: Sequence,
+    part_bytes_max: u64,
+    digest: DigestUpdate,
+    /// Every changed block below it has been received.
+    received_end: BlockIndex,
+    open: Option<OpenPart>,
+    next_part: u32,
+    /// Parts in order; the first `durable` of them are durable.
+    parts: Vec<SegmentRecord>,
+    part_ends: Vec<(BlockIndex, u64)>,
+    durable: usize,
+    durable_end: BlockIndex,
+    changed_blocks: u64,
+    frame_count: u64,
+    frame_bytes: u64,
+    stream_bytes: u64,
+    overlay: Option<Overlay>,
+}
+
+#[derive(Debug)]
+struct OpenPart {
+    writer: SegmentWriter,
+    first: BlockIndex,
+    opened_ms: u64,
+}
+
+/// The durable prefix, as it is told to the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DurablePrefix {
+    /// Every changed block below it is durable.
+    pub end: BlockIndex,
+    /// Encoded bytes of this stream that are durable.
+    pub stream_bytes: u64,
+}
+
+/// A whole interval, verified and durable, with matching digests: what a commit names.
+#[derive(Debug)]
+pub struct Finished {
+    /// As sent.
+    pub header: IntervalHeader,
+    /// Of its blocks.
+    pub sequence: Sequence,
+    /// Its segments, in order.
+    pub segments: Vec<SegmentRecord>,
+    /// Of the whole image.
+    pub digest: ImageDigest,
+    /// Blocks in all frames.
+    pub changed_blocks: u64,
+    /// Encoded bytes of all frames.
+    pub frame_bytes: u64,
+    /// For the table, where it was small enough to keep.
+    pub overlay: Option<Overlay>,
+}
+
+impl Interval {
+    /// Starts an interval that [`admit`] let in.
+    #[must_use]
+    pub fn new(header: IntervalHeader, sequence: Sequence, part_bytes_max: u64) -> Self {
+        let digest = DigestUpdate::new(header.geometry);
+        Self {
+            header,
+            sequence,
+            part_bytes_max,
+            digest,
+            received_end: BlockIndex::ZERO,
+            open: None,
+            next_part: 0,
+            parts: Vec::new(),
+            part_ends: Vec::new(),
+            durable: 0,
+            durable_end: BlockIndex::ZERO,
+            changed_blocks: 0,
+            frame_count: 0,
+            frame_bytes: 0,
+            stream_bytes: 0,
+            overlay: Some(Overlay::default()),
+        }
+    }
+
+    /// The header.
+    #[must_use]
+    pub const fn header(&self) -> &IntervalHeader {
+        &self.header
+    }
+
+    /// Whether a part found in the store is the next one of this interval; parts of a sequence that is not to be
+    /// had any more, or that leave a gap, are not.
+    ///
+    /// # Errors
+    /// It is, but was made under another header.
+    pub fn continues(&self, footer: &Footer) -> Result<bool, IngestError> {
+        let next = footer.record.id.part == self.next_part
+            && footer.watermark.0 == self.received_end
+            && footer.record.kind == SegmentKind::Received;
+        if footer.origin.epoch != self.header.epoch {
+            return Err(IngestError::Conflict("epoch"));
+        }
+        if footer.origin.cut_time_ms != self.header.cut_time_ms {
+            return Err(IngestError::Conflict("cut time"));
+        }
+        if footer.origin.base != self.header.base {
+            return Err(IngestError::Conflict("base generation"));
+        }
+        let sequences = footer.record.sequences;
+        let empty = footer.record.blocks.is_empty();
+        Ok(next && (empty || sequences == (self.sequence, self.sequence)))
+    }
+
+    /// Takes up a part that is durable already, from its index and checksum sections.
+    ///
+    /// # Errors
+    /// The table can't be read, or the part's blocks are not in order.
+    pub fn resume<V: TableView>(
+        &mut self,
+        view: &V,
+        footer: &Footer,
+        index: &SegmentIndex,
+        checksums: &[Checksum128],
+    ) -> Result<(), BatchError<V::Error>> {
+        let range = Extent::between(footer.watermark.0, footer.watermark.1);
+        for (at, entry) in index.entries().iter().enumerate() {
+            self.check_next(entry.blocks, range)?;
+            self.note(
+                view,
+                entry.blocks,
+                &checksums[index.checksums_of(at)],
+                entry.zero,
+            )?;
+        }
+        self.frame_count += footer.frame_count;
+        self.frame_bytes += footer.record.frame_bytes();
+        self.received_end = footer.watermark.1;
+        self.next_part += 1;
+        self.parts.push(footer.record);
+        self.part_ends.push((footer.watermark.1, 0));
+        self.durable = self.parts.len();
+        self.durable_end = self.received_end;
+        Ok(())
+    }
+
+    /// Takes a batch of verified frames. Afterwards [`Self::take_full`] says whether a part is to be put.
+    ///
+    /// # Errors
+    /// Blocks or watermark are out of order: the stream is to be closed. The table can't be read: likewise. What the
+    /// batch had is not stored then.
+    pub fn batch<V: TableView>(
+        &mut self,
+        now_ms: u64,
+        view: &V,
+        end: BlockIndex,
+        frames: &[VerifiedFrame],
+        encoded_bytes: u64,
+    ) -> Result<(), BatchError<V::Error>> {
+        if end <= self.received_end || end > self.header.geometry.all().end() {
+            return Err(IngestError::Watermark {
+                found: end,
+                last: self.received_end,
+            }
+            .into());
+        }
+        let range = Extent::between(self.received_end, end);
+        let mut behind = self.received_end;
+        for extent in frames.iter().flat_map(|frame| frame.extents()) {
+            if extent.start() < behind || extent.end() > end {
+                return Err(IngestError::OutOfOrder {
+                    block: extent.start(),
+                    range,
+                }
+                .into());
+            }
+            behind = extent.end();
+        }
+        for frame in frames {
+            self.note_frame(view, frame)?;
+            self.frame_count += 1;
+            self.frame_bytes += frame.encoded().len() as u64;
+            let sequence = self.sequence;
+            self.open_part(now_ms).writer.push(frame, sequence);
+        }
+        // Also a batch without frames moves the watermark: its part must say so.
+        self.open_part(now_ms);
+        self.received_end = end;
+        self.stream_bytes += encoded_bytes;
+        Ok(())
+    }
+
+    fn open_part(&mut self, now_ms: u64) -> &mut OpenPart {
+        let first = self.received_end;
+        let room = usize::try_from(self.part_bytes_max).unwrap_or(0);
+        let origin = self.origin();
+        self.open.get_or_insert_with(|| OpenPart {
+            writer: SegmentWriter::new(origin, room + TRAILER_ROOM),
+            first,
+            opened_ms: now_ms,
+        })
+    }
+
+    fn origin(&self) -> SegmentOrigin {
+        SegmentOrigin {
+            volume: self.header.volume,
+            geometry: self.header.geometry,
+            id: SegmentId {
+                origin: self.header.interval,
+                part: self.next_part,
+            },
+            kind: SegmentKind::Received,
+            base: self.header.base,
+            epoch: self.header.epoch,
+            cut_time_ms: self.header.cut_time_ms,
+        }
+    }
+
+    fn check_next(&self, blocks: Extent, range: Extent) -> Result<(), IngestError> {
+        let next = self.digest.next().max(range.start());
+        if blocks.start() < next || blocks.end() > range.end() {
+            return Err(IngestError::OutOfOrder {
+                block: blocks.start(),
+                range: Extent::between(next.min(range.end()), range.end()),
+            });
+        }
+        Ok(())
+    }
+
+    fn note_frame<V: TableView>(
+        &mut self,
+        view: &V,
+        frame: &VerifiedFrame,
+    ) -> Result<(), BatchError<V::Error>> {
+        let zero = frame.codec() == Codec::Zero;
+        let mut checksums = frame.checksums();
+        for &extent in frame.extents() {
+            let count = usize::try_from(extent.count().get()).unwrap_or(usize::MAX);
+            let own: Vec<_> = checksums
+                .by_ref()
+                .take(if zero { 0 } else { count })
+                .collect();
+            self.note(view, extent, &own, zero)?;
+        }
+        Ok(())
+    }
+
+    fn note<V: TableView>(
+        &mut self,
+        view: &V,
+        blocks: Extent,
+        checksums: &[Checksum128],
+        zero: bool,
+    ) -> Result<(), BatchError<V::Error>> {
+        if zero {
+            self.digest
+                .push_zero(view, blocks)
+                .map_err(BatchError::Table)?;
+        } else {
+            for (block, &checksum) in blocks.iter().zip(checksums) {
+                self.digest
+                    .push(view, block, checksum)
+                    .map_err(BatchError::Table)?;
+            }
+        }
+        self.changed_blocks += blocks.count().get();
+        let kept = self
+            .overlay
+            .as_mut()
+            .is_some_and(|overlay| overlay.push(blocks, checksums.to_vec()));
+        if !kept {
+            self.overlay = None;
+        }
+        Ok(())
+    }
+
+    /// The open part, where it is full.
+    pub fn take_full(&mut self) -> Option<SealedSegment> {
+        let full = self
+            .open
+            .as_ref()
+            .is_some_and(|part| part.writer.is_full(self.part_bytes_max));
+        if full { self.take_open() } else { None }
+    }
+
+    /// Whether frames or a watermark wait in a part that is not yet being put.
+    #[must_use]
+    pub const fn has_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// When the open part was begun.
+    #[must_use]
+    pub fn opened_ms(&self) -> Option<u64> {
+        self.open.as_ref().map(|part| part.opened_ms)
+    }
+
+    /// Seals the open part, whatever is in it.
+    pub fn take_open(&mut self) -> Option<SealedSegment> {
+        let part = self.open.take()?;
+        let sealed = part.writer.finish((part.first, self.received_end));
+        self.next_part += 1;
+        self.parts.push(sealed.footer.record);
+        self.part_ends.push((self.received_end, self.stream_bytes));
+        Some(sealed)
+    }
+
+    /// The next part, in order, has become durable.
+    pub fn part_durable(&mut self) -> DurablePrefix {
+        if let Some(&(end, stream_bytes)) = self.part_ends.get(self.durable) {
+            self.durable += 1;
+            self.durable_end = end;
+            return DurablePrefix { end, stream_bytes };
+        }
+        self.durable_prefix()
+    }
+
+    /// What is durable now.
+    #[must_use]
+    pub fn durable_prefix(&self) -> DurablePrefix {
+        let stream_bytes = self
+            .durable
+            .checked_sub(1)
+            .map_or(0, |last| self.part_ends[last].1);
+        DurablePrefix {
+            end: self.durable_end,
+            stream_bytes,
+        }
+    }
+
+    /// Compares the seal with what was received, and the digests.
+    ///
+    /// # Errors
+    /// They differ, or the table can't be read. Nothing is committed.
+    ///
+    /// # Panics
+    /// Where a part is not durable yet: the driver waits for all of them first.
+    pub fn finish<V: TableView>(
+        self,
+        view: &V,
+        seal: &IntervalSeal,
+    ) -> Result<Finished, BatchError<V::Error>> {
+        assert!(
+            self.open.is_none() && self.durable == self.parts.len(),
+            "an interval is finished when all its parts are durable"
+        );
+        for (what, sealed, received) in [
+            ("blocks", seal.changed_blocks.get(), self.changed_blocks),
+            ("frames", seal.frame_count, self.frame_count),
+        ] {
+            if sealed != received {
+                return Err(IngestError::Count {
+                    what,
+                    sealed,
+                    received,
+                }
+                .into());
+            }
+        }
+        if self.changed_blocks == 0 && self.header.base != GenerationId::ZERO {
+            return Err(IngestError::Empty.into());
+        }
+        let digest = self.digest.finish(view).map_err(BatchError::Table)?;
+        if digest != seal.image_digest {
+            return Err(IngestError::DigestMismatch {
+                source_digest: seal.image_digest,
+                vault_digest: digest,
+            }
+            .into());
+        }
+        // A part that only moves the watermark has nothing that an image could need.
+        let segments = self
+            .parts
+            .into_iter()
+            .filter(|part| !part.blocks.is_empty());
+        Ok(Finished {
+            header: self.header,
+            sequence: self.sequence,
+            segments: segments.collect(),
+            digest,
+            changed_blocks: self.changed_blocks,
+            frame_bytes: self.frame_bytes,
+            overlay: self.overlay,
+        })
+    }
+}
+
+impl Finished {
+    /// The manifest that commits it, and the pages to put before; `None` where it has become stale meanwhile.
+    ///
+    /// # Errors
+    /// As [`admit`]: the term or the head has changed since.
+    pub fn commit(
+        &self,
+        manifest: &Manifest,
+        now_ms: u64,
+    ) -> Result<(Manifest, Vec<crate::manifest::NewPage>), IngestError> {
+        match admit(manifest, &self.header)? {
+            Admission::Open(sequence) if sequence == self.sequence => {}
+            Admission::Open(_) | Admission::Committed(_) => {
+                return Err(IngestError::BaseNotHead {
+                    found: self.header.base,
+                    head: manifest.head_id(),
+                });
+            }
+        }
+        let mut next = manifest.successor(now_ms);
+        let older = manifest.head().map_or(0, |head| head.cut_time_ms);
+        let generation = Generation {
+            id: manifest.next_generation,
+            parent: self.header.base,
+            term: self.header.term,
+            interval: self.header.interval,
+            digest: self.digest,
+            // Order is by number; a clock that was set back must not make it look otherwise.
+            cut_time_ms: self.header.cut_time_ms.max(older),
+            committed_time_ms: next.written_ms,
+            cut: CutKind {
+                coherence: self.header.coherence,
+                trigger: self.header.trigger,
+            },
+            changed_blocks: self.changed_blocks,
+            frame_bytes: self.frame_bytes,
+            epoch: self.header.epoch,
+            length: self.header.geometry.length(),
+        };
+        let pages = next.push_generation(generation, self.segments.clone());
+        Ok((next, pages))
+    }
+}
+
+/// What a stream may hold in memory beside its two parts: for limits.
+#[must_use]
+pub const fn part_memory(part_bytes_max: u64) -> u64 {
+    part_bytes_max + FRAMES_AT + TRAILER_ROOM as u64
+}
+
+/// How many blocks a set of records holds with data.
+#[must_use]
+pub fn data_blocks(records: &[SegmentRecord]) -> BlockCount {
+    BlockCount::new(records.iter().map(|record| record.data_blocks.get()).sum())
+}

@@ -1,0 +1,224 @@
+//! `tidemark.vault.v1.Vault`.
+
+use std::sync::Arc;
+
+use futures::StreamExt;
+use tidemark_proto::{
+    Reason, RpcError,
+    convert::{image_digest_field, interval_id_field, volume_id_field},
+    vault::v1::{
+        Generation, GetGenerationRequest, GetStatusRequest, ListGenerationsRequest,
+        ListGenerationsResponse, ListVolumesRequest, ListVolumesResponse, MaintainRequest,
+        MaintainResponse, RestoreEnd, RestoreHeader, RestoreRequest, RestoreResponse, VaultStatus,
+        Volume as VolumeMessage, restore_response::Message, vault_server::Vault,
+    },
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+use vault_core::manifest::{self, Manifest};
+
+use super::{Service, stopping, to_the_end};
+use crate::{
+    image::{ImageReader, restore},
+    volume::Volume,
+};
+
+/// Batches on their way to a reader.
+const BATCHES_MAX: usize = 2;
+
+#[tonic::async_trait]
+impl Vault for Service {
+    async fn list_volumes(
+        &self,
+        _: Request<ListVolumesRequest>,
+    ) -> Result<Response<ListVolumesResponse>, Status> {
+        Ok(Response::new(ListVolumesResponse {
+            volumes: self.all_volumes(),
+        }))
+    }
+
+    async fn list_generations(
+        &self,
+        request: Request<ListGenerationsRequest>,
+    ) -> Result<Response<ListGenerationsResponse>, Status> {
+        let volume = self.vault.find(&request.into_inner().volume)?;
+        let manifest = volume.manifest();
+        let generations = manifest.generations.iter();
+        Ok(Response::new(ListGenerationsResponse {
+            generations: generations
+                .map(|g| generation(&volume, &manifest, g))
+                .collect(),
+            volume: Some(volume_message(&volume)),
+        }))
+    }
+
+    async fn get_generation(
+        &self,
+        request: Request<GetGenerationRequest>,
+    ) -> Result<Response<Generation>, Status> {
+        let request = request.into_inner();
+        let volume = self.vault.find(&request.volume)?;
+        let reader = ImageReader::open(Arc::clone(&volume), request.generation)?;
+        Ok(Response::new(generation(
+            &volume,
+            &volume.manifest(),
+            reader.generation(),
+        )))
+    }
+
+    type RestoreStream = ReceiverStream<Result<RestoreResponse, Status>>;
+
+    async fn restore(
+        &self,
+        request: Request<RestoreRequest>,
+    ) -> Result<Response<Self::RestoreStream>, Status> {
+        let request = request.into_inner();
+        let volume = self.vault.find(&request.volume)?;
+        let permit = Arc::clone(&self.restores)
+            .try_acquire_owned()
+            .map_err(|_| {
+                RpcError::new(
+                    Reason::LimitReached,
+                    "the vault restores as many images as it may at the same time",
+                    "try again later, or raise restores_max at the vault",
+                )
+            })?;
+        let reader = Arc::new(ImageReader::open(Arc::clone(&volume), request.generation)?);
+        let header = RestoreHeader {
+            volume_id: volume_id_field(volume.id),
+            generation: Some(generation(&volume, &volume.manifest(), reader.generation())),
+        };
+        let (answers, receiver) = mpsc::channel(BATCHES_MAX);
+        let mut stop = self.stopping.clone();
+        tokio::spawn(async move {
+            let sent = tokio::select! {
+                sent = send_image(reader, header, &answers) => sent,
+                _ = stop.wait_for(|stop| *stop) => Err(stopping()),
+            };
+            if let Err(error) = sent {
+                let _ = answers.send(Err(error.into())).await;
+            }
+            drop(permit);
+        });
+        Ok(Response::new(ReceiverStream::new(receiver)))
+    }
+
+    async fn maintain(
+        &self,
+        request: Request<MaintainRequest>,
+    ) -> Result<Response<MaintainResponse>, Status> {
+        let request = request.into_inner();
+        let volumes = if request.volume.is_empty() {
+            self.vault.volumes()
+        } else {
+            vec![self.vault.find(&request.volume)?]
+        };
+        let vault = Arc::clone(&self.vault);
+        let volumes = to_the_end(async move {
+            let mut done = Vec::new();
+            for volume in volumes {
+                done.push(vault.maintain(&volume, request.dry_run).await?);
+            }
+            Ok(done)
+        })
+        .await?;
+        Ok(Response::new(MaintainResponse { volumes }))
+    }
+
+    async fn get_status(
+        &self,
+        _: Request<GetStatusRequest>,
+    ) -> Result<Response<VaultStatus>, Status> {
+        Ok(Response::new(VaultStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            volumes: self.all_volumes(),
+        }))
+    }
+}
+
+impl Service {
+    fn all_volumes(&self) -> Vec<VolumeMessage> {
+        self.vault
+            .volumes()
+            .iter()
+            .map(|volume| volume_message(volume))
+            .collect()
+    }
+}
+
+async fn send_image(
+    reader: Arc<ImageReader>,
+    header: RestoreHeader,
+    answers: &mpsc::Sender<Result<RestoreResponse, Status>>,
+) -> Result<(), RpcError> {
+    let message = |message| {
+        Ok(RestoreResponse {
+            message: Some(message),
+        })
+    };
+    if answers
+        .send(message(Message::Header(header)))
+        .await
+        .is_err()
+    {
+        return Ok(());
+    }
+    let mut blocks_sent = 0;
+    let mut batches = std::pin::pin!(restore::batches(reader));
+    while let Some(batch) = batches.next().await {
+        let batch = batch?;
+        blocks_sent += batch.blocks;
+        if answers
+            .send(message(Message::Frames(batch.batch.into())))
+            .await
+            .is_err()
+        {
+            return Ok(());
+        }
+    }
+    let _ = answers
+        .send(message(Message::End(RestoreEnd { blocks_sent })))
+        .await;
+    Ok(())
+}
+
+fn volume_message(volume: &Volume) -> VolumeMessage {
+    let manifest = volume.manifest();
+    VolumeMessage {
+        volume_id: volume_id_field(volume.id),
+        name: manifest.name.clone(),
+        source_name: manifest.source.clone(),
+        geometry: Some(manifest.geometry.into()),
+        term: manifest.term.get(),
+        head_generation: manifest.head_id().get(),
+        generations: manifest.generations.len() as u64,
+        stored_bytes: manifest.stored_bytes(),
+        current_through_ms: volume.current_through(&manifest),
+    }
+}
+
+fn generation(volume: &Volume, manifest: &Manifest, of: &manifest::Generation) -> Generation {
+    let is_head = manifest.head_id() == of.id;
+    let through = if is_head {
+        volume.current_through(manifest)
+    } else {
+        of.cut_time_ms
+    };
+    Generation {
+        generation: of.id.get(),
+        parent: of.parent.get(),
+        term: of.term.get(),
+        interval_id: interval_id_field(of.interval),
+        image_digest: image_digest_field(of.digest),
+        geometry: Some(manifest.geometry.into()),
+        cut_time_ms: of.cut_time_ms,
+        committed_time_ms: of.committed_time_ms,
+        current_through_ms: through,
+        coherence: of.cut.coherence.code().into(),
+        trigger: of.cut.trigger.code().into(),
+        changed_blocks: of.changed_blocks,
+        frame_bytes: of.frame_bytes,
+        epoch: of.epoch.get(),
+    }
+}

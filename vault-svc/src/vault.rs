@@ -1,0 +1,295 @@
+//! The vault: its volumes, and what is asked of them.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use anyhow::{Context, Result, bail};
+use parking_lot::RwLock;
+use tidemark_block::{IntervalHeader, VolumeId};
+use tidemark_disk::{durable, lock::FileLock, record};
+use tidemark_proto::{
+    Reason, RpcError,
+    convert::{self, Head, TermGrant},
+};
+use tokio::sync::{Mutex, Notify};
+use vault_core::manifest::{Manifest, StoreMarker, TermRequest, grant_term};
+
+use crate::{
+    Config,
+    cache::Cache,
+    error::{no_volume, of_store, of_term},
+    ship::{self, Begun, IngestLimits},
+    store::{Reserve, Store, VolumeStore},
+    volume::{Shared, TableFiles, Volume, now_ms},
+};
+
+const STATE_MAGIC: [u8; 8] = *b"TMVSTATE";
+const STATE_VERSION: u16 = 1;
+
+/// An open vault.
+#[derive(Debug)]
+pub struct Vault {
+    config: Config,
+    store: Store,
+    shared: Arc<Shared>,
+    limits: Arc<IngestLimits>,
+    tables: TableFiles,
+    volumes: RwLock<BTreeMap<VolumeId, Arc<Volume>>>,
+    /// Volumes whose manifest can't be read, and why. They hold up no other.
+    broken: RwLock<BTreeMap<VolumeId, RpcError>>,
+    /// Held while a volume is made, so that it is made once.
+    creating: Mutex<()>,
+    pub(crate) reserve: Reserve,
+    /// Something was committed, or the store is full: look after the volumes.
+    pub(crate) wake: Notify,
+    _state_lock: FileLock,
+}
+
+impl Vault {
+    /// Opens the store and the state directory that `config` names, and every volume in it.
+    ///
+    /// # Errors
+    /// A directory is in use or belongs to another vault, or a manifest can't be read.
+    pub async fn open(config: Config) -> Result<Arc<Self>> {
+        let dir = config.store_dir.clone();
+        let store = tokio::task::spawn_blocking(move || Store::local(&dir))
+            .await
+            .context("join")??;
+        Self::open_on(config, store).await
+    }
+
+    /// Opens a vault over any store; `config.store_dir` only holds the reserve then, where it exists.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub async fn open_on(config: Config, store: Store) -> Result<Arc<Self>> {
+        config.validate()?;
+        durable::create_dir(&config.state_dir).with_context(|| {
+            format!("create the state directory {}", config.state_dir.display())
+        })?;
+        let state_lock = FileLock::of_dir(&config.state_dir)
+            .with_context(|| format!("lock the state directory {}", config.state_dir.display()))?;
+        let fresh = StoreMarker {
+            store: *uuid::Uuid::new_v4().as_bytes(),
+            created_ms: now_ms(),
+        };
+        let marker = store.marker(fresh).await.context("open the store")?;
+        adopt_state(&config, marker)?;
+        let tables = config.state_dir.join("tables");
+        durable::create_dir(&tables).context("create the directory of checksum tables")?;
+        let cache_bytes = usize::try_from(config.cache_bytes_max.get()).unwrap_or(usize::MAX);
+        let vault = Self {
+            shared: Arc::new(Shared {
+                indexes: Cache::new(cache_bytes),
+                pages: Cache::new(cache_bytes / 4),
+                manifest_keep: config.manifest_keep.get(),
+            }),
+            limits: Arc::new(IngestLimits::new(&config)),
+            tables: TableFiles { dir: tables },
+            volumes: RwLock::default(),
+            broken: RwLock::default(),
+            creating: Mutex::new(()),
+            reserve: Reserve::new(&config.store_dir, config.reserve_bytes.get()),
+            wake: Notify::new(),
+            _state_lock: state_lock,
+            store,
+            config,
+        };
+        vault.reserve.fill();
+        for id in vault
+            .store
+            .volumes()
+            .await
+            .context("list the store's volumes")?
+        {
+            let store = VolumeStore::new(vault.store.clone(), id);
+            match store.open().await {
+                Ok(Some(manifest)) => {
+                    let volume = vault.assemble(store, manifest).await;
+                    vault.volumes.write().insert(id, Arc::new(volume));
+                }
+                // Made in part when something crashed: its first StartTerm makes it whole.
+                Ok(None) => {}
+                Err(error) => {
+                    vault.broken.write().insert(id, of_store(&error));
+                }
+            }
+        }
+        Ok(Arc::new(vault))
+    }
+
+    async fn assemble(&self, store: VolumeStore, manifest: Manifest) -> Volume {
+        Volume::new(
+            store,
+            Arc::clone(&self.shared),
+            manifest,
+            self.tables.clone(),
+        )
+        .await
+    }
+
+    pub(crate) const fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// All volumes, by id.
+    pub(crate) fn volumes(&self) -> Vec<Arc<Volume>> {
+        self.volumes.read().values().cloned().collect()
+    }
+
+    /// A volume by its identity.
+    pub(crate) fn volume(&self, id: VolumeId) -> Result<Arc<Volume>, RpcError> {
+        if let Some(error) = self.broken.read().get(&id) {
+            return Err(error.clone());
+        }
+        self.volumes
+            .read()
+            .get(&id)
+            .cloned()
+            .ok_or_else(|| no_volume(&id.to_string()))
+    }
+
+    /// A volume by UUID, or by name where only one has it.
+    pub(crate) fn find(&self, name: &str) -> Result<Arc<Volume>, RpcError> {
+        if let Ok(id) = name.parse::<VolumeId>() {
+            return self.volume(id);
+        }
+        let mut found: Vec<_> = self.volumes();
+        found.retain(|volume| volume.manifest().name == name);
+        if found.len() > 1 {
+            let ids: Vec<_> = found.iter().map(|volume| volume.id.to_string()).collect();
+            return Err(RpcError::new(
+                Reason::VolumeAmbiguous,
+                format!("{} volumes are named {name:?}", found.len()),
+                format!("name one by its UUID: {}", ids.join(", ")),
+            ));
+        }
+        found.pop().ok_or_else(|| no_volume(name))
+    }
+
+    /// Grants the next writer term.
+    pub(crate) async fn start_term(
+        &self,
+        asked: convert::TermRequest,
+    ) -> Result<TermGrant, RpcError> {
+        let request = TermRequest {
+            volume: asked.volume,
+            name: asked.volume_name,
+            source: asked.source_name,
+            geometry: asked.geometry,
+            last_term: asked.last_term,
+            nonce: asked.nonce,
+        };
+        let volume = match self.volume(request.volume) {
+            Ok(volume) => volume,
+            Err(error) if error.reason == Reason::VolumeNotFound => self.create(&request).await?,
+            Err(error) => return Err(error),
+        };
+        let manifest = volume
+            .edit(|manifest| {
+                grant_term(Some(manifest), &request, now_ms())
+                    .map(|next| next.map(|next| (next, Vec::new())))
+                    .map_err(|e| of_term(&e, request.volume))
+            })
+            .await?;
+        if manifest.nonce != request.nonce {
+            // Another source was granted a later term in the same instant.
+            return Err(of_term(
+                &vault_core::manifest::TermError::Fenced {
+                    asked: request.last_term,
+                    current: manifest.term,
+                },
+                request.volume,
+            ));
+        }
+        Ok(TermGrant {
+            term: manifest.term,
+            head: manifest.head().map(|head| Head {
+                generation: head.id,
+                digest: head.digest,
+                interval: head.interval,
+            }),
+            bytes_in_flight_max: self.config.bytes_in_flight_max.get(),
+        })
+    }
+
+    async fn create(&self, request: &TermRequest) -> Result<Arc<Volume>, RpcError> {
+        let _creating = self.creating.lock().await;
+        if let Ok(volume) = self.volume(request.volume) {
+            return Ok(volume);
+        }
+        if self.volumes.read().len() >= self.config.volumes_max as usize {
+            return Err(RpcError::new(
+                Reason::LimitReached,
+                "the vault has as many volumes as it may have",
+                "raise volumes_max at the vault",
+            ));
+        }
+        let first = grant_term(None, request, now_ms()).map_err(|e| of_term(&e, request.volume))?;
+        let Some(first) = first else {
+            return Err(RpcError::internal("a new volume has no manifest"));
+        };
+        let store = VolumeStore::new(self.store.clone(), request.volume);
+        let put = store.put_manifest(&first).await;
+        // Whatever the put said: what is there now decides.
+        let manifest = match store.open().await.map_err(|e| of_store(&e))? {
+            Some(manifest) => manifest,
+            None => match put {
+                Err(error) => return Err(of_store(&error)),
+                Ok(()) => return Err(RpcError::internal("a manifest vanished after its put")),
+            },
+        };
+        tracing::info!(volume = %request.volume, name = request.name, "volume created");
+        let volume = Arc::new(self.assemble(store, manifest).await);
+        self.volumes
+            .write()
+            .insert(request.volume, Arc::clone(&volume));
+        Ok(volume)
+    }
+
+    /// Begins to receive an interval.
+    pub(crate) async fn ship(&self, header: IntervalHeader) -> Result<Begun, RpcError> {
+        let volume = self.volume(header.volume)?;
+        ship::begin(volume, Arc::clone(&self.limits), header).await
+    }
+
+    /// Ends streams and writes what is only in memory.
+    ///
+    /// # Errors
+    /// A write failed; nothing committed is lost.
+    pub async fn close(&self) -> Result<()> {
+        let mut failed = None;
+        for volume in self.volumes() {
+            volume.shipping.end();
+            if let Err(error) = volume.stamp_table().await {
+                failed = Some(
+                    anyhow::Error::from(error)
+                        .context(format!("stamp the table of volume {}", volume.id)),
+                );
+            }
+            if let Err(error) = volume.write_current().await {
+                failed = Some(
+                    anyhow::Error::from(error)
+                        .context(format!("write current_through of volume {}", volume.id)),
+                );
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+}
+
+/// Ties the state directory to the store: tables of another store would be taken for this one's.
+fn adopt_state(config: &Config, marker: StoreMarker) -> Result<()> {
+    let path = config.state_dir.join("store");
+    let known = record::read(&path, STATE_MAGIC, STATE_VERSION)
+        .with_context(|| format!("read {}", path.display()))?;
+    match known {
+        None => record::write(&path, STATE_MAGIC, STATE_VERSION, &marker.store)
+            .with_context(|| format!("write {}", path.display())),
+        Some((_, store)) if store == marker.store => Ok(()),
+        Some(_) => bail!(
+            "the state directory {} belongs to another store than {}: use its own one, or empty it (it can be rebuilt)",
+            config.state_dir.display(),
+            config.store_dir.display()
+        ),
+    }
+}

@@ -1,0 +1,8 @@
+//! The vault service over real gRPC and a real directory.
+
+#[path = "it/hostile.rs"]
+mod hostile;
+#[path = "it/shipping.rs"]
+mod shipping;
+#[path = "it/source.rs"]
+mod source;

@@ -1,0 +1,239 @@
+//! Peers that lie, stall or send garbage: a clear refusal, and nothing changes.
+
+use bytes::Bytes;
+use tidemark_block::{BlockCount, BlockIndex, GenerationId, Geometry, ImageDigest};
+use tidemark_proto::{
+    Reason,
+    convert::{FrameBatch, ShipAnswer, ShipMessage},
+    vault::v1::ListVolumesRequest,
+};
+
+use crate::source::{Clients, Prepared, Source, Wire, config, connect, restore, ship};
+
+async fn refused(clients: &mut Clients, prepared: &Prepared) -> Reason {
+    let error = ship(clients, prepared).await.unwrap_err();
+    assert!(!error.message.is_empty() && !error.action.is_empty());
+    error.reason
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_lie_is_refused_and_nothing_changes() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = vault_svc::start(config(dir.path())).await.unwrap();
+    let mut clients = connect(&running).await;
+    let mut source = Source::new(11, 2000);
+    source.start_term(&mut clients).await.unwrap();
+    source.write_some(900);
+    source.ship(&mut clients).await.unwrap();
+    let before = source.image.clone();
+    source.write_some(900);
+    let good = source.prepare();
+    let id = |source: &mut Source| tidemark_block::IntervalId::from_bytes(source.numbers.id());
+    let cases: Vec<(Reason, Box<dyn Fn(&mut Prepared)>)> = vec![
+        (
+            Reason::BaseNotHead,
+            Box::new(|p| p.header.base = GenerationId::new(9)),
+        ),
+        (
+            Reason::BaseNotHead,
+            Box::new(|p| p.header.base = GenerationId::ZERO),
+        ),
+        (
+            Reason::GeometryMismatch,
+            Box::new(|p| {
+                p.header.geometry = Geometry::new(4096, p.header.geometry.block_size()).unwrap();
+            }),
+        ),
+        (
+            Reason::DigestMismatch,
+            Box::new(|p| p.seal.image_digest = ImageDigest::from_bytes([7; 16])),
+        ),
+        (
+            Reason::RequestInvalid,
+            Box::new(|p| p.seal.changed_blocks = BlockCount::new(1)),
+        ),
+        (
+            Reason::RequestInvalid,
+            Box::new(|p| p.seal.frame_count += 1),
+        ),
+        (
+            Reason::RequestInvalid,
+            Box::new(|p| {
+                p.batches.pop();
+            }),
+        ),
+        (Reason::OutOfOrder, Box::new(|p| p.batches.swap(0, 1))),
+        (
+            Reason::OutOfOrder,
+            Box::new(|p| {
+                let b = p.batches[0].clone();
+                p.batches.insert(1, b);
+            }),
+        ),
+        (
+            Reason::OutOfOrder,
+            Box::new(|p| p.batches[1].end = BlockIndex::new(1 << 40)),
+        ),
+        (
+            Reason::OutOfOrder,
+            Box::new(|p| p.batches[1].end = p.batches[0].end.next()),
+        ),
+        (
+            Reason::FrameCorrupt,
+            Box::new(|p| flip(&mut p.batches[1], 9)),
+        ),
+        (
+            Reason::FrameCorrupt,
+            Box::new(|p| flip(&mut p.batches[1], 1000)),
+        ),
+        (
+            Reason::FrameCorrupt,
+            Box::new(|p| {
+                let f = p.batches[1].frames.clone();
+                p.batches[1].frames = f.slice(..f.len() - 1);
+            }),
+        ),
+        (
+            Reason::FrameCorrupt,
+            Box::new(|p| p.batches[1].frames = Bytes::from(vec![0xA5; 1 << 20])),
+        ),
+    ];
+    for (n, (reason, spoil)) in cases.into_iter().enumerate() {
+        let mut bad = good.clone();
+        bad.header.interval = id(&mut source);
+        spoil(&mut bad);
+        assert_eq!(refused(&mut clients, &bad).await, reason, "case {n}");
+    }
+    let listed = clients
+        .vault
+        .list_volumes(ListVolumesRequest {})
+        .await
+        .unwrap()
+        .into_inner();
+    assert_eq!(listed.volumes[0].head_generation, 1);
+    assert!(restore(&mut clients, &source, 0).await.unwrap() == before);
+    let receipt = ship(&mut clients, &good).await.unwrap();
+    source.committed(&receipt);
+    assert!(restore(&mut clients, &source, 0).await.unwrap() == source.image);
+    running.shutdown().await.unwrap();
+}
+
+fn flip(batch: &mut FrameBatch, at: usize) {
+    let mut bytes = batch.frames.to_vec();
+    bytes[at] ^= 1;
+    batch.frames = bytes.into();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_in_the_wrong_order_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = vault_svc::start(config(dir.path())).await.unwrap();
+    let mut clients = connect(&running).await;
+    let mut source = Source::new(12, 100);
+    source.start_term(&mut clients).await.unwrap();
+    source.write_some(20);
+    let prepared = source.prepare();
+    let mut wire = Wire::bare(&mut clients).await.unwrap();
+    wire.send(ShipMessage::Seal(prepared.seal)).await;
+    assert_eq!(wire.answer().await.unwrap_err().reason, Reason::OutOfOrder);
+    let mut wire = Wire::open(&mut clients, &prepared.header).await.unwrap();
+    wire.answer().await.unwrap();
+    wire.send(ShipMessage::Header(prepared.header.clone()))
+        .await;
+    assert_eq!(wire.answer().await.unwrap_err().reason, Reason::OutOfOrder);
+    running.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_interval_is_not_resumed_under_another_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = vault_svc::start(config(dir.path())).await.unwrap();
+    let mut clients = connect(&running).await;
+    let mut source = Source::new(13, 1000);
+    source.start_term(&mut clients).await.unwrap();
+    source.write_some(500);
+    let prepared = source.prepare();
+    let mut wire = Wire::open(&mut clients, &prepared.header).await.unwrap();
+    wire.answer().await.unwrap();
+    wire.send(ShipMessage::Frames(prepared.batches[0].clone()))
+        .await;
+    let ShipAnswer::Ack { .. } = wire.answer().await.unwrap() else {
+        panic!()
+    };
+    wire.hang_up();
+    let mut other = prepared.clone();
+    other.header.cut_time_ms += 1;
+    assert_eq!(
+        refused(&mut clients, &other).await,
+        Reason::IntervalConflict
+    );
+    let receipt = ship(&mut clients, &prepared).await.unwrap();
+    source.committed(&receipt);
+    running.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_newer_stream_ends_an_older_one_of_the_same_volume() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = vault_svc::start(config(dir.path())).await.unwrap();
+    let mut clients = connect(&running).await;
+    let mut source = Source::new(14, 1000);
+    source.start_term(&mut clients).await.unwrap();
+    source.write_some(500);
+    let prepared = source.prepare();
+    let mut stale = Wire::open(&mut clients, &prepared.header).await.unwrap();
+    stale.answer().await.unwrap();
+    stale
+        .send(ShipMessage::Frames(prepared.batches[0].clone()))
+        .await;
+    let receipt = ship(&mut clients, &prepared).await.unwrap();
+    source.committed(&receipt);
+    loop {
+        match stale.answer().await {
+            Ok(_) => {}
+            Err(error) => {
+                assert_eq!(error.reason, Reason::IntervalGivenUp);
+                break;
+            }
+        }
+    }
+    running.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_beyond_the_limit_are_refused_and_stalled_ones_are_closed() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = vault_svc::Config {
+        streams_max: 2,
+        stream_idle_max: std::time::Duration::from_millis(300).into(),
+        part_age_max: std::time::Duration::from_millis(20).into(),
+        ..config(dir.path())
+    };
+    let running = vault_svc::start(config).await.unwrap();
+    let mut clients = connect(&running).await;
+    let mut wires = Vec::new();
+    let mut reasons = Vec::new();
+    for seed in 20..24 {
+        let mut source = Source::new(seed, 100);
+        source.start_term(&mut clients).await.unwrap();
+        source.write(1);
+        let prepared = source.prepare();
+        let mut wire = Wire::open(&mut clients, &prepared.header).await.unwrap();
+        match wire.answer().await {
+            Ok(_) => wires.push(wire),
+            Err(error) => reasons.push(error.reason),
+        }
+    }
+    assert_eq!(reasons, [Reason::LimitReached, Reason::LimitReached]);
+    for wire in &mut wires {
+        assert_eq!(
+            wire.answer().await.unwrap_err().reason,
+            Reason::IntervalGivenUp
+        );
+    }
+    let mut source = Source::new(25, 100);
+    source.start_term(&mut clients).await.unwrap();
+    source.write(1);
+    source.ship(&mut clients).await.unwrap();
+    running.shutdown().await.unwrap();
+}
