@@ -1,12 +1,36 @@
 //! The engine `intercept`: all writes to a volume file pass through here, so that it knows exactly which blocks
 //! changed, and can show the volume as it was at any open cut.
 
+mod device;
 mod error;
+mod files;
+mod mapped;
+mod open;
+mod reader;
+mod stripes;
+mod volume_file;
 
-use std::{io, path::Path, sync::Arc};
+use std::{
+    io,
+    path::Path,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
+use capture_core::engine::{
+    capture::{Capture, CaptureError},
+    cut::{Cut, Purpose},
+    records::{LABEL_MAX, Snapshot},
+};
 pub use error::EngineError;
+use files::Files;
+use parking_lot::{Condvar, Mutex};
+pub use reader::SnapshotReader;
 use tidemark_block::{BlockCount, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use tidemark_disk::lock::FileLock;
 
 /// The number of a snapshot, from 1, never given twice for a volume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -111,9 +135,46 @@ pub struct SnapshotInfo {
     pub cut: Epoch,
 }
 
+/// Somebody waits until something has changed; a time limit makes up for a signal that comes too early.
+#[derive(Debug, Default)]
+struct Signal {
+    lock: Mutex<()>,
+    changed: Condvar,
+}
+
+impl Signal {
+    fn notify(&self) {
+        drop(self.lock.lock());
+        self.changed.notify_all();
+    }
+
+    /// Waits, unless `ready` already, for a signal or the time limit.
+    fn wait(&self, limit: Duration, ready: impl Fn() -> bool) {
+        let mut guard = self.lock.lock();
+        if !ready() {
+            self.changed.wait_for(&mut guard, limit);
+        }
+    }
+}
+
 /// The engine of one volume. Every call blocks; none may be made on an async worker.
 #[derive(Debug)]
-pub struct Engine {}
+pub struct Engine {
+    capture: Capture<Files>,
+    options: EngineOptions,
+    dir: std::path::PathBuf,
+    closed: AtomicBool,
+    /// One cut after the other.
+    cutting: Mutex<()>,
+    /// One makes room in the spool, the others wait for it.
+    relieving: Mutex<()>,
+    settled: Signal,
+    intent: Signal,
+    room: Signal,
+    zeroes_fast: [OnceLock<bool>; 2],
+    _volume_lock: FileLock,
+    _state_lock: FileLock,
+}
 
 /// An open interval: what changed up to a cut, and the volume as it was at the cut.
 #[derive(Debug, Clone)]
@@ -126,35 +187,6 @@ pub struct IntervalCut {
     pub reader: SnapshotReader,
 }
 
-/// Reads the volume as it was at an open cut. While one exists, so do the before-images it needs.
-#[derive(Debug, Clone)]
-pub struct SnapshotReader {}
-
-impl SnapshotReader {
-    /// The last epoch that is seen.
-    #[must_use]
-    pub fn cut(&self) -> Epoch {
-        unimplemented!()
-    }
-
-    /// Reads whole blocks; `buffer` has the length of the extent.
-    ///
-    /// # Errors
-    /// [`EngineError::GivenUp`] where the cut was given up meanwhile, [`EngineError::SpoolDamaged`], or what the
-    /// volume file says.
-    pub fn read_blocks(&self, _extent: Extent, _buffer: &mut [u8]) -> Result<(), EngineError> {
-        unimplemented!()
-    }
-
-    /// The parts of the extent that may hold other bytes than zeroes, ascending; the rest reads as zeroes.
-    ///
-    /// # Errors
-    /// As [`Self::read_blocks`].
-    pub fn data_extents(&self, _extent: Extent) -> Result<BlockSet, EngineError> {
-        unimplemented!()
-    }
-}
-
 impl Engine {
     /// Makes the state of a new volume in `dir`, and opens it. The base is the all-zero image: every block that is
     /// no hole in the file is in the carry.
@@ -162,13 +194,13 @@ impl Engine {
     /// # Errors
     /// Where the file or the directory isn't fit; nothing is left behind then.
     pub fn create(
-        _dir: &Path,
-        _volume: VolumeId,
-        _file: &Path,
-        _geometry: Geometry,
-        _options: EngineOptions,
+        dir: &Path,
+        volume: VolumeId,
+        file: &Path,
+        geometry: Geometry,
+        options: EngineOptions,
     ) -> Result<Arc<Self>, EngineError> {
-        unimplemented!()
+        open::create(dir, volume, file, geometry, options).map(Arc::new)
     }
 
     /// Opens a volume that was created before, and recovers it.
@@ -176,61 +208,100 @@ impl Engine {
     /// # Errors
     /// Where the file or the directory isn't fit; nothing was changed then, and the call may be repeated.
     pub fn open(
-        _dir: &Path,
-        _volume: VolumeId,
-        _file: &Path,
-        _geometry: Geometry,
-        _options: EngineOptions,
+        dir: &Path,
+        volume: VolumeId,
+        file: &Path,
+        geometry: Geometry,
+        options: EngineOptions,
     ) -> Result<(Arc<Self>, Trust), EngineError> {
-        unimplemented!()
+        let (engine, trust) = open::open(dir, volume, file, geometry, options)?;
+        Ok((Arc::new(engine), trust))
     }
 
-    /// Waits for the requests in flight, syncs everything and marks the state clean. Later requests fail.
+    /// Waits for the requests in flight, syncs everything and marks the state clean. Later requests fail. Closing
+    /// again does nothing.
     ///
     /// # Errors
     /// Where a sync fails: the next open recovers as after a crash.
     pub fn close(&self) -> Result<(), EngineError> {
-        unimplemented!()
+        let _cutting = self.cutting.lock();
+        if self.closed.swap(true, SeqCst) {
+            return Ok(());
+        }
+        self.room.notify();
+        while !self.capture.is_idle() {
+            self.settled
+                .wait(Duration::from_millis(1), || self.capture.is_idle());
+        }
+        self.capture.sync().map_err(|error| self.explain(error))?;
+        open::mark_clean(self)
+    }
+
+    fn check_open(&self) -> Result<(), EngineError> {
+        if self.closed.load(SeqCst) {
+            Err(EngineError::Closed)
+        } else {
+            Ok(())
+        }
     }
 
     /// The volume's geometry.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
-        unimplemented!()
+        self.capture.geometry()
     }
 
     /// The open epoch.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
-        unimplemented!()
+        Epoch::new(self.capture.epoch())
     }
 
     /// Figures of this moment.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
-        unimplemented!()
+        let counters = &self.capture.counters;
+        let (_, slots) = self.capture.spool().used();
+        EngineStats {
+            changed_blocks: self.changed_hint(),
+            spool_used: self.geometry().bytes(BlockCount::new(slots)),
+            spool_max: self.options.spool_bytes_max,
+            snapshots: self.capture.snapshots().len() as u64,
+            give_ups: counters.give_ups.load(SeqCst),
+            trims_ignored: counters.trims_ignored.load(SeqCst),
+            blocks_copied: counters.copied.load(SeqCst),
+            intent_regions: self.capture.intent().set_regions().len() as u64,
+            poisoned: self.capture.is_poisoned(),
+        }
     }
 
     /// Blocks that the next interval will hold, an upper bound: cheap enough to ask for at every write.
     #[must_use]
     pub fn changed_hint(&self) -> u64 {
-        unimplemented!()
+        self.capture.changed_bound().get()
     }
 
     /// Puts every block into the next interval, durably.
     ///
     /// # Errors
     /// Where the carry can't be written.
-    pub fn doubt_everything(&self, _reason: &str) -> Result<(), EngineError> {
-        unimplemented!()
+    pub fn doubt_everything(&self, reason: &str) -> Result<(), EngineError> {
+        tracing::warn!(
+            reason,
+            "every block of the volume is in doubt and will be compared"
+        );
+        self.doubt(&std::iter::once(self.geometry().all()).collect())
     }
 
     /// Puts blocks into the next interval, durably.
     ///
     /// # Errors
     /// Where the carry can't be written.
-    pub fn doubt(&self, _blocks: &BlockSet) -> Result<(), EngineError> {
-        unimplemented!()
+    pub fn doubt(&self, blocks: &BlockSet) -> Result<(), EngineError> {
+        self.check_open()?;
+        self.capture
+            .doubt(blocks)
+            .map_err(|error| self.explain(error))
     }
 
     /// Cuts, and opens the interval of all blocks that may differ from the base. It survives a process crash.
@@ -238,13 +309,44 @@ impl Engine {
     /// # Errors
     /// [`EngineError::IntervalOpen`] where one is open; where it can't be written the blocks go into the next one.
     pub fn begin_interval(self: &Arc<Self>) -> Result<IntervalCut, EngineError> {
-        unimplemented!()
+        let cut = self.cut(Purpose::Interval)?;
+        self.open_interval().ok_or(EngineError::GivenUp(cut))
+    }
+
+    /// Flips, waits for the settle, and finishes the cut.
+    fn cut(&self, purpose: Purpose) -> Result<Epoch, EngineError> {
+        let _cutting = self.cutting.lock();
+        self.check_open()?;
+        let cut = self
+            .capture
+            .begin_cut(purpose)
+            .map_err(|error| self.explain(error))?;
+        self.settle(&cut);
+        let epoch = Epoch::new(cut.epoch());
+        self.capture
+            .finish_cut(cut)
+            .map_err(|error| self.explain(error))?;
+        Ok(epoch)
+    }
+
+    fn settle(&self, cut: &Cut) {
+        while !self.capture.is_settled(cut.epoch()) {
+            self.settled.wait(Duration::from_millis(1), || {
+                self.capture.is_settled(cut.epoch())
+            });
+        }
     }
 
     /// The open interval: begun before, or survived a restart.
     #[must_use]
     pub fn open_interval(self: &Arc<Self>) -> Option<IntervalCut> {
-        unimplemented!()
+        let interval = self.capture.open_interval()?;
+        let view = self.capture.open_cut(interval.cut)?;
+        Some(IntervalCut {
+            epoch: Epoch::new(interval.cut),
+            changed: interval.changed,
+            reader: SnapshotReader::new(Arc::clone(self), view),
+        })
     }
 
     /// Folds the open interval's blocks into the next one, durably. Without an open interval nothing happens.
@@ -252,7 +354,13 @@ impl Engine {
     /// # Errors
     /// Where the carry can't be written: the interval is still open.
     pub fn give_up_interval(&self) -> Result<(), EngineError> {
-        unimplemented!()
+        self.check_open()?;
+        let result = self
+            .capture
+            .give_up_interval()
+            .map_err(|error| self.explain(error));
+        self.room.notify();
+        result
     }
 
     /// Drops the interval with this cut: its generation is committed and the caller has that durably. Syncs the
@@ -260,8 +368,16 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::NoInterval`] where another one or none is open; where the sync fails the engine is stopped.
-    pub fn commit_interval(&self, _cut: Epoch) -> Result<(), EngineError> {
-        unimplemented!()
+    pub fn commit_interval(&self, cut: Epoch) -> Result<(), EngineError> {
+        self.check_open()?;
+        let result = self
+            .capture
+            .commit_interval(cut.get())
+            .map_err(|error| self.explain(error));
+        self.room.notify();
+        // Requests that met the clearing of the intent map wait for its sync.
+        self.intent.notify();
+        result
     }
 
     /// Cuts, and keeps the image at the cut readable. `label` has at most 255 bytes.
@@ -269,30 +385,56 @@ impl Engine {
     /// # Errors
     /// [`EngineError::TooManySnapshots`], [`EngineError::GivenUp`] where the spool was full at once, or where the
     /// table can't be written.
-    pub fn create_snapshot(&self, _label: &str, _now_ms: u64) -> Result<SnapshotInfo, EngineError> {
-        unimplemented!()
+    pub fn create_snapshot(&self, label: &str, now_ms: u64) -> Result<SnapshotInfo, EngineError> {
+        if label.len() > LABEL_MAX {
+            return Err(EngineError::LabelTooLong(label.len()));
+        }
+        let cut = self.cut(Purpose::Snapshot {
+            label: label.to_owned(),
+            time_ms: now_ms,
+        })?;
+        let created = self
+            .list_snapshots()
+            .into_iter()
+            .find(|snapshot| snapshot.cut == cut);
+        created.ok_or(EngineError::GivenUp(cut))
     }
 
     /// All snapshots, oldest first.
     #[must_use]
     pub fn list_snapshots(&self) -> Vec<SnapshotInfo> {
-        unimplemented!()
+        self.capture
+            .snapshots()
+            .into_iter()
+            .map(SnapshotInfo::from)
+            .collect()
     }
 
     /// Deletes a snapshot. Readers that have it open may finish.
     ///
     /// # Errors
     /// [`EngineError::NoSuchSnapshot`], or where the table can't be written.
-    pub fn delete_snapshot(&self, _id: SnapshotId) -> Result<(), EngineError> {
-        unimplemented!()
+    pub fn delete_snapshot(&self, id: SnapshotId) -> Result<(), EngineError> {
+        self.check_open()?;
+        let result = self
+            .capture
+            .delete_snapshot(id.0)
+            .map_err(|error| self.explain(error));
+        self.room.notify();
+        result
     }
 
     /// Opens a snapshot for reading.
     ///
     /// # Errors
     /// [`EngineError::NoSuchSnapshot`].
-    pub fn open_snapshot(self: &Arc<Self>, _id: SnapshotId) -> Result<SnapshotReader, EngineError> {
-        unimplemented!()
+    pub fn open_snapshot(self: &Arc<Self>, id: SnapshotId) -> Result<SnapshotReader, EngineError> {
+        self.check_open()?;
+        let view = self
+            .capture
+            .open_snapshot(id.0)
+            .map_err(|error| self.explain(error))?;
+        Ok(SnapshotReader::new(Arc::clone(self), view))
     }
 
     /// The blocks that may differ between two snapshots.
@@ -301,16 +443,20 @@ impl Engine {
     /// [`EngineError::NoSuchSnapshot`], [`EngineError::SnapshotOrder`], or where the record can't be read.
     pub fn changed_between(
         &self,
-        _older: SnapshotId,
-        _newer: SnapshotId,
+        older: SnapshotId,
+        newer: SnapshotId,
     ) -> Result<BlockSet, EngineError> {
-        unimplemented!()
+        self.check_open()?;
+        self.capture
+            .changed_between(older.0, newer.0)
+            .map_err(|error| self.explain(error))
     }
 
     /// The blocks of the extent that may differ from the base: dirty, carried, or in the open interval.
     #[must_use]
-    pub fn tracked(&self, _extent: Extent) -> BlockSet {
-        unimplemented!()
+    pub fn tracked(&self, extent: Extent) -> BlockSet {
+        self.capture
+            .tracked(extent.intersect(self.geometry().all()))
     }
 
     /// Reads whole blocks as they are now; `buffer` has the length of the extent. Blocks being written meanwhile may
@@ -318,8 +464,59 @@ impl Engine {
     ///
     /// # Errors
     /// What the volume file says.
-    pub fn read_live(&self, _extent: Extent, _buffer: &mut [u8]) -> io::Result<()> {
-        unimplemented!()
+    pub fn read_live(&self, extent: Extent, buffer: &mut [u8]) -> io::Result<()> {
+        use capture_core::engine::media::Media;
+        let geometry = self.geometry();
+        if extent.end() > geometry.all().end()
+            || buffer.len() as u64 != geometry.bytes(extent.count())
+        {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let offset = geometry.offset_of(extent.start()).get();
+        self.capture
+            .media()
+            .read_volume(offset, buffer)
+            .map_err(|error| io::Error::from_raw_os_error(error.0))
+    }
+
+    /// What a decision's error is called outside.
+    fn explain(&self, error: CaptureError) -> EngineError {
+        let damaged = |what: String| EngineError::StateDamaged {
+            path: self.dir.clone(),
+            what,
+        };
+        match error {
+            CaptureError::Media(error) => EngineError::io(
+                format!(
+                    "use the volume's files and its state in {}",
+                    self.dir.display()
+                ),
+                io::Error::from_raw_os_error(error.0),
+            ),
+            CaptureError::Record(error) => damaged(error.to_string()),
+            CaptureError::Poisoned => EngineError::Poisoned,
+            CaptureError::GivenUp(cut) => EngineError::GivenUp(Epoch::new(cut)),
+            CaptureError::IntervalOpen(cut) => EngineError::IntervalOpen(Epoch::new(cut)),
+            CaptureError::NoInterval(cut) => EngineError::NoInterval(Epoch::new(cut)),
+            CaptureError::NoSnapshot(id) => EngineError::NoSuchSnapshot(SnapshotId(id)),
+            CaptureError::TooManySnapshots(most) => EngineError::TooManySnapshots(most),
+            CaptureError::SnapshotOrder(older, newer) => EngineError::SnapshotOrder {
+                older: SnapshotId(older),
+                newer: SnapshotId(newer),
+            },
+            CaptureError::SpoolDamaged(block) => EngineError::SpoolDamaged { block },
+        }
+    }
+}
+
+impl From<Snapshot> for SnapshotInfo {
+    fn from(snapshot: Snapshot) -> Self {
+        Self {
+            id: SnapshotId(snapshot.id),
+            label: snapshot.label,
+            time_ms: snapshot.time_ms,
+            cut: Epoch::new(snapshot.cut),
+        }
     }
 }
 

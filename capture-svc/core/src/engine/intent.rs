@@ -276,6 +276,12 @@ impl IntentMap {
         })
     }
 
+    /// Whether somebody leads.
+    #[must_use]
+    pub fn is_leading(&self) -> bool {
+        self.state.lock().leading
+    }
+
     /// Ends a batch. After a failure nothing of it counts as durable.
     pub fn complete(&self, batch: Batch, synced: bool) {
         let mut state = self.state.lock();

@@ -126,6 +126,8 @@ impl Numbers {
 struct Allocation {
     entries: Numbers,
     slots: Numbers,
+    /// The last attempt to take more disk space failed, and nothing was freed since.
+    disk_full: bool,
 }
 
 /// The before-images of a volume.
@@ -150,6 +152,7 @@ impl Spool {
             allocation: Mutex::new(Allocation {
                 entries: numbers(limits.entries_max),
                 slots: numbers(limits.slots_max),
+                disk_full: false,
             }),
         }
     }
@@ -265,16 +268,24 @@ impl Spool {
         with_slot: bool,
     ) -> Result<(u32, Option<u64>), SpoolError> {
         let mut allocation = self.allocation.lock();
-        let Allocation { entries, slots } = &mut *allocation;
+        let Allocation {
+            entries,
+            slots,
+            disk_full,
+        } = &mut *allocation;
         if !entries.has_room() || (with_slot && !slots.has_room()) {
             return Err(SpoolError::Full);
         }
         let mut id = entries.take();
         let mut slot = if with_slot { slots.take() } else { None };
         if id.is_none() || (with_slot && slot.is_none()) {
-            if let Ok((entries_now, slots_now)) =
-                media.reserve(entries.used + 1, slots.used + u64::from(with_slot))
-            {
+            let more = |wanted: bool, given: bool| u64::from(wanted && !given);
+            let reserved = media.reserve(
+                entries.allocated + more(true, id.is_some()),
+                slots.allocated + more(with_slot, slot.is_some()),
+            );
+            *disk_full = reserved.is_err();
+            if let Ok((entries_now, slots_now)) = reserved {
                 entries.allocated = entries_now.min(entries.max).max(entries.allocated);
                 slots.allocated = slots_now.min(slots.max).max(slots.allocated);
                 id = id.or_else(|| entries.take());
@@ -350,6 +361,7 @@ impl Spool {
                 });
             }
             let mut allocation = self.allocation.lock();
+            allocation.disk_full = false;
             for (id, slot) in freed {
                 allocation.entries.free(u64::from(id));
                 if slot != ZEROES {
@@ -381,7 +393,10 @@ impl Spool {
     #[must_use]
     pub fn has_room(&self) -> bool {
         let allocation = self.allocation.lock();
-        allocation.entries.has_room() && allocation.slots.has_room()
+        let has_room = |numbers: &Numbers| {
+            numbers.has_room() && (!allocation.disk_full || numbers.used < numbers.allocated)
+        };
+        has_room(&allocation.entries) && has_room(&allocation.slots)
     }
 
     /// Before-images, and how many of them have bytes.

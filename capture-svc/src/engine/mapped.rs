@@ -1,0 +1,167 @@
+//! Files of the state that are mapped into memory and updated in place: what is stored survives the process.
+//!
+//! The first 4 KiB hold a sealed header with the volume's id and geometry; words follow. Space is allocated before
+//! it is mapped, so that no store finds the disk full.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::FileExt,
+    path::Path,
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
+};
+
+use memmap2::{MmapOptions, MmapRaw};
+use parking_lot::Mutex;
+use rustix::fs::{FallocateFlags, fallocate};
+use tidemark_block::{
+    Geometry, VolumeId,
+    wire::{self, Reader},
+};
+use tidemark_disk::durable;
+
+/// Bytes before the words.
+pub(super) const HEADER_LEN: u64 = 4096;
+const WORD_LEN: u64 = 8;
+const VERSION: u16 = 1;
+
+/// A mapped file of words.
+#[derive(Debug)]
+pub(super) struct MappedWords {
+    file: File,
+    map: MmapRaw,
+    /// Words that have disk space; the map may reach further.
+    words: AtomicUsize,
+    words_max: usize,
+    growing: Mutex<()>,
+}
+
+/// The header's bytes.
+pub(super) fn header(magic: [u8; 8], volume: VolumeId, geometry: Geometry) -> Vec<u8> {
+    let mut payload = volume.as_bytes().to_vec();
+    payload.extend_from_slice(&geometry.length().to_le_bytes());
+    payload.extend_from_slice(&geometry.block_size().get().to_le_bytes());
+    wire::seal(magic, VERSION, &payload)
+}
+
+fn is_header(bytes: &[u8], expected: &[u8]) -> bool {
+    // A later version may have features that matter, so that only our own header will do.
+    bytes.starts_with(expected)
+        && Reader::new(&bytes[expected.len()..])
+            .rest()
+            .iter()
+            .all(|&b| b == 0)
+}
+
+impl MappedWords {
+    /// Makes the file anew, all words zero. It may grow to `words_max` words.
+    pub(super) fn create(
+        path: &Path,
+        header: &[u8],
+        words: u64,
+        words_max: u64,
+    ) -> io::Result<Self> {
+        durable::remove_file(path)?;
+        let file = durable::open_allocated(path, HEADER_LEN + words * WORD_LEN)?;
+        file.write_all_at(header, 0)?;
+        file.sync_all()?;
+        Self::map(file, words_max)
+    }
+
+    /// Opens the file; nothing where it isn't whole: missing, of another volume, or shorter than `words`.
+    pub(super) fn open(
+        path: &Path,
+        header: &[u8],
+        words: u64,
+        words_max: u64,
+    ) -> io::Result<Option<Self>> {
+        let file = match File::options().read(true).write(true).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        if file.metadata()?.len() < HEADER_LEN + words * WORD_LEN {
+            return Ok(None);
+        }
+        let mut found = vec![0; usize::try_from(HEADER_LEN).unwrap_or(0)];
+        file.read_exact_at(&mut found, 0)?;
+        if is_header(&found, header) {
+            Self::map(file, words_max).map(Some)
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn map(file: File, words_max: u64) -> io::Result<Self> {
+        let too_large = |_| io::Error::from(io::ErrorKind::OutOfMemory);
+        let words = (file.metadata()?.len() - HEADER_LEN) / WORD_LEN;
+        let words_max = usize::try_from(words_max.max(words)).map_err(too_large)?;
+        let length = words_max * 8 + usize::try_from(HEADER_LEN).map_err(too_large)?;
+        let map = MmapOptions::new().len(length).map_raw(&file)?;
+        let words = AtomicUsize::new(usize::try_from(words).map_err(too_large)?);
+        Ok(Self {
+            file,
+            map,
+            words,
+            words_max,
+            growing: Mutex::new(()),
+        })
+    }
+
+    /// The words that there are.
+    #[allow(unsafe_code)]
+    pub(super) fn words(&self) -> &[AtomicU64] {
+        let count = self.words.load(SeqCst);
+        // SAFETY: the map is shared, writable, page-aligned, lives as long as `self`, and is `words_max` words long
+        // past its header; the file has space for `count` ≤ `words_max` of them. The memory is only ever accessed as
+        // atomics, and any bit pattern is a valid one.
+        unsafe {
+            let first = self
+                .map
+                .as_mut_ptr()
+                .cast::<u8>()
+                .add(4096)
+                .cast::<AtomicU64>();
+            std::slice::from_raw_parts(first, count)
+        }
+    }
+
+    /// Makes it at least `words` long, as far as `words_max` allows; returns the length.
+    pub(super) fn grow(&self, words: u64) -> io::Result<u64> {
+        let _growing = self.growing.lock();
+        let now = self.words.load(SeqCst);
+        let wanted = usize::try_from(words)
+            .unwrap_or(usize::MAX)
+            .min(self.words_max);
+        if wanted > now {
+            let from = HEADER_LEN + now as u64 * WORD_LEN;
+            fallocate(
+                &self.file,
+                FallocateFlags::empty(),
+                from,
+                (wanted - now) as u64 * WORD_LEN,
+            )?;
+            self.words.store(wanted, SeqCst);
+        }
+        Ok(now.max(wanted) as u64)
+    }
+
+    /// Zeroes every word.
+    pub(super) fn reset(&self) -> io::Result<()> {
+        const ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+        let mut at = HEADER_LEN;
+        let end = HEADER_LEN + self.words.load(SeqCst) as u64 * WORD_LEN;
+        while at < end {
+            let part =
+                usize::try_from(end - at).map_or(ZEROES.len(), |left| left.min(ZEROES.len()));
+            self.file.write_all_at(&ZEROES[..part], at)?;
+            at += part as u64;
+        }
+        Ok(())
+    }
+
+    /// Makes every store so far durable.
+    pub(super) fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+}

@@ -1,0 +1,239 @@
+//! Creating, opening and closing a volume's state: what happens around the recovery.
+
+use std::{fs, io, path::Path, sync::atomic::AtomicBool};
+
+use capture_core::engine::{
+    capture::{Capture, Tuning},
+    media::{Media, Record},
+    records::{FileIdentity, Identity, encode_carry},
+    recover::{EPOCHS_RESERVED, Outcome},
+    spool::INDEX_BYTES_PER_ENTRY,
+    trust::{Judgement, judge},
+};
+use tidemark_block::{Geometry, VolumeId};
+use tidemark_disk::{
+    durable,
+    lock::{FileLock, LockError},
+};
+
+use super::{
+    Engine, EngineError, EngineOptions, Trust,
+    files::{self, Files, REGION_LEN, Wholeness},
+    volume_file,
+};
+
+/// Blocks under one lock.
+const STRIPE_BLOCKS: u64 = 64;
+/// Records of changes since the newest snapshot, before they are merged.
+const CHANGES_MAX: usize = 32;
+
+fn tuning(options: &EngineOptions, geometry: Geometry) -> Tuning {
+    let entries_max = options.spool_index_memory_max / INDEX_BYTES_PER_ENTRY;
+    Tuning {
+        region_bytes: REGION_LEN,
+        stripe_blocks: STRIPE_BLOCKS,
+        spool: files::limits(options.spool_bytes_max, entries_max, geometry),
+        hot_regions_max: options.hot_regions_max,
+        snapshots_max: options.snapshots_max.max(1),
+        changes_max: CHANGES_MAX,
+    }
+}
+
+fn lock_state(dir: &Path) -> Result<FileLock, EngineError> {
+    FileLock::of_dir(dir).map_err(|error| match error {
+        LockError::Owned { path, .. } => EngineError::StateLocked { path },
+        LockError::Io { path, source } => {
+            EngineError::io(format!("lock state directory {}", path.display()), source)
+        }
+    })
+}
+
+fn failed(action: &'static str, dir: &Path) -> impl Fn(io::Error) -> EngineError {
+    move |error| EngineError::io(format!("{action} in {}", dir.display()), error)
+}
+
+/// Makes the state of a new volume and opens it.
+pub(super) fn create(
+    dir: &Path,
+    volume: VolumeId,
+    file: &Path,
+    geometry: Geometry,
+    options: EngineOptions,
+) -> Result<Engine, EngineError> {
+    durable::create_dir(dir).map_err(failed("create the state", dir))?;
+    let state_lock = lock_state(dir)?;
+    if dir.join("identity").exists() {
+        return Err(EngineError::StateExists {
+            path: dir.to_owned(),
+        });
+    }
+    let (opened, volume_lock) = volume_file::open(file, geometry)?;
+    let tuning = tuning(&options, geometry);
+    let made = (|| {
+        // The first sync also makes the holes final, that are taken for zeroes from here on.
+        opened.sync_all()?;
+        let carry = volume_file::data_blocks(&opened, geometry, geometry.all())?;
+        let identity = volume_file::identity(&opened)?;
+        files::remove_all(dir)?;
+        let files = Files::create(dir, volume, geometry, tuning.spool, opened)?;
+        files
+            .put(Record::Carry, Some(&encode_carry(&carry)))
+            .map_err(|error| io::Error::from_raw_os_error(error.0))?;
+        Ok((files, identity))
+    })();
+    let (files, identity) = made.map_err(|error| {
+        // Best effort: without an identity there is no volume here, and the next creation removes the rest.
+        let _ = files::remove_all(dir);
+        failed("create the volume's state", dir)(error)
+    })?;
+    let judgement = Judgement::Exact { clean: true };
+    let locks = (state_lock, volume_lock);
+    let (engine, _) = start(
+        dir,
+        files,
+        volume,
+        tuning,
+        judgement,
+        1,
+        (identity, locks),
+        geometry,
+        options,
+    )?;
+    Ok(engine)
+}
+
+/// Opens a volume's state and recovers it.
+pub(super) fn open(
+    dir: &Path,
+    volume: VolumeId,
+    file: &Path,
+    geometry: Geometry,
+    options: EngineOptions,
+) -> Result<(Engine, Trust), EngineError> {
+    let identity_path = dir.join("identity");
+    if !identity_path.exists() {
+        return Err(EngineError::StateMissing {
+            path: dir.to_owned(),
+        });
+    }
+    let state_lock = lock_state(dir)?;
+    let bytes = fs::read(&identity_path).map_err(failed("read the identity", dir))?;
+    let recorded = Identity::decode(&bytes).map_err(|error| EngineError::StateDamaged {
+        path: identity_path,
+        what: error.to_string(),
+    })?;
+    if recorded.volume != volume {
+        let (found, expected) = (recorded.volume, volume);
+        return Err(EngineError::OtherVolume {
+            path: dir.to_owned(),
+            found,
+            expected,
+        });
+    }
+    if recorded.geometry != geometry {
+        let (found, expected) = (recorded.geometry, geometry);
+        return Err(EngineError::OtherGeometry {
+            path: dir.to_owned(),
+            found,
+            expected,
+        });
+    }
+    let (opened, volume_lock) = volume_file::open(file, geometry)?;
+    let identity = volume_file::identity(&opened).map_err(failed("identify the volume", dir))?;
+    let tuning = tuning(&options, geometry);
+    let (files, wholeness) = Files::open(dir, volume, geometry, tuning.spool, opened)
+        .map_err(failed("open the volume's state", dir))?;
+    let judgement = match wholeness {
+        Wholeness::Whole => judge(&recorded, &identity),
+        Wholeness::Lost(name) => {
+            tracing::error!(%volume, file = name, "a file of the volume's state was lost or damaged");
+            Judgement::Everything("a file of the volume's state was lost or damaged")
+        }
+    };
+    let limit = recorded.epoch_limit;
+    let locks = (state_lock, volume_lock);
+    let (engine, outcome) = start(
+        dir,
+        files,
+        volume,
+        tuning,
+        judgement,
+        limit,
+        (identity, locks),
+        geometry,
+        options,
+    )?;
+    Ok((engine, trust(outcome)))
+}
+
+fn trust(outcome: Outcome) -> Trust {
+    match outcome {
+        Outcome::Clean => Trust::Clean,
+        Outcome::ProcessCrash => Trust::ProcessCrash,
+        Outcome::PowerLoss(doubtful) => Trust::PowerLoss { doubtful },
+        Outcome::Everything(reason) => Trust::Everything { reason },
+    }
+}
+
+#[allow(
+    clippy::too_many_arguments,
+    reason = "the end of the two functions above"
+)]
+fn start(
+    dir: &Path,
+    files: Files,
+    volume: VolumeId,
+    tuning: Tuning,
+    judgement: Judgement,
+    epoch_limit: u64,
+    (file, (state_lock, volume_lock)): (FileIdentity, (FileLock, FileLock)),
+    geometry: Geometry,
+    options: EngineOptions,
+) -> Result<(Engine, Outcome), EngineError> {
+    let recovered = Capture::recover(files, volume, geometry, tuning, judgement, epoch_limit);
+    let (capture, outcome) = recovered.map_err(|error| {
+        EngineError::io(
+            format!("recover the volume's state in {}", dir.display()),
+            io::Error::other(error),
+        )
+    })?;
+    let engine = Engine {
+        capture,
+        options,
+        dir: dir.to_owned(),
+        closed: AtomicBool::new(false),
+        cutting: parking_lot::Mutex::default(),
+        relieving: parking_lot::Mutex::default(),
+        settled: super::Signal::default(),
+        intent: super::Signal::default(),
+        room: super::Signal::default(),
+        zeroes_fast: Default::default(),
+        _volume_lock: volume_lock,
+        _state_lock: state_lock,
+    };
+    write_identity(&engine, file, false)?;
+    Ok((engine, outcome))
+}
+
+fn write_identity(engine: &Engine, file: FileIdentity, clean: bool) -> Result<(), EngineError> {
+    let identity = Identity {
+        volume: engine.capture.volume(),
+        geometry: engine.geometry(),
+        clean,
+        epoch_limit: engine.capture.epoch() + EPOCHS_RESERVED,
+        file,
+    };
+    durable::write_file(&engine.dir.join("identity"), &identity.encode())
+        .map_err(failed("write the identity", &engine.dir))
+}
+
+/// Marks the state clean, after everything it stands for is durable. No request is in flight, the volume is synced.
+pub(super) fn mark_clean(engine: &Engine) -> Result<(), EngineError> {
+    let files = engine.capture.media();
+    files
+        .sync_state()
+        .map_err(failed("sync the volume's state", &engine.dir))?;
+    let file = volume_file::identity(files.volume())
+        .map_err(failed("identify the volume", &engine.dir))?;
+    write_identity(engine, file, true)
+}

@@ -1,0 +1,212 @@
+//! The volume's file: opening it for ourselves alone, what identifies it, and operations the standard library lacks.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, MetadataExt},
+    },
+    path::Path,
+};
+
+use capture_core::engine::records::FileIdentity;
+use rustix::{
+    fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, fallocate, fstatvfs, seek, statx},
+    io::Errno,
+};
+use tidemark_block::{BlockSet, Extent, Geometry};
+use tidemark_disk::lock::{FileLock, LockError};
+
+use super::EngineError;
+
+/// Opens a volume's file and locks it.
+pub(super) fn open(path: &Path, geometry: Geometry) -> Result<(File, FileLock), EngineError> {
+    let metadata = match fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(EngineError::VolumeMissing {
+                path: path.to_owned(),
+            });
+        }
+        Err(error) => {
+            return Err(EngineError::io(
+                format!("look at volume file {}", path.display()),
+                error,
+            ));
+        }
+    };
+    if !metadata.is_file() {
+        return Err(EngineError::NotAFile {
+            path: path.to_owned(),
+        });
+    }
+    let file = match File::options().read(true).write(true).open(path) {
+        Ok(file) => file,
+        Err(source)
+            if matches!(
+                source.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+            ) =>
+        {
+            return Err(EngineError::VolumeReadOnly {
+                path: path.to_owned(),
+                source,
+            });
+        }
+        Err(error) => {
+            return Err(EngineError::io(
+                format!("open volume file {}", path.display()),
+                error,
+            ));
+        }
+    };
+    let lock = FileLock::of_file(&file, path).map_err(|error| match error {
+        LockError::Owned { path, .. } => EngineError::VolumeLocked { path },
+        LockError::Io { path, source } => {
+            EngineError::io(format!("lock volume file {}", path.display()), source)
+        }
+    })?;
+    let found = file
+        .metadata()
+        .map_err(|error| EngineError::io(format!("look at volume file {}", path.display()), error))?
+        .len();
+    if found != geometry.length() {
+        let recorded = geometry.length();
+        return Err(EngineError::VolumeLength {
+            path: path.to_owned(),
+            found,
+            recorded,
+        });
+    }
+    Ok((file, lock))
+}
+
+/// What tells the file from every other.
+pub(super) fn identity(file: &File) -> io::Result<FileIdentity> {
+    let metadata = file.metadata()?;
+    let mount = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
+    Ok(FileIdentity {
+        boot: boot_id()?,
+        mount,
+        filesystem: filesystem_id(file)?,
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        modified_s: metadata.mtime(),
+        modified_ns: u32::try_from(metadata.mtime_nsec()).unwrap_or(0),
+    })
+}
+
+fn boot_id() -> io::Result<[u8; 16]> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    match text.trim().parse::<uuid::Uuid>() {
+        Ok(id) => Ok(*id.as_bytes()),
+        Err(_) => Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the kernel's boot id is no UUID",
+        )),
+    }
+}
+
+/// The filesystem's UUID, or its id where it has none.
+#[allow(unsafe_code)]
+fn filesystem_id(file: &File) -> io::Result<[u8; 16]> {
+    /// `struct fsuuid2` of linux/fs.h.
+    #[repr(C)]
+    struct FsUuid {
+        len: u8,
+        uuid: [u8; 16],
+    }
+    /// `FS_IOC_GETFSUUID`: `_IOR(0x15, 0, struct fsuuid2)`.
+    const FS_IOC_GETFSUUID: u32 = 0x8011_1500;
+    let mut found = FsUuid {
+        len: 0,
+        uuid: [0; 16],
+    };
+    // SAFETY: the request fills a structure of exactly this layout, which we own.
+    let done = unsafe {
+        libc::ioctl(
+            file.as_raw_fd(),
+            libc::Ioctl::from(FS_IOC_GETFSUUID),
+            &raw mut found,
+        )
+    };
+    if done == 0 && found.len == 16 && found.uuid != [0; 16] {
+        return Ok(found.uuid);
+    }
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&fstatvfs(file)?.f_fsid.to_le_bytes());
+    Ok(id)
+}
+
+/// Zeroes a range: as a hole, or keeping it allocated.
+pub(super) fn zero(file: &File, offset: u64, length: u64, allocated: bool) -> io::Result<()> {
+    match fallocate(file, zero_flags(allocated), offset, length) {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS) => write_zeroes(file, offset, length),
+        other => Ok(other?),
+    }
+}
+
+fn zero_flags(allocated: bool) -> FallocateFlags {
+    let how = if allocated {
+        FallocateFlags::ZERO_RANGE
+    } else {
+        FallocateFlags::PUNCH_HOLE
+    };
+    how | FallocateFlags::KEEP_SIZE
+}
+
+/// Whether ranges can be zeroed faster than by writing.
+pub(super) fn zeroes_fast(file: &File, length: u64, allocated: bool) -> bool {
+    // Past the end of the file nothing changes, but an unsupported operation is refused all the same.
+    fallocate(
+        file,
+        zero_flags(allocated) | FallocateFlags::KEEP_SIZE,
+        length,
+        4096,
+    )
+    .is_ok()
+        && (!allocated || fallocate(file, zero_flags(false), length, 4096).is_ok())
+}
+
+fn write_zeroes(file: &File, mut offset: u64, mut length: u64) -> io::Result<()> {
+    const ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+    while length > 0 {
+        let part = length.min(ZEROES.len() as u64);
+        file.write_all_at(&ZEROES[..usize::try_from(part).unwrap_or(0)], offset)?;
+        offset += part;
+        length -= part;
+    }
+    Ok(())
+}
+
+/// The next data at or after `offset`, and the next hole after that; both at most `end`.
+pub(super) fn next_data(file: &File, offset: u64, end: u64) -> io::Result<(u64, u64)> {
+    let data = match seek(file, SeekFrom::Data(offset)) {
+        Ok(data) => data.min(end),
+        Err(Errno::NXIO) => return Ok((end, end)),
+        // Without knowledge of holes all is data.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset, end)),
+        Err(error) => return Err(error.into()),
+    };
+    match seek(file, SeekFrom::Hole(data)) {
+        Ok(hole) => Ok((data, hole.min(end))),
+        Err(Errno::NXIO) => Ok((data, end)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The blocks of an extent that aren't wholly holes.
+pub(super) fn data_blocks(file: &File, geometry: Geometry, extent: Extent) -> io::Result<BlockSet> {
+    let mut blocks = BlockSet::new();
+    let mut at = geometry.offset_of(extent.start()).get();
+    let end = geometry.offset_of(extent.end()).get();
+    while at < end {
+        let (data, hole) = next_data(file, at, end)?;
+        if data < hole {
+            blocks.insert(geometry.covering(data, hole - data).intersect(extent));
+        }
+        at = hole.max(at + 1);
+    }
+    Ok(blocks)
+}
