@@ -1,0 +1,242 @@
+//! Files and directories that aren't fit: each a clear error, nothing changed.
+
+use super::*;
+
+#[test]
+fn a_volume_file_that_is_not_as_recorded_is_refused_and_comes_back_when_it_is() {
+    let setup = Setup::new(16);
+    let engine = setup.create();
+    write(&engine, 1, 1);
+    drop(engine);
+    for length in [15 * BLOCK, 17 * BLOCK, 16 * BLOCK + 1] {
+        let aside = setup.dir.path().join("aside");
+        fs::copy(setup.file(), &aside).unwrap();
+        File::options()
+            .write(true)
+            .open(setup.file())
+            .unwrap()
+            .set_len(length)
+            .unwrap();
+        match setup.try_open() {
+            Err(EngineError::VolumeLength {
+                found, recorded, ..
+            }) => {
+                assert_eq!((found, recorded), (length, 16 * BLOCK));
+            }
+            other => panic!("{other:?}"),
+        }
+        File::options()
+            .write(true)
+            .open(setup.file())
+            .unwrap()
+            .set_len(16 * BLOCK)
+            .unwrap();
+    }
+    let elsewhere = setup.dir.path().join("elsewhere");
+    fs::rename(setup.file(), &elsewhere).unwrap();
+    assert!(matches!(
+        setup.try_open(),
+        Err(EngineError::VolumeMissing { .. })
+    ));
+    fs::create_dir(setup.file()).unwrap();
+    assert!(matches!(
+        setup.try_open(),
+        Err(EngineError::NotAFile { .. })
+    ));
+    fs::remove_dir(setup.file()).unwrap();
+    fs::rename(&elsewhere, setup.file()).unwrap();
+    let (engine, trust) = setup.open();
+    assert_eq!(trust, Trust::ProcessCrash);
+    assert_eq!(engine.tracked(extent(0, 16)), set(&[(1, 1)]));
+}
+
+#[test]
+fn a_replaced_volume_file_is_compared_whole() {
+    let setup = Setup::new(16);
+    drop(setup.create());
+    let copy = setup.dir.path().join("copy");
+    fs::copy(setup.file(), &copy).unwrap();
+    fs::rename(&copy, setup.file()).unwrap();
+    let (engine, trust) = setup.open();
+    assert!(matches!(trust, Trust::Everything { .. }), "{trust:?}");
+    assert_eq!(engine.tracked(extent(0, 16)).len().get(), 16);
+}
+
+#[test]
+fn a_volume_file_modified_behind_our_back_is_compared_whole() {
+    for clean in [true, false] {
+        let setup = Setup::new(16);
+        let engine = setup.create();
+        // Every sixteenth write is recorded, the first among them.
+        write(&engine, 1, 1);
+        if clean {
+            engine.close().unwrap();
+        }
+        drop(engine);
+        let file = File::options().write(true).open(setup.file()).unwrap();
+        file.write_all_at(&[9], BLOCK + 77).unwrap();
+        let (engine, trust) = setup.open();
+        assert!(
+            matches!(trust, Trust::Everything { .. }),
+            "{clean} {trust:?}"
+        );
+        assert_eq!(engine.tracked(extent(0, 16)).len().get(), 16);
+    }
+}
+
+#[test]
+fn a_file_or_a_state_in_use_is_refused() {
+    let setup = Setup::new(16);
+    let engine = setup.create();
+    assert!(matches!(
+        setup.try_open(),
+        Err(EngineError::StateLocked { .. })
+    ));
+    let other = setup.dir.path().join("other");
+    let created = Engine::create(
+        &other,
+        volume(),
+        &setup.file(),
+        setup.geometry(),
+        EngineOptions::default(),
+    );
+    assert!(matches!(created, Err(EngineError::VolumeLocked { .. })));
+    drop(engine);
+    let created = Engine::create(
+        &setup.state(),
+        volume(),
+        &setup.file(),
+        setup.geometry(),
+        EngineOptions::default(),
+    );
+    assert!(matches!(created, Err(EngineError::StateExists { .. })));
+    setup.open();
+}
+
+#[test]
+fn the_state_of_another_volume_or_geometry_is_refused() {
+    let setup = Setup::new(16);
+    let (state, file) = (setup.state(), setup.file());
+    assert!(matches!(
+        setup.try_open(),
+        Err(EngineError::StateMissing { .. })
+    ));
+    drop(setup.create());
+    let open = |id, geometry| Engine::open(&state, id, &file, geometry, EngineOptions::default());
+    let other = VolumeId::from_bytes([8; 16]);
+    assert!(matches!(
+        open(other, setup.geometry()),
+        Err(EngineError::OtherVolume { .. })
+    ));
+    let larger = Geometry::new(32 * BLOCK, BlockSize::MIN).unwrap();
+    assert!(matches!(
+        open(volume(), larger),
+        Err(EngineError::OtherGeometry { .. })
+    ));
+    fs::write(state.join("identity"), "garbage").unwrap();
+    assert!(matches!(
+        setup.try_open(),
+        Err(EngineError::StateDamaged { .. })
+    ));
+}
+
+#[test]
+fn a_lost_or_damaged_file_of_the_state_costs_a_comparison_not_the_volume() {
+    for name in [
+        "tracking",
+        "dirty.0",
+        "intent",
+        "spool.slots",
+        "carry",
+        "snapshots",
+    ] {
+        for damage in [true, false] {
+            let setup = Setup::new(16);
+            let engine = setup.create();
+            write(&engine, 1, 1);
+            engine.create_snapshot("", 0).unwrap();
+            write(&engine, 2, 1);
+            drop(engine);
+            let path = setup.state().join(name);
+            if damage {
+                let file = File::options().write(true).open(&path).unwrap();
+                file.write_all_at(b"damage", 3).unwrap();
+                if name == "intent" {
+                    file.write_all_at(b"damage", 4096).unwrap();
+                }
+            } else if name == "carry" || name == "snapshots" {
+                continue;
+            } else {
+                fs::remove_file(&path).unwrap();
+            }
+            let (engine, trust) = setup.open();
+            // A damaged intent page only widens what a later power loss would put in doubt.
+            if name != "intent" || !damage {
+                assert!(
+                    matches!(trust, Trust::Everything { .. }),
+                    "{name} {damage} {trust:?}"
+                );
+                assert_eq!(engine.tracked(extent(0, 16)).len().get(), 16);
+                assert!(engine.list_snapshots().is_empty());
+            }
+            write(&engine, 3, 1);
+            engine.begin_interval().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_file_cut_short_while_in_use_gives_errors_not_a_dead_process() {
+    let setup = Setup::new(64);
+    let engine = setup.create();
+    engine
+        .write(0, &vec![1; 64 * 4096], Durability::Volatile)
+        .unwrap();
+    let interval = engine.begin_interval().unwrap();
+    let mut bytes = vec![0; 64 * 4096];
+    engine.read(0, &mut bytes).unwrap();
+    File::options()
+        .write(true)
+        .open(setup.file())
+        .unwrap()
+        .set_len(8 * BLOCK)
+        .unwrap();
+    let error = engine.read(32 * BLOCK, &mut bytes[..4096]).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO));
+    assert!(
+        interval
+            .reader
+            .read_blocks(extent(32, 1), &mut bytes[..4096])
+            .is_err()
+    );
+    // The before-image can't be read: the block is not overwritten.
+    assert!(
+        engine
+            .write(32 * BLOCK, &[2; 4096], Durability::Volatile)
+            .is_err()
+    );
+    assert_eq!(at(&interval.reader, 3), 1);
+}
+
+#[test]
+fn requests_outside_the_volume_or_after_the_close_are_refused() {
+    let setup = Setup::new(16);
+    let engine = setup.create();
+    assert!(
+        engine
+            .write(16 * BLOCK, &[1], Durability::Volatile)
+            .is_err()
+    );
+    assert!(
+        engine
+            .write(u64::MAX, &[1, 2], Durability::Volatile)
+            .is_err()
+    );
+    assert!(engine.read(16 * BLOCK - 1, &mut [0, 0]).is_err());
+    engine.write(16 * BLOCK, &[], Durability::Volatile).unwrap();
+    engine.close().unwrap();
+    engine.close().unwrap();
+    let error = engine.write(0, &[1], Durability::Volatile).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::ESHUTDOWN));
+    assert!(matches!(engine.begin_interval(), Err(EngineError::Closed)));
+}

@@ -1,0 +1,120 @@
+//! Writers, cuts and readers at the same time.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    thread,
+};
+
+use super::*;
+
+const BLOCKS: u64 = 512;
+
+/// Each writer owns every fourth block and counts upwards in it. At a cut a block must hold a count between the one
+/// that had been written before the cut was asked for and the one that was begun after it was there.
+#[test]
+fn concurrent_snapshots_show_each_block_as_it_was_between_the_cut_s_begin_and_end() {
+    let setup = Setup::new(BLOCKS);
+    let engine = setup.create();
+    let done: Arc<Vec<AtomicU64>> = Arc::new((0..BLOCKS).map(|_| AtomicU64::new(0)).collect());
+    let begun: Arc<Vec<AtomicU64>> = Arc::new((0..BLOCKS).map(|_| AtomicU64::new(0)).collect());
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut threads = Vec::new();
+    for writer in 0..4 {
+        let (engine, done, begun, stop) = (
+            Arc::clone(&engine),
+            Arc::clone(&done),
+            Arc::clone(&begun),
+            Arc::clone(&stop),
+        );
+        threads.push(thread::spawn(move || {
+            let mut random: u64 = writer + 1;
+            while !stop.load(SeqCst) {
+                random = random
+                    .wrapping_mul(6_364_136_223_846_793_005_u64)
+                    .wrapping_add(1);
+                let block = (random >> 33) % (BLOCKS / 4) * 4 + writer;
+                let count = begun[usize::try_from(block).unwrap()].fetch_add(1, SeqCst) + 1;
+                let bytes = count.to_le_bytes().repeat(512);
+                engine
+                    .write(block * BLOCK, &bytes, Durability::Volatile)
+                    .unwrap();
+                done[usize::try_from(block).unwrap()].store(count, SeqCst);
+            }
+        }));
+    }
+    let load = |counts: &[AtomicU64]| counts.iter().map(|c| c.load(SeqCst)).collect::<Vec<_>>();
+    let mut kept = Vec::new();
+    for round in 0..60 {
+        let low = load(&done);
+        let interval = (round % 3 == 0).then(|| engine.begin_interval().unwrap());
+        let (reader, id) = match &interval {
+            Some(interval) => (interval.reader.clone(), None),
+            None => {
+                let id = engine.create_snapshot("", round).unwrap().id;
+                (engine.open_snapshot(id).unwrap(), Some(id))
+            }
+        };
+        let high = load(&begun);
+        let image = whole(&reader);
+        for block in 0..usize::try_from(BLOCKS).unwrap() {
+            let words = image[block * 4096..][..4096].chunks_exact(8);
+            let counts: Vec<u64> = words
+                .map(|word| u64::from_le_bytes(word.try_into().unwrap()))
+                .collect();
+            assert!(
+                counts.iter().all(|&count| count == counts[0]),
+                "block {block} is not torn"
+            );
+            assert!(
+                (low[block]..=high[block]).contains(&counts[0]),
+                "block {block}"
+            );
+        }
+        if let Some(interval) = interval {
+            engine.commit_interval(interval.epoch).unwrap();
+        }
+        kept.extend(id.map(|id| (id, image)));
+        if kept.len() > 8 {
+            let (id, image) = kept.remove(0);
+            assert!(
+                whole(&engine.open_snapshot(id).unwrap()) == image,
+                "a snapshot doesn't change"
+            );
+            engine.delete_snapshot(id).unwrap();
+        }
+    }
+    stop.store(true, SeqCst);
+    threads
+        .into_iter()
+        .for_each(|thread| thread.join().unwrap());
+    for (id, image) in kept {
+        assert!(whole(&engine.open_snapshot(id).unwrap()) == image);
+        engine.delete_snapshot(id).unwrap();
+    }
+    assert_eq!(engine.stats().spool_used, 0);
+    engine.close().unwrap();
+}
+
+#[test]
+fn stalled_writers_go_on_when_there_is_room() {
+    let mut setup = Setup::new(64);
+    setup.options.spool_bytes_max = 4 * BLOCK;
+    setup.options.spool_policy = capture_svc::engine::SpoolPolicy::Stall;
+    let engine = setup.create();
+    engine
+        .write(0, &vec![1; 64 * 4096], Durability::Volatile)
+        .unwrap();
+    let id = engine.create_snapshot("", 0).unwrap().id;
+    let writer = {
+        let engine = Arc::clone(&engine);
+        thread::spawn(move || (0..32).for_each(|block| write(&engine, block, 2)))
+    };
+    while engine.stats().spool_used < 4 * BLOCK {
+        thread::yield_now();
+    }
+    assert_eq!(at(&engine.open_snapshot(id).unwrap(), 3), 1);
+    assert!(!writer.is_finished());
+    engine.delete_snapshot(id).unwrap();
+    writer.join().unwrap();
+    assert_eq!(engine.stats().give_ups, 0);
+}
