@@ -197,7 +197,7 @@ fn produce<I: ImageAtCut>(
             account_again(job, from, &mut books)?;
         }
     }
-    walk(&job.image, &job.table, &job.changed, from, &mut books)?;
+    walk(&job.image, &*job.table, &job.changed, from, &mut books)?;
     books.finish()
 }
 
@@ -205,13 +205,13 @@ fn produce<I: ImageAtCut>(
 fn account_again<I: ImageAtCut>(
     job: &Job<I>,
     from: BlockIndex,
-    books: &mut Assembler<Sending<'_>>,
+    books: &mut Assembler<ChecksumTable, Sending<'_>>,
 ) -> Result<(), WalkError> {
     books.emit_mut().discard = true;
     let prefix = job
         .changed
         .intersect_extent(Extent::between(BlockIndex::ZERO, from));
-    walk(&job.image, &job.table, &prefix, BlockIndex::ZERO, books)?;
+    walk(&job.image, &*job.table, &prefix, BlockIndex::ZERO, books)?;
     books.flush()?;
     let emit = books.emit_mut();
     let mut entry = Vec::new();

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tidemark_block::{
     BlockCount, BlockIndex, BlockSet, Checksum128, DigestUpdate, Extent, FrameEncoder, Geometry,
     ImageDigest, TableView, block_checksum,
-    digest::{LEAF_BLOCKS, leaf_of},
+    digest::{Children, LEAF_BLOCKS, leaf_of},
     frame::{CodecChoice, EXTENTS_MAX, blocks_max},
 };
 use tidemark_disk::ChecksumTable;
@@ -34,6 +34,50 @@ impl ImageAtCut for SnapshotReader {
 
     fn data_extents(&self, extent: Extent) -> Result<BlockSet, EngineError> {
         SnapshotReader::data_extents(self, extent)
+    }
+}
+
+/// The checksums that an image is compared with.
+pub(crate) trait Base: TableView<Error = io::Error> {
+    /// The checksums of the blocks from `first` on.
+    fn read_blocks(&self, first: BlockIndex, checksums: &mut [Checksum128]) -> io::Result<()>;
+}
+
+impl Base for ChecksumTable {
+    fn read_blocks(&self, first: BlockIndex, checksums: &mut [Checksum128]) -> io::Result<()> {
+        ChecksumTable::read_blocks(self, first, checksums)
+    }
+}
+
+/// The checksums of the all-zero image.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ZeroBase(pub(crate) Geometry);
+
+impl TableView for ZeroBase {
+    type Error = io::Error;
+
+    fn geometry(&self) -> Geometry {
+        self.0
+    }
+
+    fn leaves(&self, _: u64, leaves: &mut [Checksum128]) -> io::Result<()> {
+        leaves.fill(Checksum128::ZERO);
+        Ok(())
+    }
+
+    fn groups(&self, _: u64) -> io::Result<Children> {
+        Ok(Children::default())
+    }
+
+    fn blocks(&self, _: u64) -> io::Result<Children> {
+        Ok(Children::default())
+    }
+}
+
+impl Base for ZeroBase {
+    fn read_blocks(&self, _: BlockIndex, checksums: &mut [Checksum128]) -> io::Result<()> {
+        checksums.fill(Checksum128::ZERO);
+        Ok(())
     }
 }
 
@@ -78,7 +122,7 @@ pub(crate) trait Sink {
 /// Gives every block of `changed`, from `from` on, that differs from `table` to `sink`.
 pub(crate) fn walk(
     image: &impl ImageAtCut,
-    table: &ChecksumTable,
+    table: &impl Base,
     changed: &BlockSet,
     from: BlockIndex,
     sink: &mut impl Sink,
@@ -112,6 +156,49 @@ pub(crate) fn walk(
     Ok(())
 }
 
+/// Gives every block of `changed` to `sink`, whatever it was before.
+pub(crate) fn walk_whole(
+    image: &impl ImageAtCut,
+    geometry: Geometry,
+    changed: &BlockSet,
+    sink: &mut impl Sink,
+) -> Result<(), WalkError> {
+    let size = geometry.block_size().as_usize();
+    let mut buffer = vec![0; READ_LEN];
+    for extent in changed.extents() {
+        for window in extent.pieces(BlockCount::new(WINDOW_BLOCKS)) {
+            let mut at = window.start();
+            for part in image.data_extents(window)?.extents() {
+                zero_unless_empty(Extent::between(at, part.start()), sink)?;
+                for piece in part.pieces(BlockCount::new((READ_LEN / size) as u64)) {
+                    let len = usize::try_from(geometry.bytes(piece.count())).unwrap_or(READ_LEN);
+                    let bytes = &mut buffer[..len];
+                    image.read_blocks(piece, bytes)?;
+                    for (block, bytes) in piece.iter().zip(bytes.chunks_exact(size)) {
+                        match block_checksum(bytes) {
+                            Checksum128::ZERO => {
+                                sink.zero(Extent::new(block, BlockCount::new(1)))?;
+                            }
+                            checksum => sink.data(block, checksum, bytes)?,
+                        }
+                    }
+                }
+                at = part.end();
+            }
+            zero_unless_empty(Extent::between(at, window.end()), sink)?;
+            sink.passed(window.count())?;
+        }
+    }
+    Ok(())
+}
+
+fn zero_unless_empty(extent: Extent, sink: &mut impl Sink) -> Result<(), WalkError> {
+    if extent.is_empty() {
+        return Ok(());
+    }
+    sink.zero(extent)
+}
+
 fn compare<'a>(
     piece: Extent,
     bytes: impl Iterator<Item = &'a [u8]>,
@@ -133,7 +220,7 @@ fn compare<'a>(
 }
 
 /// Blocks that are zero now: those that the table doesn't know as zero differ.
-fn zeroed(table: &ChecksumTable, extent: Extent, sink: &mut impl Sink) -> Result<(), WalkError> {
+fn zeroed(table: &impl Base, extent: Extent, sink: &mut impl Sink) -> Result<(), WalkError> {
     if extent.is_empty() {
         return Ok(());
     }
@@ -194,8 +281,8 @@ pub(crate) struct Total {
 /// Puts blocks into frames and frames into batches, and keeps the books: digest, counts, pending checksums.
 ///
 /// Frames are cut by content alone, never by timing, so that an interval has the same frames wherever it is resumed.
-pub(crate) struct Assembler<E> {
-    table: Arc<ChecksumTable>,
+pub(crate) struct Assembler<B, E> {
+    table: Arc<B>,
     encoder: FrameEncoder,
     update: DigestUpdate,
     geometry: Geometry,
@@ -225,9 +312,9 @@ pub(crate) trait Emit {
     fn finish(&mut self, entries: &[u8]) -> Result<(), WalkError>;
 }
 
-impl<E: Emit> Assembler<E> {
+impl<B: Base, E: Emit> Assembler<B, E> {
     /// Starts an interval.
-    pub(crate) fn new(table: Arc<ChecksumTable>, batch_len: usize, emit: E) -> Self {
+    pub(crate) fn new(table: Arc<B>, batch_len: usize, emit: E) -> Self {
         let geometry = table.geometry();
         Self {
             encoder: FrameEncoder::new(geometry),
@@ -357,7 +444,7 @@ impl<E: Emit> Assembler<E> {
     }
 }
 
-impl<E: Emit> Sink for Assembler<E> {
+impl<B: Base, E: Emit> Sink for Assembler<B, E> {
     fn data(
         &mut self,
         block: BlockIndex,

@@ -107,7 +107,7 @@ fn walk_all(
 ) -> (Total, Gathered) {
     let mut gathered = Gathered::default();
     let mut books = Assembler::new(Arc::clone(table), batch_len, &mut gathered);
-    walk(image, table, changed, BlockIndex::ZERO, &mut books).unwrap();
+    walk(image, &**table, changed, BlockIndex::ZERO, &mut books).unwrap();
     let total = books.finish().unwrap();
     (total, gathered)
 }
@@ -182,6 +182,22 @@ proptest! {
 }
 
 #[test]
+fn changed_blocks_are_given_whole_whatever_they_were() {
+    let g = geometry(8);
+    let image = MemoryImage::new(g, image_of(&[1, 0, 2, 0, 0, 0, 3, 4]));
+    let mut changed = BlockSet::new();
+    changed.insert(Extent::between(BlockIndex::new(1), BlockIndex::new(7)));
+    let mut gathered = Gathered::default();
+    let mut books = Assembler::new(Arc::new(ZeroBase(g)), 1 << 20, &mut gathered);
+    walk_whole(&image, g, &changed, &mut books).unwrap();
+    assert_eq!(books.finish().unwrap().changed_blocks, 6);
+    let mut older = image_of(&[1, 9, 9, 9, 9, 9, 9, 4]);
+    let batches: Vec<_> = gathered.batches.iter().map(|b| (b.end, b.frames.clone())).collect();
+    apply(g, &mut older, &batches);
+    assert!(older == *image.bytes);
+}
+
+#[test]
 fn a_sparse_tebibyte_in_doubt_costs_next_to_nothing() {
     struct Empty;
     impl ImageAtCut for Empty {
@@ -202,7 +218,7 @@ fn a_sparse_tebibyte_in_doubt_costs_next_to_nothing() {
     changed.insert(g.all());
     let mut gathered = Gathered::default();
     let mut books = Assembler::new(Arc::clone(&table), 1 << 20, &mut gathered);
-    walk(&Empty, &table, &changed, BlockIndex::ZERO, &mut books).unwrap();
+    walk(&Empty, &*table, &changed, BlockIndex::ZERO, &mut books).unwrap();
     let total = books.finish().unwrap();
     assert_eq!(total.changed_blocks, 1);
     assert_eq!(gathered.batches[0].end, far.next());
