@@ -4,8 +4,12 @@
 //! signals, `tidemark up` is that and a vault.
 
 pub mod config;
+mod registry;
+mod rpc;
+mod scrub;
 pub mod service;
 pub mod uplink;
+mod volume;
 
 pub use config::Config;
 pub use service::{Running, start};

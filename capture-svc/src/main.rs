@@ -1,3 +1,71 @@
-//! The `capture-svc` program.
+//! The `capture-svc` program: configuration, logs, signals.
 
-fn main() {}
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::{Context, Result};
+use capture_svc::config::{Config, Flags};
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The Tidemark capture service: protects volume files and ships what changes to a vault.
+///
+/// Each setting can be given in the configuration file, as CAPTURE_NAME in the environment, or as a flag; later ones
+/// win.
+#[derive(Debug, Parser)]
+#[command(name = "capture-svc", version)]
+struct Arguments {
+    /// Configuration file (TOML).
+    #[arg(long, env = "CAPTURE_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print the configuration that results, and exit.
+    #[arg(long)]
+    print_config: bool,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("capture-svc: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let arguments = Arguments::parse();
+    let environment = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
+    let config = Config::load(arguments.config.as_deref(), environment, arguments.flags)?;
+    if arguments.print_config {
+        print!("{}", config.to_toml());
+        return Ok(());
+    }
+    tidemark_telemetry::init("capture-svc", config.log_format, &config.log_filter)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?;
+    let result = runtime.block_on(serve(config));
+    // Blocking work that is stuck in a disk must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_millis(500));
+    result
+}
+
+async fn serve(config: Config) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let running = capture_svc::start(config).await?;
+    tracing::info!(control = %running.control_addr(), "the capture service is up");
+    for endpoint in running.nbd_endpoints() {
+        tracing::info!(%endpoint, "NBD");
+    }
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping");
+    running.shutdown().await
+}

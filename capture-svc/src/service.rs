@@ -1,11 +1,25 @@
 //! One capture service, from its configuration to its shutdown.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use tokio::{net::TcpListener, sync::watch, task::JoinHandle};
+use tidemark_export::{NbdAddress, NbdServer, nbd::Limits};
+use tidemark_proto::{FILE_DESCRIPTOR_SET, capture::v1::capture_server::CaptureServer};
+use tokio::{
+    net::TcpListener,
+    sync::watch,
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
+};
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::Server;
 
-use crate::config::{Config, NbdListen};
+use crate::{
+    config::{Config, NbdListen},
+    registry::Registry,
+    rpc::CaptureService,
+    uplink::stopped,
+};
 
 /// A service that is up: everything it listens on answers.
 #[derive(Debug)]
@@ -18,6 +32,13 @@ pub struct Running {
 
 /// How long [`Running::shutdown`] waits for work under way.
 pub const SHUTDOWN_MAX: Duration = Duration::from_secs(10);
+/// How long calls and NBD requests under way have of it, each.
+const GRACE: Duration = Duration::from_secs(2);
+const WINDOW: u32 = 4 << 20;
+const FRAME: u32 = 1 << 20;
+const MESSAGE_LEN_MAX: usize = 4 << 20;
+const KEEPALIVE: Duration = Duration::from_secs(10);
+const KEEPALIVE_MAX: Duration = Duration::from_secs(20);
 
 /// Starts a service and returns once it listens. A volume that can't be served doesn't stop it: it is listed with
 /// its problem, and tried again.
@@ -25,25 +46,158 @@ pub const SHUTDOWN_MAX: Duration = Duration::from_secs(10);
 /// # Errors
 /// Where the configuration is not valid, the state directory is not usable or owned by another service, or an
 /// address can't be bound.
-pub async fn start(config: Config) -> Result<Running> {
+pub async fn start(mut config: Config) -> Result<Running> {
     config.validate()?;
+    if config.source_name.is_empty() {
+        config.source_name = rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned();
+    }
+    let config = Arc::new(config);
+    // Before anything else: a second service on the same address must not disturb the first one's volumes.
     let listener = TcpListener::bind(config.listen)
         .await
         .with_context(|| format!("listen on {}", config.listen))?;
     let control_addr = listener.local_addr().context("read the control address")?;
-    let (stop, mut stopped) = watch::channel(false);
-    let task = tokio::spawn(async move {
-        let _listener = listener;
-        // The sender lives as long as the service.
-        let _ = stopped.wait_for(|stop| *stop).await;
-        Ok(())
+    let (stop, stopping) = watch::channel(false);
+    let registry = Registry::open(Arc::clone(&config), stopping.clone()).await?;
+    let nbd = match start_nbd(&config, &registry) {
+        Ok(nbd) => nbd,
+        Err(error) => {
+            stop.send_replace(true);
+            registry.close().await?;
+            return Err(error);
+        }
+    };
+    let endpoints = nbd.as_ref().map_or_else(Vec::new, |nbd| {
+        nbd.addresses()
+            .iter()
+            .map(|address| match address {
+                NbdAddress::Unix(path) => NbdListen::Unix(path.clone()),
+                NbdAddress::Tcp(address) => NbdListen::Tcp(*address),
+            })
+            .collect()
     });
+    let task = tokio::spawn(serve(listener, registry, nbd, stopping));
     Ok(Running {
         control_addr,
-        nbd: config.nbd.0,
+        nbd: endpoints,
         stop,
         task,
     })
+}
+
+fn start_nbd(config: &Config, registry: &Registry) -> Result<Option<Arc<NbdServer>>> {
+    let addresses: Vec<_> = config
+        .nbd
+        .0
+        .iter()
+        .map(|listen| match listen {
+            NbdListen::Unix(path) => NbdAddress::Unix(path.clone()),
+            NbdListen::Tcp(address) => NbdAddress::Tcp(*address),
+        })
+        .collect();
+    if addresses.is_empty() {
+        return Ok(None);
+    }
+    let limits = Limits {
+        connections_max: config.nbd_clients_max as usize,
+        ..Limits::default()
+    };
+    let exports = Arc::clone(registry.exports());
+    let server = NbdServer::start(exports, &addresses, limits).context("start the NBD server")?;
+    Ok(Some(Arc::new(server)))
+}
+
+async fn serve(
+    listener: TcpListener,
+    registry: Arc<Registry>,
+    nbd: Option<Arc<NbdServer>>,
+    mut stopping: watch::Receiver<bool>,
+) -> Result<()> {
+    let retry = tokio::spawn(retry(Arc::clone(&registry), stopping.clone()));
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let capture = CaptureService::new(Arc::clone(&registry), nbd.clone(), stopping.clone());
+    let capture = CaptureServer::new(capture)
+        .max_decoding_message_size(MESSAGE_LEN_MAX)
+        .max_encoding_message_size(MESSAGE_LEN_MAX);
+    health.set_serving::<CaptureServer<CaptureService>>().await;
+    let reflection = |v1alpha: bool| {
+        let builder = tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+        (builder, v1alpha)
+    };
+    let v1 = reflection(false).0.build_v1().context("build reflection")?;
+    let v1alpha = reflection(true)
+        .0
+        .build_v1alpha()
+        .context("build reflection")?;
+    let mut stop = stopping.clone();
+    let server = Server::builder()
+        .tcp_nodelay(true)
+        .concurrency_limit_per_connection(registry.config().calls_max as usize)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
+        .max_frame_size(FRAME)
+        .http2_keepalive_interval(Some(KEEPALIVE))
+        .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
+        .add_service(capture)
+        .add_service(health_service)
+        .add_service(v1)
+        .add_service(v1alpha)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+            stopped(&mut stop).await;
+        });
+    let mut server = std::pin::pin!(server);
+    let served = tokio::select! {
+        served = &mut server => Some(served),
+        () = stopped(&mut stopping) => None,
+    };
+    let deadline = Instant::now() + GRACE;
+    let ended = end(&registry, nbd, retry).await;
+    let served = match served {
+        Some(served) => served,
+        // Calls under way have had their grace by now, mostly.
+        None => timeout_at(deadline.max(Instant::now()), server)
+            .await
+            .unwrap_or(Ok(())),
+    };
+    served.context("serve the control interface")?;
+    ended
+}
+
+/// Ends the NBD clients, then the volumes.
+async fn end(
+    registry: &Registry,
+    nbd: Option<Arc<NbdServer>>,
+    retry: JoinHandle<()>,
+) -> Result<()> {
+    retry.abort();
+    if let Some(nbd) = nbd {
+        let stopped = tokio::task::spawn_blocking(move || nbd.stop(GRACE)).await;
+        let cut_off = stopped.map_or(0, |report| report.cut_off);
+        if cut_off > 0 {
+            tracing::warn!(
+                cut_off,
+                "NBD clients were cut off in the middle of requests"
+            );
+        }
+    }
+    registry.close().await
+}
+
+/// Tries the volumes that are not served, again and again.
+async fn retry(registry: Arc<Registry>, mut stopping: watch::Receiver<bool>) {
+    let mut ticks = interval(registry.config().retry_period.get());
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stopped(&mut stopping) => return,
+            _ = ticks.tick() => registry.try_failed().await,
+        }
+    }
 }
 
 impl Running {
@@ -65,7 +219,7 @@ impl Running {
     /// What could not be ended cleanly; the next start recovers from it as from a crash.
     pub async fn shutdown(self) -> Result<()> {
         self.stop.send_replace(true);
-        tokio::time::timeout(SHUTDOWN_MAX, self.task)
+        timeout(SHUTDOWN_MAX, self.task)
             .await
             .context("end the service in time")?
             .context("join the service")?

@@ -14,7 +14,7 @@ mod settle;
 mod ship;
 mod status;
 mod table;
-mod walk;
+pub(crate) mod walk;
 
 use std::{
     collections::HashMap,
@@ -50,7 +50,8 @@ use crate::engine::{Engine, EngineError, IntervalCut};
 use link::{Link, failure_of};
 use record::{IntervalRecord, UplinkRecord};
 use resync::{Doubt, ResyncError, Target};
-use ship::{ShipError, Shipment, Shipped, stopped};
+pub(crate) use ship::stopped;
+use ship::{ShipError, Shipment, Shipped};
 
 /// Requests that may wait to be noticed.
 const REQUESTS_MAX: usize = 64;
@@ -90,7 +91,7 @@ pub(crate) struct Uplink {
     status: watch::Receiver<UplinkStatus>,
     table: Arc<BaseTable>,
     stop: watch::Sender<bool>,
-    task: JoinHandle<()>,
+    task: parking_lot::Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Uplink {
@@ -132,7 +133,7 @@ impl Uplink {
             status,
             table,
             stop,
-            task: tokio::spawn(driver.run()),
+            task: parking_lot::Mutex::new(Some(tokio::spawn(driver.run()))),
         }
     }
 
@@ -168,10 +169,12 @@ impl Uplink {
         self.stop.send_replace(true);
     }
 
-    /// Stops it and waits until it has let go of everything.
-    pub(crate) async fn end(self) {
-        self.stop();
-        if let Err(error) = self.task.await {
+    /// Waits until it has stopped and let go of everything.
+    pub(crate) async fn ended(&self) {
+        let task = self.task.lock().take();
+        if let Some(task) = task
+            && let Err(error) = task.await
+        {
             tracing::error!(%error, "an uplink failed");
         }
     }

@@ -266,8 +266,6 @@ pub(crate) struct Batch {
     pub(crate) end: BlockIndex,
     /// Whole encoded frames.
     pub(crate) frames: Bytes,
-    /// Blocks in them.
-    pub(crate) blocks: u64,
 }
 
 /// What an interval came to.
@@ -292,7 +290,6 @@ pub(crate) struct Assembler<B, E> {
     data: Vec<u8>,
     zeros: Vec<Extent>,
     frames: Vec<u8>,
-    frames_blocks: u64,
     entries: Vec<u8>,
     end: BlockIndex,
     changed_blocks: u64,
@@ -326,7 +323,6 @@ impl<B: Base, E: Emit> Assembler<B, E> {
             data: Vec::new(),
             zeros: Vec::new(),
             frames: Vec::new(),
-            frames_blocks: 0,
             entries: Vec::new(),
             end: BlockIndex::ZERO,
             changed_blocks: 0,
@@ -394,7 +390,6 @@ impl<B: Base, E: Emit> Assembler<B, E> {
 
     fn closed(&mut self, entry: &Entry) -> Result<(), WalkError> {
         entry.encode(&mut self.entries);
-        self.frames_blocks += entry.blocks();
         self.account(entry)?;
         if self.frames.len() >= self.batch_len {
             self.send()?;
@@ -411,7 +406,6 @@ impl<B: Base, E: Emit> Assembler<B, E> {
         let batch = Batch {
             end: self.end,
             frames: Bytes::from(std::mem::replace(&mut self.frames, room)),
-            blocks: std::mem::take(&mut self.frames_blocks),
         };
         self.emit.batch(batch, &self.entries)?;
         self.entries.clear();

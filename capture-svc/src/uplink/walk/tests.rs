@@ -192,7 +192,11 @@ fn changed_blocks_are_given_whole_whatever_they_were() {
     walk_whole(&image, g, &changed, &mut books).unwrap();
     assert_eq!(books.finish().unwrap().changed_blocks, 6);
     let mut older = image_of(&[1, 9, 9, 9, 9, 9, 9, 4]);
-    let batches: Vec<_> = gathered.batches.iter().map(|b| (b.end, b.frames.clone())).collect();
+    let batches: Vec<_> = gathered
+        .batches
+        .iter()
+        .map(|b| (b.end, b.frames.clone()))
+        .collect();
     apply(g, &mut older, &batches);
     assert!(older == *image.bytes);
 }

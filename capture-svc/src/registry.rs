@@ -1,0 +1,346 @@
+//! The volumes of a service: adding, removing, finding, opening and retrying them.
+//!
+//! Each volume has a directory `<state>/volumes/<uuid>`. Its record is written last and removed first, so that a
+//! directory without one is half done, and is deleted at the start. A volume that can't be opened is listed with its
+//! problem and tried again; it doesn't stop the others.
+
+mod add;
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use futures::{StreamExt, stream};
+use parking_lot::RwLock;
+use tidemark_block::{BlockSize, Geometry, VolumeId};
+use tidemark_disk::{FileLock, durable};
+use tidemark_export::{ExportRegistry, NbdServer, RegistryError};
+use tidemark_proto::{Reason, RpcError};
+use tokio::sync::{Mutex, watch};
+
+pub(crate) use add::AddVolume;
+
+use crate::{
+    config::Config,
+    engine::EngineError,
+    uplink::{blocking, shutting_down},
+    volume::{Ready, Serving, Volume, VolumeRecord},
+};
+
+/// Volumes opened at a time.
+const OPENING_AT_ONCE: usize = 8;
+/// How long a forced removal waits for clients to be gone.
+const DISCONNECT_MAX: Duration = Duration::from_secs(5);
+
+/// All volumes.
+#[derive(Debug)]
+pub(crate) struct Registry {
+    config: Arc<Config>,
+    volumes: RwLock<BTreeMap<VolumeId, Arc<Volume>>>,
+    exports: Arc<ExportRegistry>,
+    /// One change of the set at a time.
+    change: Mutex<()>,
+    stop: watch::Receiver<bool>,
+    _lock: FileLock,
+}
+
+impl Registry {
+    /// Takes the state directory, clears what was left half done, and opens every volume.
+    pub(crate) async fn open(
+        config: Arc<Config>,
+        stop: watch::Receiver<bool>,
+    ) -> Result<Arc<Self>> {
+        let state = config.state.clone();
+        let (lock, found) = blocking(move || {
+            durable::create_dir(&volumes_dir(&state))
+                .with_context(|| format!("create the state directory {}", state.display()))?;
+            let lock = FileLock::of_dir(&state)?;
+            Ok((lock, scan(&volumes_dir(&state))?))
+        })
+        .await?;
+        let registry = Arc::new(Self {
+            volumes: RwLock::new(
+                found
+                    .into_iter()
+                    .map(|v| (v.record.id, Arc::new(v)))
+                    .collect(),
+            ),
+            exports: Arc::new(ExportRegistry::new()),
+            change: Mutex::new(()),
+            config,
+            stop,
+            _lock: lock,
+        });
+        registry.try_failed().await;
+        Ok(registry)
+    }
+
+    /// What NBD clients may ask for.
+    pub(crate) const fn exports(&self) -> &Arc<ExportRegistry> {
+        &self.exports
+    }
+
+    /// What the service was told.
+    pub(crate) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Every volume, by name.
+    pub(crate) fn list(&self) -> Vec<Arc<Volume>> {
+        let mut all: Vec<_> = self.volumes.read().values().cloned().collect();
+        all.sort_by(|a, b| a.record.name.cmp(&b.record.name));
+        all
+    }
+
+    /// The volume with this name or UUID.
+    pub(crate) fn find(&self, text: &str) -> Result<Arc<Volume>, RpcError> {
+        let volumes = self.volumes.read();
+        let by_id = text
+            .parse::<VolumeId>()
+            .ok()
+            .and_then(|id| volumes.get(&id));
+        by_id
+            .or_else(|| volumes.values().find(|v| v.record.name == text))
+            .cloned()
+            .ok_or_else(|| {
+                RpcError::new(
+                    Reason::VolumeNotFound,
+                    format!("there is no volume {text:?}"),
+                    "list the volumes, or add it first",
+                )
+            })
+    }
+
+    /// Tries to open every volume that isn't served.
+    pub(crate) async fn try_failed(&self) {
+        let _change = self.change.lock().await;
+        let failed: Vec<_> = self
+            .list()
+            .into_iter()
+            .filter(|volume| volume.serving().is_err())
+            .collect();
+        stream::iter(failed)
+            .for_each_concurrent(OPENING_AT_ONCE, |volume| async move {
+                if let Err(error) = self.try_open(&volume).await {
+                    volume.set_problem(format!("{error:#}"));
+                }
+            })
+            .await;
+    }
+
+    async fn try_open(&self, volume: &Arc<Volume>) -> Result<()> {
+        let (config, tried) = (Arc::clone(&self.config), Arc::clone(volume));
+        let ready = blocking(move || {
+            // Read again: it is what was damaged, perhaps.
+            let record = VolumeRecord::load(&tried.dir)?
+                .context("the volume's record is gone: remove the volume")?;
+            anyhow::ensure!(
+                record == tried.record,
+                "the volume's record is that of another volume, or has changed: restart the service"
+            );
+            Ready::open(&record, &tried.dir, &config)
+        })
+        .await?;
+        volume.serve(ready, &self.config, &self.exports, &self.stop)
+    }
+
+    /// Stops protecting a volume. Its file stays.
+    pub(crate) async fn remove(
+        &self,
+        text: &str,
+        force: bool,
+        nbd: Option<&NbdServer>,
+    ) -> Result<(), RpcError> {
+        let _change = self.change.lock().await;
+        let volume = self.find(text)?;
+        let name = &volume.record.name;
+        if let Ok(serving) = volume.serving() {
+            let snapshots = serving.engine.stats().snapshots;
+            if !force && snapshots > 0 {
+                return Err(in_use(format!(
+                    "volume {name} has {snapshots} open snapshots"
+                )));
+            }
+            self.unexport(&serving, force, nbd).await?;
+        }
+        let dir = volume.dir.clone();
+        let removed = blocking(move || {
+            durable::remove_file(&VolumeRecord::path_in(&dir)).context("remove the volume record")
+        });
+        removed.await.map_err(|e| local(&e))?;
+        self.volumes.write().remove(&volume.record.id);
+        if let Err(error) = volume.end("the volume was removed").await {
+            tracing::warn!(volume = %name, error = %format!("{error:#}"), "close a removed volume");
+        }
+        let dir = volume.dir.clone();
+        let cleaned =
+            blocking(move || durable::remove_dir(&dir).context("remove the volume's state"));
+        if let Err(error) = cleaned.await {
+            tracing::warn!(volume = %name, error = %format!("{error:#}"), "the next start removes the rest");
+        }
+        tracing::info!(volume = %name, id = %volume.record.id, "removed");
+        Ok(())
+    }
+
+    async fn unexport(
+        &self,
+        serving: &Serving,
+        force: bool,
+        nbd: Option<&NbdServer>,
+    ) -> Result<(), RpcError> {
+        let name = serving.export.name();
+        let deadline = tokio::time::Instant::now() + DISCONNECT_MAX;
+        loop {
+            match self.exports.remove(name) {
+                Ok(_) | Err(RegistryError::Unknown(_)) => return Ok(()),
+                Err(RegistryError::InUse { clients, .. }) => {
+                    if !force || tokio::time::Instant::now() > deadline {
+                        return Err(in_use(format!("volume {name} has {clients} NBD clients")));
+                    }
+                    if let Some(nbd) = nbd {
+                        nbd.disconnect(name);
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                Err(error) => return Err(RpcError::internal(error.to_string())),
+            }
+        }
+    }
+
+    /// Closes every volume. NBD clients are gone already.
+    pub(crate) async fn close(&self) -> Result<()> {
+        let _change = self.change.lock().await;
+        let ends = self
+            .list()
+            .into_iter()
+            .map(|volume| async move { volume.end("the service is stopping").await });
+        let results = futures::future::join_all(ends).await;
+        results.into_iter().collect()
+    }
+
+    fn stopping(&self) -> Result<(), RpcError> {
+        if *self.stop.borrow() {
+            Err(shutting_down())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+fn volumes_dir(state: &Path) -> PathBuf {
+    state.join("volumes")
+}
+
+fn in_use(message: String) -> RpcError {
+    RpcError::new(
+        Reason::VolumeInUse,
+        message,
+        "disconnect them and delete the snapshots first, or force it",
+    )
+}
+
+/// A failure of this machine's files.
+pub(crate) fn local(error: &anyhow::Error) -> RpcError {
+    match error.downcast_ref::<EngineError>() {
+        Some(engine) => engine_error(engine),
+        None => RpcError::new(
+            Reason::IoFailed,
+            format!("{error:#}"),
+            "check the disk of the state directory and the log",
+        ),
+    }
+}
+
+/// What a failed call of the engine is to a caller. The engine's messages say what to do.
+pub(crate) fn engine_error(error: &EngineError) -> RpcError {
+    let reason = match error {
+        EngineError::VolumeMissing { .. }
+        | EngineError::VolumeLength { .. }
+        | EngineError::NotAFile { .. }
+        | EngineError::VolumeReadOnly { .. } => Reason::VolumeFileInvalid,
+        EngineError::VolumeLocked { .. } => Reason::VolumeFileInUse,
+        EngineError::NoSuchSnapshot(_) => Reason::SnapshotNotFound,
+        EngineError::GivenUp(_) => Reason::SnapshotLost,
+        EngineError::TooManySnapshots(_) => Reason::SnapshotLimit,
+        EngineError::LabelTooLong(_)
+        | EngineError::SnapshotOrder { .. }
+        | EngineError::OutOfRange => Reason::RequestInvalid,
+        EngineError::Poisoned
+        | EngineError::Closed
+        | EngineError::StateLocked { .. }
+        | EngineError::OtherVolume { .. }
+        | EngineError::OtherGeometry { .. }
+        | EngineError::StateMissing { .. }
+        | EngineError::StateExists { .. }
+        | EngineError::StateDamaged { .. } => Reason::VolumeFailed,
+        EngineError::SpoolDamaged { .. } | EngineError::Io { .. } => Reason::IoFailed,
+        EngineError::IntervalOpen(_) | EngineError::NoInterval(_) => Reason::Internal,
+    };
+    RpcError::new(reason, error.to_string(), "")
+}
+
+/// Finds the volumes of a state directory and deletes what is half done.
+fn scan(dir: &Path) -> Result<Vec<Volume>> {
+    let mut found = Vec::new();
+    let what = || format!("list the volumes in {}", dir.display());
+    for entry in std::fs::read_dir(dir).with_context(what)? {
+        let path = entry.with_context(what)?.path();
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or("");
+        if name.ends_with(durable::TEMPORARY_SUFFIX) {
+            remove_half_done(&path);
+            continue;
+        }
+        let Ok(id) = name.parse::<VolumeId>() else {
+            tracing::warn!(path = %path.display(), "this is no volume's state; it is left alone");
+            continue;
+        };
+        match VolumeRecord::load(&path) {
+            Ok(Some(record)) if record.id == id => {
+                found.push(Volume::failed(record, path, "it has not been opened yet"));
+            }
+            Ok(Some(record)) => found.push(unreadable(
+                id,
+                path,
+                format!(
+                    "its state directory holds the record of volume {}: put the directory back under that name, or \
+                     remove this volume and add it again",
+                    record.id
+                ),
+            )),
+            Ok(None) => remove_half_done(&path),
+            Err(error) => found.push(unreadable(
+                id,
+                path,
+                format!("{error:#}: remove the volume and add it again; its generations stay"),
+            )),
+        }
+    }
+    Ok(found)
+}
+
+/// A volume whose record can't be read, so that it is listed, and can be removed.
+fn unreadable(id: VolumeId, dir: PathBuf, problem: String) -> Volume {
+    let one_block = Geometry::new(u64::from(BlockSize::MIN.get()), BlockSize::MIN);
+    let record = VolumeRecord {
+        id,
+        name: id.to_string(),
+        file: PathBuf::new(),
+        geometry: one_block
+            .unwrap_or_else(|_| unreachable!("one block of the least size is a volume")),
+    };
+    Volume::failed(record, dir, problem)
+}
+
+fn remove_half_done(path: &Path) {
+    tracing::info!(path = %path.display(), "this volume was being added or removed; its rest is deleted");
+    if let Err(error) = durable::remove_dir(path) {
+        tracing::warn!(path = %path.display(), %error, "delete what is left of a volume");
+    }
+}

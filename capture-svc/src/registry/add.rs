@@ -1,0 +1,293 @@
+//! Adding a volume: all of it, or nothing.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Context;
+use tidemark_block::{BlockSize, Geometry, VolumeId};
+use tidemark_disk::durable;
+use tidemark_proto::{Reason, RpcError};
+
+use super::{Registry, local, volumes_dir};
+use crate::{
+    config::Config,
+    engine::{FileKey, file_key},
+    uplink::random_id,
+    volume::{Ready, Volume, VolumeRecord},
+};
+
+/// The longest path of a volume file, in bytes.
+const PATH_BYTES_MAX: usize = 4096;
+
+/// What is wanted.
+#[derive(Debug, Clone)]
+pub(crate) struct AddVolume {
+    pub(crate) name: String,
+    pub(crate) file: PathBuf,
+    /// None: the file's own.
+    pub(crate) length: Option<u64>,
+    pub(crate) block_size: BlockSize,
+}
+
+/// A name that can be an export, a file and a word on a command line.
+fn check_name(name: &str) -> Result<(), RpcError> {
+    let plain = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let ok = (1..=63).contains(&name.len())
+        && name.bytes().all(|c| plain(c) || b"._-".contains(&c))
+        && name.bytes().next().is_some_and(plain);
+    // A UUID as a name would hide the volume that has it.
+    if ok && name.parse::<VolumeId>().is_err() {
+        return Ok(());
+    }
+    Err(RpcError::new(
+        Reason::VolumeNameInvalid,
+        format!("{name:?} can't be the name of a volume"),
+        "give it 1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit, that are no UUID",
+    ))
+}
+
+fn bad_file(message: String, action: &str) -> RpcError {
+    RpcError::new(Reason::VolumeFileInvalid, message, action)
+}
+
+fn geometry(file: &Path, length: u64, block_size: BlockSize) -> Result<Geometry, RpcError> {
+    Geometry::new(length, block_size).map_err(|error| {
+        RpcError::new(
+            Reason::GeometryInvalid,
+            format!("{} can't be a volume: {error}", file.display()),
+            "make the file's size a multiple of the block size, or choose another block size",
+        )
+    })
+}
+
+/// A file, found or made.
+struct Found {
+    geometry: Geometry,
+    created: bool,
+}
+
+impl AddVolume {
+    fn check(&self) -> Result<(), RpcError> {
+        check_name(&self.name)?;
+        if !self.file.is_absolute() || self.file.as_os_str().len() > PATH_BYTES_MAX {
+            return Err(bad_file(
+                format!(
+                    "{} is not an absolute path of at most {PATH_BYTES_MAX} bytes",
+                    self.file.display()
+                ),
+                "give the absolute path of the volume file",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Looks at the file, or makes it.
+    fn find_or_create(&self) -> Result<Found, RpcError> {
+        let shown = self.file.display();
+        match std::fs::metadata(&self.file) {
+            Ok(metadata) if !metadata.is_file() => Err(bad_file(
+                format!("{shown} is not a regular file"),
+                "name the file that holds the volume, or one that doesn't exist yet",
+            )),
+            Ok(metadata) => {
+                let found = metadata.len();
+                if let Some(length) = self.length.filter(|length| *length != found) {
+                    return Err(bad_file(
+                        format!("{shown} exists and has {found} bytes, not {length}"),
+                        "leave the length out to take the file as it is, or name a file that doesn't exist",
+                    ));
+                }
+                Ok(Found {
+                    geometry: geometry(&self.file, found, self.block_size)?,
+                    created: false,
+                })
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                let Some(length) = self.length else {
+                    return Err(bad_file(
+                        format!("{shown} doesn't exist"),
+                        "correct the path, or give a length to create the file",
+                    ));
+                };
+                let geometry = geometry(&self.file, length, self.block_size)?;
+                self.create(length).map_err(|error| {
+                    bad_file(
+                        format!("{shown} can't be created: {error}"),
+                        "check that its directory exists and that the service may write to it",
+                    )
+                })?;
+                Ok(Found {
+                    geometry,
+                    created: true,
+                })
+            }
+            Err(error) => Err(bad_file(
+                format!("{shown} can't be looked at: {error}"),
+                "check the path and that the service may read it",
+            )),
+        }
+    }
+
+    fn create(&self, length: u64) -> std::io::Result<()> {
+        let made = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&self.file)
+            .and_then(|file: File| {
+                file.set_len(length)?;
+                file.sync_all()
+            });
+        let synced = made.and_then(|()| match self.file.parent() {
+            Some(parent) => durable::sync_dir(parent),
+            None => Ok(()),
+        });
+        synced.inspect_err(|error| {
+            if error.kind() != ErrorKind::AlreadyExists {
+                let _ = std::fs::remove_file(&self.file);
+            }
+        })
+    }
+
+    /// All the blocking part. What fails leaves nothing behind.
+    fn perform(
+        self,
+        config: &Config,
+        others: &[(String, PathBuf)],
+    ) -> Result<(Volume, Ready), RpcError> {
+        let Found { geometry, created } = self.find_or_create()?;
+        let id = VolumeId::from_bytes(random_id());
+        let record = VolumeRecord {
+            id,
+            name: self.name.clone(),
+            file: self.file.clone(),
+            geometry,
+        };
+        let dir = volumes_dir(&config.state).join(id.to_string());
+        let made = check_overlap(&self.file, others).and_then(|()| {
+            make_state(&record, &dir, config).inspect_err(|_| {
+                if let Err(error) = durable::remove_dir(&dir) {
+                    tracing::warn!(%error, "the next start removes the state of a volume that was not added");
+                }
+            })
+        });
+        match made {
+            Ok(ready) => Ok((Volume::failed(record, dir, "it is being added"), ready)),
+            Err(error) => {
+                if created {
+                    let _ = durable::remove_file(&self.file);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+fn make_state(record: &VolumeRecord, dir: &Path, config: &Config) -> Result<Ready, RpcError> {
+    durable::create_dir(dir)
+        .context("create the volume's state directory")
+        .map_err(|e| local(&e))?;
+    let ready = Ready::create(record, dir, config).map_err(|e| local(&e))?;
+    if let Err(error) = record.store(dir) {
+        ready.close();
+        return Err(local(&error));
+    }
+    Ok(ready)
+}
+
+/// No two volumes share a file, by whatever path.
+fn check_overlap(file: &Path, others: &[(String, PathBuf)]) -> Result<(), RpcError> {
+    let key = |path: &Path| -> Option<FileKey> { file_key(path).ok() };
+    let ours = key(file);
+    for (name, path) in others {
+        if path == file || (ours.is_some() && key(path) == ours) {
+            return Err(RpcError::new(
+                Reason::VolumeExists,
+                format!("{} is the file of volume {name} already", file.display()),
+                "use that volume, or remove it first",
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl Registry {
+    /// Adds a volume and serves it.
+    pub(crate) async fn add(&self, add: AddVolume) -> Result<Arc<Volume>, RpcError> {
+        add.check()?;
+        self.stopping()?;
+        let _change = self.change.lock().await;
+        let all = self.list();
+        if all.iter().any(|volume| volume.record.name == add.name) {
+            return Err(RpcError::new(
+                Reason::VolumeExists,
+                format!("there is a volume {:?} already", add.name),
+                "choose another name, or remove that volume first",
+            ));
+        }
+        if all.len() >= self.config.volumes_max as usize {
+            return Err(RpcError::new(
+                Reason::LimitReached,
+                format!(
+                    "the service has {} volumes, the most it may have",
+                    all.len()
+                ),
+                "raise volumes_max, or remove volumes",
+            ));
+        }
+        let others: Vec<_> = all
+            .iter()
+            .map(|volume| (volume.record.name.clone(), volume.record.file.clone()))
+            .collect();
+        let config = Arc::clone(&self.config);
+        let work = tokio::task::spawn_blocking(move || add.perform(&config, &others));
+        let (volume, ready) = work
+            .await
+            .map_err(|error| RpcError::internal(format!("add the volume: {error}")))??;
+        let volume = Arc::new(volume);
+        self.volumes
+            .write()
+            .insert(volume.record.id, Arc::clone(&volume));
+        volume
+            .serve(ready, &self.config, &self.exports, &self.stop)
+            .map_err(|e| local(&e))?;
+        tracing::info!(
+            volume = %volume.record.name, id = %volume.record.id, file = %volume.record.file.display(),
+            geometry = %volume.record.geometry, "added"
+        );
+        Ok(volume)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_words_that_need_no_quoting() {
+        for name in ["a", "data", "pg-main_1.img", "0", &"x".repeat(63)] {
+            check_name(name).unwrap();
+        }
+        for name in [
+            "",
+            "Data",
+            "-a",
+            ".a",
+            "a b",
+            "a/b",
+            "ä",
+            &"x".repeat(64),
+            "00112233-4455-6677-8899-aabbccddeeff",
+        ] {
+            assert_eq!(
+                check_name(name).unwrap_err().reason,
+                Reason::VolumeNameInvalid,
+                "{name}"
+            );
+        }
+    }
+}

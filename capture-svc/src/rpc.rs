@@ -1,0 +1,268 @@
+//! The control interface: `tidemark.capture.v1.Capture`.
+
+mod shown;
+mod snapshots;
+
+use std::{pin::Pin, sync::Arc, time::Duration};
+
+use futures::Stream;
+use tidemark_block::BlockSize;
+use tidemark_export::NbdServer;
+use tidemark_proto::{
+    RpcError,
+    capture::v1::{
+        self as pb, capture_server::Capture, trigger_interval_response::Message as TriggerMessage,
+    },
+    convert::WireError,
+};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status};
+
+use crate::{
+    registry::{AddVolume, Registry},
+    uplink::{blocking, shutting_down, stopped},
+};
+
+/// How often the progress of an interval is told.
+const PROGRESS_PERIOD: Duration = Duration::from_millis(100);
+/// Messages of a stream that wait for their reader.
+const AHEAD: usize = 4;
+
+/// The service behind the interface.
+#[derive(Debug, Clone)]
+pub(crate) struct CaptureService {
+    registry: Arc<Registry>,
+    nbd: Option<Arc<NbdServer>>,
+    stop: watch::Receiver<bool>,
+}
+
+type Reply<T> = Result<Response<T>, Status>;
+type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
+
+impl CaptureService {
+    pub(crate) const fn new(
+        registry: Arc<Registry>,
+        nbd: Option<Arc<NbdServer>>,
+        stop: watch::Receiver<bool>,
+    ) -> Self {
+        Self {
+            registry,
+            nbd,
+            stop,
+        }
+    }
+
+    fn stopping(&self) -> Result<(), RpcError> {
+        if *self.stop.borrow() {
+            Err(shutting_down())
+        } else {
+            Ok(())
+        }
+    }
+
+    async fn status(&self) -> Result<pb::CaptureStatus, RpcError> {
+        let shown = self.clone();
+        blocking(move || Ok(shown.shown_status()))
+            .await
+            .map_err(|error| RpcError::internal(format!("{error:#}")))
+    }
+
+    async fn volume(&self, name: &str) -> Result<pb::Volume, RpcError> {
+        let volume = self.registry.find(name)?;
+        let shown = self.clone();
+        blocking(move || Ok(shown.shown_volume(&volume)))
+            .await
+            .map_err(|error| RpcError::internal(format!("{error:#}")))
+    }
+}
+
+#[tonic::async_trait]
+impl Capture for CaptureService {
+    async fn add_volume(&self, request: Request<pb::AddVolumeRequest>) -> Reply<pb::Volume> {
+        let request = request.into_inner();
+        let block_size = match request.block_size {
+            0 => BlockSize::MIN,
+            bytes => BlockSize::new(bytes).map_err(WireError::from)?,
+        };
+        let add = AddVolume {
+            name: request.name,
+            file: request.file.into(),
+            length: (request.length > 0).then_some(request.length),
+            block_size,
+        };
+        // On a task of its own: a caller who hangs up doesn't leave half of it.
+        let registry = Arc::clone(&self.registry);
+        let added = tokio::spawn(async move { registry.add(add).await });
+        let volume = added
+            .await
+            .map_err(|error| RpcError::internal(format!("add the volume: {error}")))??;
+        Ok(Response::new(
+            self.volume(&volume.record.id.to_string()).await?,
+        ))
+    }
+
+    async fn list_volumes(
+        &self,
+        _: Request<pb::ListVolumesRequest>,
+    ) -> Reply<pb::ListVolumesResponse> {
+        let volumes = self.status().await?.volumes;
+        Ok(Response::new(pb::ListVolumesResponse { volumes }))
+    }
+
+    async fn get_volume(&self, request: Request<pb::GetVolumeRequest>) -> Reply<pb::Volume> {
+        Ok(Response::new(
+            self.volume(&request.into_inner().volume).await?,
+        ))
+    }
+
+    async fn remove_volume(
+        &self,
+        request: Request<pb::RemoveVolumeRequest>,
+    ) -> Reply<pb::RemoveVolumeResponse> {
+        self.stopping()?;
+        let pb::RemoveVolumeRequest { volume, force } = request.into_inner();
+        let (registry, nbd) = (Arc::clone(&self.registry), self.nbd.clone());
+        let removed =
+            tokio::spawn(async move { registry.remove(&volume, force, nbd.as_deref()).await });
+        removed
+            .await
+            .map_err(|error| RpcError::internal(format!("remove the volume: {error}")))??;
+        Ok(Response::new(pb::RemoveVolumeResponse {}))
+    }
+
+    async fn create_snapshot(
+        &self,
+        request: Request<pb::CreateSnapshotRequest>,
+    ) -> Reply<pb::Snapshot> {
+        self.stopping()?;
+        let pb::CreateSnapshotRequest { volume, label } = request.into_inner();
+        Ok(Response::new(self.snapshot(&volume, label).await?))
+    }
+
+    async fn list_snapshots(
+        &self,
+        request: Request<pb::ListSnapshotsRequest>,
+    ) -> Reply<pb::ListSnapshotsResponse> {
+        let snapshots = self.snapshots(&request.into_inner().volume).await?;
+        Ok(Response::new(pb::ListSnapshotsResponse { snapshots }))
+    }
+
+    async fn delete_snapshot(
+        &self,
+        request: Request<pb::DeleteSnapshotRequest>,
+    ) -> Reply<pb::DeleteSnapshotResponse> {
+        let pb::DeleteSnapshotRequest { volume, snapshot } = request.into_inner();
+        self.drop_snapshot(&volume, snapshot).await?;
+        Ok(Response::new(pb::DeleteSnapshotResponse {}))
+    }
+
+    type ReadSnapshotStream = Streamed<pb::ReadSnapshotResponse>;
+
+    async fn read_snapshot(
+        &self,
+        request: Request<pb::ReadSnapshotRequest>,
+    ) -> Reply<Self::ReadSnapshotStream> {
+        self.stopping()?;
+        Ok(Response::new(
+            self.stream_snapshot(request.into_inner()).await?,
+        ))
+    }
+
+    type TriggerIntervalStream = Streamed<pb::TriggerIntervalResponse>;
+
+    async fn trigger_interval(
+        &self,
+        request: Request<pb::TriggerIntervalRequest>,
+    ) -> Reply<Self::TriggerIntervalStream> {
+        let serving = self.registry.find(&request.into_inner().volume)?.need()?;
+        let mut receipt = serving.uplink.request().await?;
+        let mut status = serving.uplink.status();
+        // The stream must not keep a removed volume alive.
+        drop(serving);
+        let (sender, receiver) = mpsc::channel(AHEAD);
+        tokio::spawn(async move {
+            let progress = |status: &mut watch::Receiver<_>| {
+                let shown = shown::uplink(&status.borrow_and_update());
+                pb::TriggerIntervalResponse {
+                    message: Some(TriggerMessage::Progress(shown)),
+                }
+            };
+            let mut last = None;
+            let end = loop {
+                let now = progress(&mut status);
+                if last.as_ref() != Some(&now) {
+                    if sender.send(Ok(now.clone())).await.is_err() {
+                        return;
+                    }
+                    last = Some(now);
+                }
+                tokio::select! {
+                    end = &mut receipt => break end,
+                    () = sender.closed() => return,
+                    () = tokio::time::sleep(PROGRESS_PERIOD) => {}
+                }
+            };
+            let end = end.unwrap_or_else(|_| Err(shutting_down()));
+            let message = match end {
+                Ok(receipt) => Ok(pb::TriggerIntervalResponse {
+                    message: Some(TriggerMessage::Receipt(receipt.into())),
+                }),
+                Err(error) => Err(Status::from(error)),
+            };
+            // Whoever hung up doesn't want it.
+            let _ = sender.send(message).await;
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Reply<pb::CaptureStatus> {
+        Ok(Response::new(self.status().await?))
+    }
+
+    type WatchStatusStream = Streamed<pb::CaptureStatus>;
+
+    async fn watch_status(
+        &self,
+        request: Request<pb::WatchStatusRequest>,
+    ) -> Reply<Self::WatchStatusStream> {
+        let period = match request.into_inner().period_min_ms {
+            0 => 1000,
+            ms if ms < 100 => {
+                return Err(RpcError::invalid("period_min_ms is below 100").into());
+            }
+            ms => ms,
+        };
+        let (sender, receiver) = mpsc::channel(1);
+        let service = self.clone();
+        tokio::spawn(async move {
+            let mut last = None;
+            let mut stop = service.stop.clone();
+            loop {
+                match service.status().await {
+                    Ok(now) => {
+                        if last.as_ref() != Some(&now) {
+                            if sender.send(Ok(now.clone())).await.is_err() {
+                                return;
+                            }
+                            last = Some(now);
+                        }
+                    }
+                    Err(error) => {
+                        let _ = sender.send(Err(error.into())).await;
+                        return;
+                    }
+                }
+                tokio::select! {
+                    () = stopped(&mut stop) => {
+                        let _ = sender.send(Err(shutting_down().into())).await;
+                        return;
+                    }
+                    () = sender.closed() => return,
+                    () = tokio::time::sleep(Duration::from_millis(u64::from(period))) => {}
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+}

@@ -1,0 +1,118 @@
+//! Volumes and uplinks as the interface shows them.
+
+use std::sync::atomic::Ordering;
+
+use tidemark_export::NbdAddress;
+use tidemark_proto::{
+    capture::v1::{self as pb, UplinkState as PbState, VolumeState},
+    convert::volume_id_field,
+};
+
+use super::CaptureService;
+use crate::{
+    uplink::{UplinkState, UplinkStatus},
+    volume::{Serving, Volume},
+};
+
+impl CaptureService {
+    pub(super) fn shown_status(&self) -> pb::CaptureStatus {
+        pb::CaptureStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            vault: self.registry.config().vault.clone(),
+            volumes: self
+                .registry
+                .list()
+                .iter()
+                .map(|volume| self.shown_volume(volume))
+                .collect(),
+        }
+    }
+
+    pub(super) fn shown_volume(&self, volume: &Volume) -> pb::Volume {
+        let record = &volume.record;
+        let shown = pb::Volume {
+            volume_id: volume_id_field(record.id),
+            name: record.name.clone(),
+            file: record.file.display().to_string(),
+            geometry: Some(record.geometry.into()),
+            engine: "intercept".to_owned(),
+            ..pb::Volume::default()
+        };
+        match volume.serving() {
+            Err(problem) => pb::Volume {
+                state: VolumeState::Failed.into(),
+                problem,
+                ..shown
+            },
+            Ok(serving) => self.shown_serving(&serving, shown),
+        }
+    }
+
+    fn shown_serving(&self, serving: &Serving, shown: pb::Volume) -> pb::Volume {
+        let stats = serving.engine.stats();
+        let status = serving.uplink.status().borrow().clone();
+        let (state, problem) = if stats.poisoned {
+            (
+                VolumeState::Failed,
+                "a write or sync of the volume or its state failed: check the disk, then restart the service"
+                    .to_owned(),
+            )
+        } else {
+            (VolumeState::Serving, String::new())
+        };
+        let counts = serving.scrub.counts();
+        pb::Volume {
+            state: state.into(),
+            problem,
+            epoch: serving.engine.epoch().get(),
+            changed_blocks: stats.changed_blocks,
+            base_generation: status.base.get(),
+            term: status.term.get(),
+            snapshots: u32::try_from(stats.snapshots).unwrap_or(u32::MAX),
+            spool_bytes_used: stats.spool_used,
+            spool_bytes_max: stats.spool_max,
+            nbd_uris: self.nbd_uris(&shown.name),
+            uplink: Some(uplink(&status)),
+            scrub: Some(pb::Scrub {
+                passes: counts.passes.load(Ordering::Relaxed),
+                blocks_done: counts.blocks_done.load(Ordering::Relaxed),
+                blocks_total: serving.engine.geometry().block_count().get(),
+                mismatches: counts.mismatches.load(Ordering::Relaxed),
+            }),
+            clients: serving.export.clients(),
+            ..shown
+        }
+    }
+
+    fn nbd_uris(&self, name: &str) -> Vec<String> {
+        let addresses = self.nbd.as_ref().map_or(&[][..], |nbd| nbd.addresses());
+        addresses
+            .iter()
+            .map(|address| match address {
+                NbdAddress::Unix(path) => format!("nbd+unix:///{name}?socket={}", path.display()),
+                NbdAddress::Tcp(address) => format!("nbd://{address}/{name}"),
+            })
+            .collect()
+    }
+}
+
+/// An uplink, as it is shown.
+pub(super) fn uplink(status: &UplinkStatus) -> pb::Uplink {
+    let state = match status.state {
+        UplinkState::Idle => PbState::Idle,
+        UplinkState::Connecting => PbState::Connecting,
+        UplinkState::Resyncing => PbState::Resyncing,
+        UplinkState::Shipping => PbState::Shipping,
+        UplinkState::Backoff => PbState::Backoff,
+        UplinkState::Fenced => PbState::Fenced,
+    };
+    pb::Uplink {
+        state: state.into(),
+        error: status.error.clone().unwrap_or_default(),
+        recovery_point_ms: status.recovery_point_ms,
+        blocks_total: status.blocks_total,
+        blocks_done: status.blocks_done,
+        bytes_sent: status.bytes_sent,
+        last_receipt: status.last_receipt.clone().map(Into::into),
+    }
+}

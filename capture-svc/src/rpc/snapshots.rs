@@ -1,0 +1,198 @@
+//! Snapshots: taking, listing, deleting, and streaming what they show.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tidemark_block::{BlockCount, BlockIndex, BlockSet, frame::CodecChoice};
+use tidemark_proto::{
+    RpcError,
+    capture::v1::{self as pb, read_snapshot_response::Message},
+    common::v1::Coherence,
+    convert::image_digest_field,
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+
+use super::{AHEAD, CaptureService, Streamed};
+use crate::{
+    engine::{Engine, EngineError, SnapshotId, SnapshotInfo, SnapshotReader},
+    registry::engine_error,
+    uplink::{
+        now_ms,
+        walk::{Assembler, Batch, Emit, Total, WalkError, ZeroBase, walk, walk_whole},
+    },
+};
+
+/// Encoded bytes of a message.
+const BATCH_LEN: usize = 768 << 10;
+/// The most bytes of a label.
+const LABEL_BYTES_MAX: usize = 255;
+
+impl CaptureService {
+    async fn with_engine<T: Send + 'static>(
+        &self,
+        volume: &str,
+        work: impl FnOnce(&Arc<Engine>) -> Result<T, EngineError> + Send + 'static,
+    ) -> Result<T, RpcError> {
+        let engine = Arc::clone(&self.registry.find(volume)?.need()?.engine);
+        tokio::task::spawn_blocking(move || work(&engine))
+            .await
+            .map_err(|error| RpcError::internal(format!("join the engine's work: {error}")))?
+            .map_err(|error| engine_error(&error))
+    }
+
+    pub(super) async fn snapshot(
+        &self,
+        volume: &str,
+        label: String,
+    ) -> Result<pb::Snapshot, RpcError> {
+        if label.len() > LABEL_BYTES_MAX {
+            return Err(RpcError::invalid(format!(
+                "the label has {} bytes, more than {LABEL_BYTES_MAX}",
+                label.len()
+            )));
+        }
+        self.with_engine(volume, move |engine| {
+            let info = engine.create_snapshot(&label, now_ms())?;
+            Ok(shown(engine, &info))
+        })
+        .await
+    }
+
+    pub(super) async fn snapshots(&self, volume: &str) -> Result<Vec<pb::Snapshot>, RpcError> {
+        self.with_engine(volume, |engine| {
+            let list = engine.list_snapshots();
+            Ok(list.iter().map(|info| shown(engine, info)).collect())
+        })
+        .await
+    }
+
+    pub(super) async fn drop_snapshot(&self, volume: &str, id: u64) -> Result<(), RpcError> {
+        self.with_engine(volume, move |engine| engine.delete_snapshot(SnapshotId(id)))
+            .await
+    }
+
+    pub(super) async fn stream_snapshot(
+        &self,
+        request: pb::ReadSnapshotRequest,
+    ) -> Result<Streamed<pb::ReadSnapshotResponse>, RpcError> {
+        let id = SnapshotId(request.snapshot);
+        let since = (request.since_snapshot > 0).then_some(SnapshotId(request.since_snapshot));
+        let (header, reader, changed) = self
+            .with_engine(&request.volume, move |engine| {
+                let reader = engine.open_snapshot(id)?;
+                let listed = engine.list_snapshots();
+                let info = listed
+                    .iter()
+                    .find(|info| info.id == id)
+                    .ok_or(EngineError::NoSuchSnapshot(id))?;
+                let changed = since
+                    .map(|since| engine.changed_between(since, id))
+                    .transpose()?;
+                Ok((shown(engine, info), reader, changed))
+            })
+            .await?;
+        let geometry = self.registry.find(&request.volume)?.record.geometry;
+        let (sender, receiver) = mpsc::channel(AHEAD);
+        let stop = self.stop.clone();
+        tokio::task::spawn_blocking(move || {
+            let first = message(Message::Header(header));
+            if sender.blocking_send(Ok(first)).is_err() {
+                return;
+            }
+            let sending = Sending {
+                to: &sender,
+                stop: &stop,
+            };
+            let whole = changed.is_none();
+            let last = match stream(&reader, ZeroBase(geometry), changed, sending) {
+                Ok(total) => Ok(message(Message::End(pb::ReadSnapshotEnd {
+                    blocks_sent: total.changed_blocks,
+                    image_digest: if whole {
+                        image_digest_field(total.image_digest)
+                    } else {
+                        Bytes::new()
+                    },
+                }))),
+                Err(error) => Err(Status::from(failed(error))),
+            };
+            drop(reader);
+            // Whoever hung up doesn't want it.
+            let _ = sender.blocking_send(last);
+        });
+        Ok(Box::pin(ReceiverStream::new(receiver)))
+    }
+}
+
+fn stream(
+    reader: &SnapshotReader,
+    zero: ZeroBase,
+    changed: Option<BlockSet>,
+    sending: Sending<'_>,
+) -> Result<Total, WalkError> {
+    let mut books = Assembler::new(Arc::new(zero), BATCH_LEN, sending);
+    match changed {
+        Some(changed) => walk_whole(reader, zero.0, &changed, &mut books)?,
+        None => {
+            let mut all = BlockSet::new();
+            all.insert(zero.0.all());
+            walk(reader, &zero, &all, BlockIndex::ZERO, &mut books)?;
+        }
+    }
+    books.finish()
+}
+
+fn failed(error: WalkError) -> RpcError {
+    match error {
+        WalkError::Engine(error) => engine_error(&error),
+        WalkError::Table(error) => RpcError::internal(error.to_string()),
+        WalkError::Stopped => crate::uplink::shutting_down(),
+    }
+}
+
+const fn message(message: Message) -> pb::ReadSnapshotResponse {
+    pb::ReadSnapshotResponse {
+        message: Some(message),
+    }
+}
+
+fn shown(engine: &Engine, info: &SnapshotInfo) -> pb::Snapshot {
+    pb::Snapshot {
+        snapshot: info.id.0,
+        label: info.label.clone(),
+        epoch: info.cut.get(),
+        cut_time_ms: info.time_ms,
+        coherence: Coherence::Crash.into(),
+        geometry: Some(engine.geometry().into()),
+    }
+}
+
+struct Sending<'a> {
+    to: &'a mpsc::Sender<Result<pb::ReadSnapshotResponse, Status>>,
+    stop: &'a tokio::sync::watch::Receiver<bool>,
+}
+
+impl Emit for Sending<'_> {
+    fn codec(&self) -> CodecChoice {
+        // Control is mostly local: the processor is the bottleneck.
+        CodecChoice::Raw
+    }
+
+    fn batch(&mut self, batch: Batch, _: &[u8]) -> Result<(), WalkError> {
+        self.to
+            .blocking_send(Ok(message(Message::Frames(batch.frames))))
+            .map_err(|_| WalkError::Stopped)
+    }
+
+    fn passed(&mut self, _: BlockCount) -> Result<(), WalkError> {
+        if self.to.is_closed() || *self.stop.borrow() {
+            return Err(WalkError::Stopped);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, _: &[u8]) -> Result<(), WalkError> {
+        Ok(())
+    }
+}

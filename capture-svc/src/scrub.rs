@@ -1,0 +1,324 @@
+//! The source scrub: reads clean blocks again and compares them with the checksum table.
+//!
+//! The comparison of image digests proves transport and vault, not tracking: a block whose change was missed leaves
+//! the tables of both sides equally stale. Only reading everything again finds it. A pass goes through the whole
+//! volume in a configured time, at a bounded rate. A clean block that differs is an ERROR and a count, and joins the
+//! next interval.
+//!
+//! A block is compared only if it was clean before and after it was read, and while table and tracking are held
+//! together: so a write, a cut or a commit in between never looks like a mismatch.
+
+use std::{
+    fs::File,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
+};
+use tidemark_block::{
+    BlockCount, BlockIndex, BlockSet, Checksum128, Extent, Geometry, TableView, block_checksum,
+    digest::{leaf_extent, leaf_of},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+
+use crate::{
+    engine::Engine,
+    uplink::{BaseTable, Request, blocking, random_id, stopped},
+};
+
+/// Bytes read at a time, while table and tracking are held.
+const STEP_LEN: u64 = 1 << 20;
+/// The wait before the table is looked at again while it isn't sound, and between steps of a slow pass.
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// What a scrub is told.
+#[derive(Debug, Clone)]
+pub(crate) struct ScrubSettings {
+    pub(crate) name: String,
+    pub(crate) file: PathBuf,
+    /// Of one pass; zero: none.
+    pub(crate) period: Duration,
+    pub(crate) bytes_per_second_max: u64,
+}
+
+/// Counts since the service started.
+#[derive(Debug, Default)]
+pub(crate) struct ScrubCounts {
+    pub(crate) passes: AtomicU64,
+    /// Of the pass under way.
+    pub(crate) blocks_done: AtomicU64,
+    pub(crate) mismatches: AtomicU64,
+}
+
+/// A volume's scrub.
+#[derive(Debug)]
+pub(crate) struct Scrub {
+    counts: Arc<ScrubCounts>,
+    worker: Arc<Worker>,
+    task: parking_lot::Mutex<Option<JoinHandle<()>>>,
+    stop: watch::Sender<bool>,
+}
+
+impl Scrub {
+    /// Scrubs from now on, until told to stop.
+    pub(crate) fn start(
+        settings: ScrubSettings,
+        engine: Arc<Engine>,
+        table: Arc<BaseTable>,
+        uplink: mpsc::Sender<Request>,
+        mut service_stop: watch::Receiver<bool>,
+    ) -> Self {
+        let counts = Arc::new(ScrubCounts::default());
+        let worker = Arc::new(Worker {
+            settings,
+            engine,
+            table,
+            uplink,
+            counts: Arc::clone(&counts),
+        });
+        let (stop, mut own_stop) = watch::channel(false);
+        let running = Arc::clone(&worker);
+        let task = (!running.settings.period.is_zero()).then(|| {
+            tokio::spawn(async move {
+                tokio::select! {
+                    () = stopped(&mut service_stop) => {}
+                    () = stopped(&mut own_stop) => {}
+                    () = running.run() => {}
+                }
+            })
+        });
+        Self {
+            counts,
+            worker,
+            task: parking_lot::Mutex::new(task),
+            stop,
+        }
+    }
+
+    /// What was found so far.
+    pub(crate) fn counts(&self) -> &ScrubCounts {
+        &self.counts
+    }
+
+    /// One whole pass, now and at full speed. Blocks that are not clean are left out.
+    #[allow(dead_code, reason = "the tests' way to prove the tracking")]
+    pub(crate) fn pass_now(&self) -> Result<()> {
+        self.worker.pass_now()
+    }
+
+    /// Stops it and waits for the step under way.
+    pub(crate) async fn end(&self) {
+        self.stop.send_replace(true);
+        let task = self.task.lock().take();
+        if let Some(task) = task
+            && let Err(error) = task.await
+        {
+            tracing::error!(%error, "a scrub failed");
+        }
+        // A step on its thread ends by itself, and soon; the engine is closed after it.
+        drop(self.worker.table.steady());
+    }
+}
+
+#[derive(Debug)]
+struct Worker {
+    settings: ScrubSettings,
+    engine: Arc<Engine>,
+    table: Arc<BaseTable>,
+    uplink: mpsc::Sender<Request>,
+    counts: Arc<ScrubCounts>,
+}
+
+/// How a step went.
+struct Step {
+    next: BlockIndex,
+    bytes_read: u64,
+}
+
+impl Worker {
+    #[tracing::instrument(name = "scrub", skip_all, fields(volume = %self.settings.name))]
+    async fn run(self: Arc<Self>) {
+        let geometry = self.engine.geometry();
+        // A service that is restarted often still sees every part.
+        let mut at = random_block(geometry);
+        let period = self.settings.period.as_secs_f64();
+        // Bytes are counted as if read also where they are holes: the pace is that of the position.
+        let needed = geometry.length() as f64 / period;
+        let rate = needed
+            .min(self.settings.bytes_per_second_max as f64)
+            .max(1.0);
+        let mut seen = 0;
+        loop {
+            let began = Instant::now();
+            let worker = Arc::clone(&self);
+            let step = blocking(move || worker.step(at)).await;
+            match step {
+                Ok(Some(step)) => {
+                    let count = step.next.since(at);
+                    seen += count.get();
+                    self.counts.blocks_done.store(seen, Ordering::Relaxed);
+                    at = step.next;
+                    if at == geometry.all().end() {
+                        at = BlockIndex::ZERO;
+                    }
+                    if seen >= geometry.block_count().get() {
+                        seen = 0;
+                        self.counts.passes.fetch_add(1, Ordering::Relaxed);
+                    }
+                    let bytes = step.bytes_read.max(geometry.bytes(count).min(STEP_LEN));
+                    let due = Duration::from_secs_f64(bytes as f64 / rate);
+                    tokio::time::sleep(due.saturating_sub(began.elapsed())).await;
+                }
+                Ok(None) => tokio::time::sleep(PAUSE_MAX).await,
+                Err(error) => {
+                    tracing::error!(error = %format!("{error:#}"), block = %at, "read the volume for the scrub");
+                    tokio::time::sleep(PAUSE_MAX).await;
+                    at = Extent::new(at, BlockCount::new(1)).end();
+                    if at >= geometry.all().end() {
+                        at = BlockIndex::ZERO;
+                    }
+                }
+            }
+        }
+    }
+
+    fn pass_now(&self) -> Result<()> {
+        let end = self.engine.geometry().all().end();
+        let mut at = BlockIndex::ZERO;
+        while at < end {
+            match self.step(at)? {
+                Some(step) => at = step.next,
+                None => anyhow::bail!("the checksum table is not that of the base yet"),
+            }
+        }
+        self.counts.passes.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Compares the blocks from `at` on, at most [`STEP_LEN`] bytes of data or any number of holes. None while there
+    /// is nothing to compare with.
+    fn step(&self, at: BlockIndex) -> Result<Option<Step>> {
+        let geometry = self.engine.geometry();
+        let rest = Extent::between(at, geometry.all().end());
+        let wrong = {
+            let Some(_steady) = self.table.steady() else {
+                return Ok(None);
+            };
+            if let Some(next) = self.skip_holes(rest)? {
+                return Ok(Some(Step {
+                    next,
+                    bytes_read: 0,
+                }));
+            }
+            let blocks =
+                (STEP_LEN / u64::from(geometry.block_size().get())).min(rest.count().get());
+            let extent = Extent::new(at, BlockCount::new(blocks));
+            let wrong = self.compare(extent)?;
+            // Once more: a mismatch is an accusation.
+            let wrong = if wrong.is_empty() {
+                wrong
+            } else {
+                self.compare(extent)?
+            };
+            (extent, wrong)
+        };
+        let (extent, wrong) = wrong;
+        if !wrong.is_empty() {
+            self.found(&wrong)?;
+        }
+        Ok(Some(Step {
+            next: extent.end(),
+            bytes_read: geometry.bytes(extent.count()),
+        }))
+    }
+
+    fn found(&self, wrong: &BlockSet) -> Result<()> {
+        self.engine
+            .doubt(wrong)
+            .context("put mismatching blocks in doubt")?;
+        self.counts
+            .mismatches
+            .fetch_add(wrong.len().get(), Ordering::Relaxed);
+        for extent in wrong.extents() {
+            tracing::error!(
+                volume = %self.settings.name, %extent,
+                "clean blocks are not what was shipped: either somebody else wrote to the volume file, or a change \
+                 was missed; they are in the next interval now"
+            );
+        }
+        // Full means that an interval will come anyway.
+        let _ = self.uplink.try_send(Request::Doubted);
+        Ok(())
+    }
+
+    /// Where the file has a hole and the table knows nothing but zeroes, up to the next leaf that needs a look.
+    fn skip_holes(&self, rest: Extent) -> Result<Option<BlockIndex>> {
+        let geometry = self.engine.geometry();
+        let file = File::open(&self.settings.file).context("open the volume file")?;
+        let data = match seek(
+            &file,
+            SeekFrom::Data(geometry.offset_of(rest.start()).get()),
+        ) {
+            Ok(data) => data.min(geometry.length()),
+            Err(Errno::NXIO) => geometry.length(),
+            Err(error) => return Err(error).context("look for data in the volume file"),
+        };
+        let hole_end = BlockIndex::new(data / u64::from(geometry.block_size().get()));
+        let mut next = rest.start();
+        let mut sum = [Checksum128::ZERO];
+        while next < hole_end {
+            let leaf = leaf_of(next);
+            self.table
+                .table()
+                .leaves(leaf, &mut sum)
+                .context("read the checksum table")?;
+            if !sum[0].is_zero() {
+                break;
+            }
+            next = leaf_extent(geometry, leaf).end().min(hole_end);
+        }
+        Ok((next > rest.start()).then_some(next))
+    }
+
+    /// The clean blocks whose content isn't what the table says.
+    fn compare(&self, extent: Extent) -> Result<BlockSet> {
+        let size = self.engine.geometry().block_size().as_usize();
+        let blocks = usize::try_from(extent.count().get()).context("count blocks")?;
+        let mut bytes = vec![0; blocks * size];
+        let mut sums = vec![Checksum128::ZERO; blocks];
+        let mut busy = self.engine.tracked(extent);
+        self.engine
+            .read_live(extent, &mut bytes)
+            .context("read the volume")?;
+        self.table
+            .table()
+            .read_blocks(extent.start(), &mut sums)
+            .context("read the checksum table")?;
+        busy.union_with(&self.engine.tracked(extent));
+        let mut wrong = BlockSet::new();
+        for ((block, bytes), sum) in extent.iter().zip(bytes.chunks_exact(size)).zip(sums) {
+            if !busy.contains(block) && block_checksum(bytes) != sum {
+                wrong.insert(Extent::new(block, BlockCount::new(1)));
+            }
+        }
+        Ok(wrong)
+    }
+}
+
+fn random_block(geometry: Geometry) -> BlockIndex {
+    let [a, b, c, d, e, f, ..] = random_id();
+    let random = u64::from_le_bytes([a, b, c, d, e, f, 0, 0]);
+    let leaf = leaf_of(BlockIndex::new(random % geometry.block_count().get()));
+    leaf_extent(geometry, leaf).start()
+}

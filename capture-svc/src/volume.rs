@@ -1,0 +1,250 @@
+//! One protected volume: what is recorded of it, and what runs for it while it is served.
+
+mod record;
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::{Context, Result};
+use capture_core::{
+    codec::CodecRule,
+    interval::{Backoff, Triggers},
+};
+use parking_lot::RwLock;
+use tidemark_export::{BlockDevice, Export, ExportRegistry};
+use tidemark_proto::{Reason, RpcError};
+use tokio::sync::watch;
+
+pub(crate) use record::VolumeRecord;
+
+use crate::{
+    config::{CodecSetting, Config, SpoolFull},
+    engine::{Engine, EngineError, EngineOptions, SpoolPolicy, Trust},
+    scrub::{Scrub, ScrubSettings},
+    uplink::{Opened, Settings, Uplink},
+};
+
+/// A volume, served or not.
+#[derive(Debug)]
+pub(crate) struct Volume {
+    pub(crate) record: VolumeRecord,
+    /// Its state directory.
+    pub(crate) dir: PathBuf,
+    state: RwLock<State>,
+}
+
+#[derive(Debug, Clone)]
+enum State {
+    Serving(Arc<Serving>),
+    Failed(String),
+}
+
+/// What runs for a served volume.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    pub(crate) engine: Arc<Engine>,
+    pub(crate) uplink: Uplink,
+    pub(crate) scrub: Scrub,
+    pub(crate) export: Arc<Export>,
+}
+
+/// An engine and an uplink that are ready to run. Blocking work made it; starting it doesn't block.
+#[derive(Debug)]
+pub(crate) struct Ready {
+    engine: Arc<Engine>,
+    opened: Opened,
+}
+
+impl Ready {
+    /// Makes the state of a new volume.
+    pub(crate) fn create(
+        record: &VolumeRecord,
+        dir: &std::path::Path,
+        config: &Config,
+    ) -> Result<Self> {
+        let engine = Engine::create(
+            dir,
+            record.id,
+            &record.file,
+            record.geometry,
+            options(config),
+        )?;
+        let opened = Opened::open(dir, record.id, &engine)?;
+        Ok(Self { engine, opened })
+    }
+
+    /// Opens a volume's state, recovering it.
+    pub(crate) fn open(
+        record: &VolumeRecord,
+        dir: &std::path::Path,
+        config: &Config,
+    ) -> Result<Self> {
+        let (engine, trust) = Engine::open(
+            dir,
+            record.id,
+            &record.file,
+            record.geometry,
+            options(config),
+        )?;
+        match &trust {
+            Trust::Clean | Trust::ProcessCrash => {
+                tracing::info!(volume = %record.name, ?trust, "opened");
+            }
+            Trust::PowerLoss { doubtful } => {
+                tracing::warn!(volume = %record.name, %doubtful, "opened after a power loss: snapshots are gone, doubtful blocks will be compared");
+            }
+            Trust::Everything { reason } => {
+                tracing::warn!(volume = %record.name, reason, "opened in doubt: snapshots are gone, every block will be compared");
+            }
+        }
+        let opened = Opened::open(dir, record.id, &engine)?;
+        Ok(Self { engine, opened })
+    }
+
+    /// Lets go of it again.
+    pub(crate) fn close(self) {
+        drop(self.opened);
+        if let Err(error) = self.engine.close() {
+            tracing::warn!(%error, "close a volume");
+        }
+    }
+}
+
+fn options(config: &Config) -> EngineOptions {
+    EngineOptions {
+        spool_bytes_max: config.spool_bytes_max.get(),
+        spool_policy: match config.spool_full {
+            SpoolFull::GiveUp => SpoolPolicy::GiveUp,
+            SpoolFull::Stall => SpoolPolicy::Stall,
+        },
+        snapshots_max: config.snapshots_max as usize,
+        ..EngineOptions::default()
+    }
+}
+
+fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config) -> Settings {
+    let backoff = Backoff {
+        min: config.backoff_min.get(),
+        max: config.backoff_max.get(),
+    };
+    Settings {
+        volume: record.id,
+        name: record.name.clone(),
+        source_name: config.source_name.clone(),
+        geometry: record.geometry,
+        vault: config.vault.clone(),
+        dir,
+        triggers: Triggers {
+            interval_max: config.interval_max.get(),
+            changed_blocks_max: (config.changed_blocks_max > 0)
+                .then_some(config.changed_blocks_max),
+            backoff,
+        },
+        backoff,
+        codec: match config.codec {
+            CodecSetting::Auto => CodecRule::Auto,
+            CodecSetting::Raw => CodecRule::Raw,
+            CodecSetting::Zstd => CodecRule::Zstd,
+        },
+        zstd_level: config.zstd_level,
+        bytes_in_flight_max: config.bytes_in_flight_max.get(),
+    }
+}
+
+impl Volume {
+    /// A volume that isn't served yet.
+    pub(crate) fn failed(record: VolumeRecord, dir: PathBuf, problem: impl Into<String>) -> Self {
+        Self {
+            record,
+            dir,
+            state: RwLock::new(State::Failed(problem.into())),
+        }
+    }
+
+    /// What runs for it, or why nothing does.
+    pub(crate) fn serving(&self) -> Result<Arc<Serving>, String> {
+        match &*self.state.read() {
+            State::Serving(serving) => Ok(Arc::clone(serving)),
+            State::Failed(problem) => Err(problem.clone()),
+        }
+    }
+
+    /// As [`Self::serving`], for a call that needs it.
+    pub(crate) fn need(&self) -> Result<Arc<Serving>, RpcError> {
+        self.serving().map_err(|problem| {
+            RpcError::new(
+                Reason::VolumeFailed,
+                format!("volume {} is not served: {problem}", self.record.name),
+                "it is tried again by itself every few seconds once the cause is gone",
+            )
+        })
+    }
+
+    /// Notes why it can't be served.
+    pub(crate) fn set_problem(&self, problem: String) {
+        let mut state = self.state.write();
+        if let State::Failed(known) = &mut *state
+            && *known != problem
+        {
+            tracing::error!(volume = %self.record.name, problem, "the volume can't be served");
+            *known = problem;
+        }
+    }
+
+    /// Serves it from now on.
+    pub(crate) fn serve(
+        &self,
+        ready: Ready,
+        config: &Config,
+        exports: &ExportRegistry,
+        stop: &watch::Receiver<bool>,
+    ) -> Result<()> {
+        let Ready { engine, opened } = ready;
+        let device: Arc<dyn BlockDevice> = Arc::clone(&engine) as Arc<dyn BlockDevice>;
+        let export = exports
+            .add(&self.record.name, "", device)
+            .context("export the volume")?;
+        let uplink = Uplink::start(
+            settings(&self.record, self.dir.clone(), config),
+            Arc::clone(&engine),
+            opened,
+        );
+        let scrub = Scrub::start(
+            ScrubSettings {
+                name: self.record.name.clone(),
+                file: self.record.file.clone(),
+                period: config.scrub_period.get(),
+                bytes_per_second_max: config.scrub_bytes_per_second_max.get(),
+            },
+            Arc::clone(&engine),
+            Arc::clone(uplink.table()),
+            uplink.requests(),
+            stop.clone(),
+        );
+        *self.state.write() = State::Serving(Arc::new(Serving {
+            engine,
+            uplink,
+            scrub,
+            export,
+        }));
+        Ok(())
+    }
+
+    /// Ends what runs for it and closes it cleanly. No client may be connected any more.
+    pub(crate) async fn end(&self, problem: &str) -> Result<()> {
+        let state = std::mem::replace(&mut *self.state.write(), State::Failed(problem.to_owned()));
+        let State::Serving(serving) = state else {
+            return Ok(());
+        };
+        serving.uplink.stop();
+        serving.scrub.end().await;
+        serving.uplink.ended().await;
+        let engine = Arc::clone(&serving.engine);
+        drop(serving);
+        crate::uplink::blocking(move || match engine.close() {
+            Ok(()) | Err(EngineError::Closed) => Ok(()),
+            Err(error) => Err(error.into()),
+        })
+        .await
+        .with_context(|| format!("close volume {}", self.record.name))
+    }
+}

@@ -1,0 +1,136 @@
+//! The registry record of a volume: file `volume` in its state directory.
+//!
+//! Written last when a volume is added and removed first when it is removed: a state directory without it is half
+//! done and may be deleted. Payload, version 1, little-endian:
+//!
+//! | bytes | field |
+//! |---|---|
+//! | 16 | volume |
+//! | 8 + 4 | length and block size in bytes |
+//! | 2 + n | name |
+//! | 4 + n | absolute path of the volume file |
+
+use std::{
+    ffi::OsString,
+    os::unix::ffi::{OsStrExt, OsStringExt},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use tidemark_block::{
+    BlockSize, Geometry, VolumeId,
+    wire::{Reader, WireError},
+};
+use tidemark_disk::record;
+
+const MAGIC: [u8; 8] = *b"TMVOLUME";
+const VERSION: u16 = 1;
+
+/// What is recorded of a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct VolumeRecord {
+    pub(crate) id: VolumeId,
+    pub(crate) name: String,
+    pub(crate) file: PathBuf,
+    pub(crate) geometry: Geometry,
+}
+
+impl VolumeRecord {
+    /// Where it lies in a volume's state directory.
+    pub(crate) fn path_in(dir: &Path) -> PathBuf {
+        dir.join("volume")
+    }
+
+    /// The record of a state directory; none where there is none.
+    pub(crate) fn load(dir: &Path) -> Result<Option<Self>> {
+        let path = Self::path_in(dir);
+        let what = || format!("read the volume record {}", path.display());
+        let Some((_, payload)) = record::read(&path, MAGIC, VERSION).with_context(what)? else {
+            return Ok(None);
+        };
+        Self::decode(&payload).with_context(what).map(Some)
+    }
+
+    /// Makes it durable.
+    pub(crate) fn store(&self, dir: &Path) -> Result<()> {
+        let path = Self::path_in(dir);
+        record::write(&path, MAGIC, VERSION, &self.encode())
+            .with_context(|| format!("write the volume record {}", path.display()))
+    }
+
+    fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend_from_slice(self.id.as_bytes());
+        out.extend_from_slice(&self.geometry.length().to_le_bytes());
+        out.extend_from_slice(&self.geometry.block_size().get().to_le_bytes());
+        let name = self.name.as_bytes();
+        out.extend_from_slice(&u16::try_from(name.len()).unwrap_or(u16::MAX).to_le_bytes());
+        out.extend_from_slice(name);
+        let file = self.file.as_os_str().as_bytes();
+        out.extend_from_slice(&u32::try_from(file.len()).unwrap_or(u32::MAX).to_le_bytes());
+        out.extend_from_slice(file);
+        out
+    }
+
+    fn decode(payload: &[u8]) -> Result<Self, WireError> {
+        let mut r = Reader::new(payload);
+        let id = VolumeId::from_bytes(r.array()?);
+        let length = r.u64()?;
+        let block_size = BlockSize::new(r.u32()?).map_err(|_| WireError::Range("block size"))?;
+        let geometry = Geometry::new(length, block_size).map_err(|_| WireError::Range("length"))?;
+        let name_len = usize::from(r.u16()?);
+        let name = std::str::from_utf8(r.bytes(name_len)?)
+            .map_err(|_| WireError::Range("name"))?
+            .to_owned();
+        let file_len = usize::try_from(r.u32()?).map_err(|_| WireError::Range("path"))?;
+        let file = OsString::from_vec(r.bytes(file_len)?.to_vec()).into();
+        r.end()?;
+        Ok(Self {
+            id,
+            name,
+            file,
+            geometry,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn record() -> VolumeRecord {
+        VolumeRecord {
+            id: VolumeId::from_bytes([7; 16]),
+            name: "data".into(),
+            file: OsString::from_vec(b"/volumes/d\xffta.img".to_vec()).into(),
+            geometry: Geometry::new(8 << 30, BlockSize::MIN).unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_record_survives_its_file() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(VolumeRecord::load(dir.path()).unwrap(), None);
+        record().store(dir.path()).unwrap();
+        assert_eq!(VolumeRecord::load(dir.path()).unwrap(), Some(record()));
+    }
+
+    #[test]
+    fn the_encoding_stays_what_version_1_wrote() {
+        let hex: String = record()
+            .encode()
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect();
+        insta::assert_snapshot!(hex);
+    }
+
+    proptest! {
+        #[test]
+        fn no_payload_makes_reading_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let _ = VolumeRecord::decode(&bytes);
+        }
+    }
+}
