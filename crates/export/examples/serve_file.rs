@@ -1,7 +1,7 @@
 //! Serves a plain file, or memory, by NBD: for measuring the server alone, and for trying clients.
 //!
 //! `serve_file ADDRESS file PATH` or `serve_file ADDRESS memory BYTES`, where ADDRESS is `unix:PATH` or `HOST:PORT`.
-//! It serves until its standard input ends.
+//! It serves until its standard input ends. `SPIN_US` in the environment sets `spin_max`.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -36,7 +36,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let registry = Arc::new(ExportRegistry::new());
     registry.add("data", "an example", device)?;
     let address: NbdAddress = address.parse()?;
-    let server = NbdServer::start(registry, &[address], Limits::default())?;
+    let spin_us = std::env::var("SPIN_US")
+        .ok()
+        .map_or(Ok(0), |text| text.parse())?;
+    let limits = Limits {
+        spin_max: Duration::from_micros(spin_us),
+        ..Limits::default()
+    };
+    let server = NbdServer::start(registry, &[address], limits)?;
     for address in server.addresses() {
         println!("serving at {address}");
     }

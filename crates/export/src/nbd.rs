@@ -22,6 +22,7 @@ mod server;
 mod service;
 mod session;
 mod socket;
+mod spin;
 mod turns;
 mod watch;
 pub mod wire;

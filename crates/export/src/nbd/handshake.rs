@@ -6,8 +6,7 @@ use std::time::Instant;
 use super::limits::{OPTION_LENGTH_MAX, OPTION_SKIP_MAX, OPTIONS_MAX};
 use super::negotiate::{Agreement, Decision, Negotiation};
 use super::option::encode_reply;
-use super::receive::is_timeout;
-use super::socket::Stream;
+use super::socket::{Stream, is_timeout};
 use super::wire::{
     NBD_OPT_EXPORT_NAME, NBD_REP_ERR_TOO_BIG, OPTION_HEADER_LEN, OptionHeader, greeting,
 };

@@ -50,6 +50,10 @@ pub struct Limits {
     pub send_timeout: Duration,
     /// An extra thread of a connection ends after having had nothing to do for this long.
     pub thread_idle_timeout: Duration,
+    /// How long a connection whose requests come one by one, and quickly, looks for the next one before it sleeps (at
+    /// most 1 ms makes sense). Zero: not at all. It lowers latency on a machine with a processor to spare, and costs that
+    /// processor.
+    pub spin_max: Duration,
 }
 
 impl Default for Limits {
@@ -62,6 +66,7 @@ impl Default for Limits {
             receive_timeout: Duration::from_secs(30),
             send_timeout: Duration::from_secs(30),
             thread_idle_timeout: Duration::from_secs(10),
+            spin_max: Duration::ZERO,
         }
     }
 }

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::limits::RECEIVE_BUFFER_BYTES;
 use super::request::RequestHeader;
-use super::socket::Stream;
+use super::socket::{Stream, is_timeout};
+use super::spin::Spin;
 use super::wire::REQUEST_LEN;
 
 /// Why nothing more is received.
@@ -33,14 +34,19 @@ pub(super) struct Receiver {
     buf: Box<[u8]>,
     start: usize,
     end: usize,
+    spin: Spin,
+    /// Requests taken since the last wait.
+    taken: u32,
 }
 
 impl Receiver {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(spin_max: Duration) -> Self {
         Self {
             buf: vec![0; RECEIVE_BUFFER_BYTES].into_boxed_slice(),
             start: 0,
             end: 0,
+            spin: Spin::new(spin_max),
+            taken: 0,
         }
     }
 
@@ -83,6 +89,7 @@ impl Receiver {
             if let Some(bytes) = self.buffered().first_chunk::<REQUEST_LEN>() {
                 let header = RequestHeader::decode(bytes).ok_or(ReceiveError::BadMagic)?;
                 self.consume(REQUEST_LEN);
+                self.taken += 1;
                 return Ok(header);
             }
             if self.start > 0 {
@@ -91,7 +98,12 @@ impl Receiver {
                 self.start = 0;
             }
             before_wait()?;
-            match stream.receive(&mut self.buf[self.end..]) {
+            // Several at a time: then the client does not wait for each reply, and sleeping costs it nothing.
+            let one_by_one = std::mem::take(&mut self.taken) <= 1;
+            match self
+                .spin
+                .receive(stream, &mut self.buf[self.end..], one_by_one)
+            {
                 Ok(0) if self.end == 0 => return Err(ReceiveError::Ended),
                 Ok(0) => return Err(ReceiveError::Truncated),
                 Ok(n) => self.end += n,
@@ -118,11 +130,15 @@ impl Receiver {
         let mut began = None;
         while !dest.is_empty() {
             before_wait()?;
-            let began = *began.get_or_insert_with(Instant::now);
             let wanted = dest.len();
-            let n = match stream
-                .receive_vectored(&mut [IoSliceMut::new(dest), IoSliceMut::new(&mut self.buf)])
-            {
+            let bufs = &mut [IoSliceMut::new(dest), IoSliceMut::new(&mut self.buf)];
+            let now = Instant::now();
+            let began = *began.get_or_insert(now);
+            let received = match self.spin.arriving(stream, bufs, now) {
+                Some(received) => received,
+                None => stream.receive_vectored(bufs),
+            };
+            let n = match received {
                 Ok(0) => return Err(ReceiveError::Truncated),
                 Ok(n) => n,
                 Err(error) if is_timeout(&error) => return Err(ReceiveError::Stalled),
@@ -140,11 +156,4 @@ impl Receiver {
         }
         Ok(())
     }
-}
-
-pub(super) fn is_timeout(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
-    )
 }

@@ -97,7 +97,7 @@ impl Session {
         };
         Arc::new(Self {
             turns: Turns::new(service.limits.requests_in_flight_max.clamp(1, 64)),
-            receiver: Mutex::new(Receiver::new()),
+            receiver: Mutex::new(Receiver::new(service.limits.spin_max)),
             sender: Sender::default(),
             terms,
             pace: Pace::default(),

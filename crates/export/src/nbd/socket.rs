@@ -16,6 +16,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
 
 /// Where an NBD server listens. As text: `unix:PATH`, or `HOST:PORT` with or without `tcp:` before it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -99,12 +100,15 @@ impl Stream {
         Ok(())
     }
 
+    /// What has arrived; [`io::ErrorKind::WouldBlock`] where nothing has.
+    pub(super) fn receive_now(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        let mut control = RecvAncillaryBuffer::default();
+        retried(|| Ok(recvmsg(self, bufs, &mut control, RecvFlags::DONTWAIT)?.bytes))
+    }
+
     /// Whether something waits to be received.
     pub(super) fn readable(&self) -> bool {
-        let fd = match self {
-            Self::Unix(stream) => stream.as_fd(),
-            Self::Tcp(stream) => stream.as_fd(),
-        };
+        let fd = self.as_fd();
         let now = Timespec {
             tv_sec: 0,
             tv_nsec: 0,
@@ -138,6 +142,15 @@ impl Stream {
             Self::Unix(stream) => stream.shutdown(how),
             Self::Tcp(stream) => stream.shutdown(how),
         };
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
+        }
     }
 }
 
@@ -286,4 +299,12 @@ fn refuse_unless_stale(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// Whether a socket's timeout has passed, or nothing has arrived yet.
+pub(super) fn is_timeout(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+    )
 }

@@ -670,3 +670,19 @@ fn a_file_is_served_sparse_and_stays_so() {
             .all(|(_, state)| *state == 3)
     );
 }
+
+#[test]
+fn a_connection_that_spins_serves_like_any_other() {
+    let limits = Limits {
+        spin_max: Duration::from_micros(100),
+        ..Limits::default()
+    };
+    let server = TestServer::with_limits(MemoryDevice::new(SIZE), limits);
+    let mut client = server.client();
+    for n in 0..2000u64 {
+        client.write(n * 100, &n.to_be_bytes()).unwrap();
+        assert_eq!(client.read(n * 100, 8).unwrap(), n.to_be_bytes());
+    }
+    client.write(1, &vec![9; 3 << 20]).unwrap();
+    assert!(client.read(1, 3 << 20).unwrap() == vec![9; 3 << 20]);
+}
