@@ -15,6 +15,8 @@ use figment::{
 };
 use serde::{Deserialize, Serialize};
 
+use tidemark_telemetry::LogFormat;
+
 pub use units::{ByteSize, Span};
 
 /// Environment variables that others set and that are none of ours.
@@ -53,7 +55,7 @@ pub struct Config {
     pub stream_idle_max: Span,
     /// A part is written at this age even if it isn't full. 10 ms to 1 minute.
     pub part_age_max: Span,
-    /// Frames gathered in one segment. 1 to 64 MiB.
+    /// Frames gathered in one segment. 64 KiB to 64 MiB.
     pub part_bytes_max: ByteSize,
     /// Encoded bytes that a source may have sent and not seen acknowledged, per stream.
     pub bytes_in_flight_max: ByteSize,
@@ -74,7 +76,7 @@ pub struct Config {
     /// Filter of log lines, as `RUST_LOG` has it.
     pub log: String,
     /// `text` or `json`.
-    pub log_format: String,
+    pub log_format: LogFormat,
 }
 
 impl Default for Config {
@@ -99,7 +101,7 @@ impl Default for Config {
             reserve_bytes: ByteSize::mib(32),
             maintenance_period: Span::from(Duration::from_secs(60)),
             log: "info".to_owned(),
-            log_format: "text".to_owned(),
+            log_format: LogFormat::Text,
         }
     }
 }
@@ -170,8 +172,8 @@ impl Config {
             "retain: 1 to 1024 generations",
         );
         check(
-            (mib..=64 * mib).contains(&self.part_bytes_max.get()),
-            "part_bytes_max: 1 MiB to 64 MiB",
+            (mib / 16..=64 * mib).contains(&self.part_bytes_max.get()),
+            "part_bytes_max: 64 KiB to 64 MiB",
         );
         check(
             (4 * mib..=1024 * mib).contains(&self.bytes_in_flight_max.get()),
@@ -215,8 +217,8 @@ impl Config {
             "interval_lease: at least stream_idle_max",
         );
         check(
-            matches!(self.log_format.as_str(), "text" | "json"),
-            "log_format: text or json",
+            self.bytes_in_flight_max.get() >= 2 * self.part_bytes_max.get(),
+            "bytes_in_flight_max: at least two parts (2 × part_bytes_max), or streams stall",
         );
         if errors.is_empty() {
             Ok(())
@@ -261,7 +263,7 @@ mod tests {
         let config = Config {
             retain: 0,
             part_bytes_max: ByteSize::mib(100),
-            log_format: "xml".to_owned(),
+            stream_idle_max: Duration::ZERO.into(),
             ..Config::default()
         };
         insta::assert_snapshot!(config.validate().unwrap_err().to_string());

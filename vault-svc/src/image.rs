@@ -15,6 +15,7 @@ use vault_core::{
 };
 
 use crate::{
+    cache::Cache,
     error::of_store,
     store::StoreError,
     volume::{Lease, Volume},
@@ -51,6 +52,7 @@ pub struct ImageReader {
     volume: Arc<Volume>,
     manifest: Arc<Manifest>,
     generation: Generation,
+    frames: FrameCache,
     _lease: Lease,
 }
 
@@ -73,6 +75,7 @@ impl ImageReader {
             volume,
             manifest,
             generation,
+            frames: FrameCache::new(FRAME_CACHE_BYTES),
             _lease: lease,
         })
     }
@@ -162,7 +165,7 @@ impl ImageReader {
                 .filter(|piece| !piece.blocks.intersect(blocks).is_empty())
                 .collect();
             for part in pieces.chunks(64) {
-                let frames = fetch(&self.volume, geometry, part).await?;
+                let frames = fetch(&self.volume, geometry, part, &self.frames).await?;
                 for piece in part {
                     for (block, bytes) in blocks_of(&frames, piece)? {
                         if blocks.contains(block) {
@@ -200,16 +203,31 @@ fn no_generation(manifest: &Manifest, wanted: u64) -> RpcError {
 }
 
 /// Frames that have been fetched and verified.
-pub(crate) type Frames = HashMap<FrameAt, VerifiedFrame>;
+pub(crate) type Frames = HashMap<FrameAt, Arc<VerifiedFrame>>;
+
+/// Verified frames of which other blocks are needed soon.
+pub(crate) type FrameCache = Cache<FrameAt, VerifiedFrame>;
+
+/// Bytes of frames that a reader keeps: one of each of the segments that may lie over each other.
+pub(crate) const FRAME_CACHE_BYTES: usize = 32 << 20;
 
 /// Fetches and verifies the frames of some pieces, each once.
 pub(crate) async fn fetch(
     volume: &Volume,
     geometry: Geometry,
     pieces: &[DataPiece],
+    cache: &FrameCache,
 ) -> Result<Frames, RpcError> {
+    let mut found = Frames::new();
     let mut by_segment: HashMap<SegmentId, Vec<FrameAt>> = HashMap::new();
     for piece in pieces {
+        if found.contains_key(&piece.frame) {
+            continue;
+        }
+        if let Some(frame) = cache.get(&piece.frame) {
+            found.insert(piece.frame, frame);
+            continue;
+        }
         let frames = by_segment.entry(piece.frame.segment).or_default();
         if !frames.contains(&piece.frame) {
             frames.push(piece.frame);
@@ -238,14 +256,30 @@ pub(crate) async fn fetch(
                 {
                     return Err((at, "it is another frame than the index names".to_owned()));
                 }
-                Ok((at, frame))
+                Ok((at, Arc::new(frame)))
             })
-            .collect::<Result<Frames, _>>()
+            .collect::<Result<Vec<_>, _>>()
     };
-    tokio::task::spawn_blocking(verify)
+    let verified = tokio::task::spawn_blocking(verify)
         .await
         .map_err(|_| RpcError::internal("a reader failed"))?
-        .map_err(|(at, reason)| corrupt(volume, at, &reason))
+        .map_err(|(at, reason)| corrupt(volume, at, &reason))?;
+    // A frame that is used as a whole isn't needed again.
+    let mut used: HashMap<FrameAt, u64> = HashMap::new();
+    for piece in pieces {
+        *used.entry(piece.frame).or_insert(0) += piece.blocks.count().get();
+    }
+    for (at, frame) in verified {
+        if used
+            .get(&at)
+            .is_some_and(|used| *used > 0 && *used < u64::from(at.blocks))
+        {
+            let bytes = frame.encoded().len() + frame.data().len();
+            cache.insert(at, Arc::clone(&frame), bytes);
+        }
+        found.insert(at, frame);
+    }
+    Ok(found)
 }
 
 fn corrupt(volume: &Volume, at: FrameAt, reason: &str) -> RpcError {
@@ -265,7 +299,7 @@ pub(crate) fn blocks_of<'a>(
     let found: Vec<_> = frames
         .get(&piece.frame)
         .into_iter()
-        .flat_map(VerifiedFrame::blocks)
+        .flat_map(|frame| frame.blocks())
         .skip(usize::from(piece.first))
         .take(count)
         .map(|block| (block.block(), block.bytes()))

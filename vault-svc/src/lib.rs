@@ -14,7 +14,13 @@ mod upkeep;
 mod vault;
 mod volume;
 
-use std::{net::SocketAddr, sync::Arc};
+#[cfg(test)]
+#[path = "../tests/it/interval.rs"]
+mod interval;
+#[cfg(test)]
+mod model;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use tidemark_proto::{
@@ -34,6 +40,9 @@ pub use vault::Vault;
 
 use crate::rpc::Service;
 
+/// How long calls may take to end once the service stops.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+
 /// A vault that serves until it is told to stop.
 #[derive(Debug)]
 pub struct Running {
@@ -42,6 +51,7 @@ pub struct Running {
     vault: Arc<Vault>,
     stop: watch::Sender<bool>,
     server: JoinHandle<Result<()>>,
+    upkeep: JoinHandle<()>,
 }
 
 impl Running {
@@ -51,7 +61,16 @@ impl Running {
     /// The server had failed before, or the last writes failed; nothing committed is lost then.
     pub async fn shutdown(self) -> Result<()> {
         self.stop.send_replace(true);
-        let served = self.server.await.context("join the server task")?;
+        let mut server = self.server;
+        let served = match tokio::time::timeout(DRAIN_MAX, &mut server).await {
+            Ok(served) => served.context("join the server task")?,
+            Err(_) => {
+                tracing::warn!("connections stay open; they are closed");
+                server.abort();
+                Ok(())
+            }
+        };
+        self.upkeep.await.context("join the upkeep task")?;
         self.vault.close().await?;
         served
     }
@@ -120,10 +139,12 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
             .await
             .context("serve")
     });
+    let upkeep = tokio::spawn(Arc::clone(&vault).look_after(stopping));
     Ok(Running {
         listen_addr,
         vault,
         stop,
         server,
+        upkeep,
     })
 }

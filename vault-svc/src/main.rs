@@ -5,6 +5,7 @@ use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 use anyhow::{Context, Result};
 use clap::Parser;
 use serde::Serialize;
+use tidemark_telemetry::LogFormat;
 use tokio::signal::unix::{SignalKind, signal};
 use vault_svc::{
     Config,
@@ -59,7 +60,7 @@ struct Flags {
     /// text or json.
     #[arg(long, value_name = "FORMAT")]
     #[serde(skip_serializing_if = "Option::is_none")]
-    log_format: Option<String>,
+    log_format: Option<LogFormat>,
 }
 
 fn main() -> ExitCode {
@@ -78,6 +79,7 @@ fn run(cli: Cli) -> Result<()> {
         print!("{}", config.to_toml()?);
         return Ok(());
     }
+    tidemark_telemetry::init("vault-svc", config.log_format, &config.log)?;
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -28,7 +28,7 @@ use vault_core::{
     segment::SealedSegment,
 };
 
-pub(crate) use gate::{Gate, Turn};
+pub(crate) use gate::{Gate, Receiving, Turn};
 
 use crate::{
     error::{of_ingest, of_io, of_store},
@@ -177,6 +177,7 @@ impl Session {
         let header = self.header()?.clone();
         let volume = Arc::clone(&self.volume);
         let store = &volume.store;
+        volume.receiving.begin(header.interval).await;
         let found = store
             .parts(header.interval)
             .await

@@ -11,7 +11,10 @@ use tidemark_proto::{
     convert::{self, Head, TermGrant},
 };
 use tokio::sync::{Mutex, Notify};
-use vault_core::manifest::{Manifest, StoreMarker, TermRequest, grant_term};
+use vault_core::{
+    manifest::{Manifest, StoreMarker, TermRequest, grant_term},
+    reclaim::Policy,
+};
 
 use crate::{
     Config,
@@ -29,6 +32,7 @@ const STATE_VERSION: u16 = 1;
 #[derive(Debug)]
 pub struct Vault {
     config: Config,
+    policy: Policy,
     store: Store,
     shared: Arc<Shared>,
     limits: Arc<IngestLimits>,
@@ -62,6 +66,14 @@ impl Vault {
     /// # Errors
     /// As [`Self::open`].
     pub async fn open_on(config: Config, store: Store) -> Result<Arc<Self>> {
+        Self::open_with(config, store, Policy::default()).await
+    }
+
+    pub(crate) async fn open_with(
+        config: Config,
+        store: Store,
+        policy: Policy,
+    ) -> Result<Arc<Self>> {
         config.validate()?;
         durable::create_dir(&config.state_dir).with_context(|| {
             format!("create the state directory {}", config.state_dir.display())
@@ -93,6 +105,7 @@ impl Vault {
             _state_lock: state_lock,
             store,
             config,
+            policy,
         };
         vault.reserve.fill();
         for id in vault
@@ -129,6 +142,11 @@ impl Vault {
 
     pub(crate) const fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// When reclaim does what.
+    pub(crate) const fn policy(&self) -> Policy {
+        self.policy
     }
 
     /// All volumes, by id.

@@ -68,6 +68,7 @@ pub(crate) struct Volume {
     current: SyncMutex<CurrentThrough>,
     /// One stream at a time ships into a volume.
     pub(crate) shipping: crate::ship::Gate,
+    pub(crate) receiving: crate::ship::Receiving,
     pub(crate) upkeep: Mutex<crate::upkeep::Upkeep>,
 }
 
@@ -115,6 +116,7 @@ impl Volume {
             leases: leases::Leases::default(),
             table: table::Table::new(files),
             shipping: crate::ship::Gate::default(),
+            receiving: crate::ship::Receiving::default(),
             upkeep: Mutex::default(),
         }
     }

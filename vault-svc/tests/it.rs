@@ -2,6 +2,8 @@
 
 #[path = "it/hostile.rs"]
 mod hostile;
+#[path = "it/interval.rs"]
+mod interval;
 #[path = "it/shipping.rs"]
 mod shipping;
 #[path = "it/source.rs"]

@@ -5,7 +5,7 @@
 
 use tidemark_block::{BlockCount, BlockIndex, Extent, Geometry, Sequence};
 
-use crate::segment::{IndexEntry, SegmentIndex};
+use crate::segment::{IndexEntry, SegmentIndex, SegmentRecord};
 
 /// Blocks of a window: 128 MiB of a volume with blocks of 4 KiB.
 pub const WINDOW_BLOCKS: u64 = 1 << 15;
@@ -24,6 +24,61 @@ pub fn windows(geometry: Geometry, range: Extent) -> impl Iterator<Item = Extent
     let behind = range.end().get().div_ceil(WINDOW_BLOCKS).max(first);
     let behind = if range.is_empty() { first } else { behind };
     (first..behind).map(move |n| window_of(geometry, BlockIndex::new(n * WINDOW_BLOCKS)))
+}
+
+/// Walks all windows that segments touch, ascending, each with the records of those segments.
+#[derive(Debug)]
+pub struct ByWindow {
+    geometry: Geometry,
+    /// Those that begin behind the last window, the first of them last.
+    ahead: Vec<SegmentRecord>,
+    here: Vec<SegmentRecord>,
+    next: BlockIndex,
+}
+
+impl ByWindow {
+    /// Starts before the first window.
+    #[must_use]
+    pub fn new(geometry: Geometry, records: &[SegmentRecord]) -> Self {
+        let mut ahead: Vec<_> = records
+            .iter()
+            .filter(|record| !record.blocks.is_empty())
+            .copied()
+            .collect();
+        ahead.sort_by_key(|record| std::cmp::Reverse(record.blocks.start()));
+        Self {
+            geometry,
+            ahead,
+            here: Vec::new(),
+            next: BlockIndex::ZERO,
+        }
+    }
+}
+
+impl Iterator for ByWindow {
+    type Item = (Extent, Vec<SegmentRecord>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let from = self.next;
+        self.here.retain(|record| record.blocks.end() > from);
+        let start = if self.here.is_empty() {
+            self.ahead.last()?.blocks.start().max(from)
+        } else {
+            from
+        };
+        if start >= self.geometry.all().end() {
+            return None;
+        }
+        let window = window_of(self.geometry, start);
+        while let Some(record) = self
+            .ahead
+            .pop_if(|record| record.blocks.start() < window.end())
+        {
+            self.here.push(record);
+        }
+        self.next = window.end();
+        Some((window, self.here.clone()))
+    }
 }
 
 /// An entry of one of several indexes.

@@ -108,7 +108,7 @@ async fn pack(
     geometry: Geometry,
     chunk: Chunk,
 ) -> Result<RestoredBatch, RpcError> {
-    let frames = fetch(&reader.volume, geometry, &chunk.pieces).await?;
+    let frames = fetch(&reader.volume, geometry, &chunk.pieces, &reader.frames).await?;
     let work = tokio::task::spawn_blocking(move || pack_frames(geometry, &frames, &chunk));
     work.await
         .map_err(|_| RpcError::internal("a reader failed"))?

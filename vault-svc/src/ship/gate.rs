@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use tidemark_block::IntervalId;
 use tokio::sync::{Mutex as AsyncMutex, OwnedMutexGuard, watch};
 
 /// Where streams for one volume queue.
@@ -62,6 +63,25 @@ impl Turn {
     pub(crate) async fn superseded(&mut self) {
         // The sender is dropped only together with the volume.
         let _ = self.superseded.wait_for(|over| *over).await;
+    }
+}
+
+/// Which interval is being received, so that its parts aren't taken for garbage.
+#[derive(Debug, Default)]
+pub(crate) struct Receiving {
+    interval: AsyncMutex<Option<IntervalId>>,
+}
+
+impl Receiving {
+    /// From now on the parts of `interval` are not garbage; those of the one before it may be.
+    pub(crate) async fn begin(&self, interval: IntervalId) {
+        *self.interval.lock().await = Some(interval);
+    }
+
+    /// Allows parts of an interval to be deleted while the answer is held; `None` where it is being received.
+    pub(crate) async fn allow_deletion(&self, interval: IntervalId) -> Option<impl Sized + '_> {
+        let receiving = self.interval.lock().await;
+        (*receiving != Some(interval)).then_some(receiving)
     }
 }
 

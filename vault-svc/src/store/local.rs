@@ -74,7 +74,7 @@ fn is_staged(name: &str) -> bool {
 }
 
 /// Room set aside, so that retire and reclaim work on a full disk.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Reserve {
     path: PathBuf,
     length: u64,

@@ -8,12 +8,12 @@
 use std::{collections::VecDeque, path::PathBuf, sync::Arc};
 
 use parking_lot::Mutex as SyncMutex;
-use tidemark_block::{Checksum128, Extent, GenerationId, Sequence};
+use tidemark_block::{BlockIndex, Checksum128, Extent, GenerationId, Sequence};
 use tidemark_disk::checksum_table::{ChecksumTable, TableError};
 use tidemark_proto::RpcError;
 use tokio::sync::Mutex;
 use vault_core::{
-    image::{overlay, windows},
+    image::{ByWindow, overlay},
     ingest::Overlay,
     manifest::Manifest,
 };
@@ -94,7 +94,7 @@ impl Volume {
         let head = manifest.head_id();
         // A failed write leaves the table poisoned: open it again, which replays it.
         let mut opened = match slot.take() {
-            Some(opened) if opened.table.block(tidemark_block::BlockIndex::ZERO).is_ok() => opened,
+            Some(opened) if opened.table.block(BlockIndex::ZERO).is_ok() => opened,
             _ => self.open_table(&manifest).await?,
         };
         while opened.applied < head {
@@ -130,7 +130,7 @@ impl Volume {
                 applied: generation,
             });
         }
-        self.replay(manifest, &table, applied).await?;
+        self.replay(manifest, &table, applied, false).await?;
         Ok(Opened {
             table,
             applied: manifest.head_id(),
@@ -150,7 +150,12 @@ impl Volume {
                 };
                 // What was applied after the stamp may have reached the disk in part: apply it again, groups and
                 // leaves with it.
-                self.replay(manifest, &opened.table, opened.applied).await?;
+                if opened.applied < head {
+                    self.replay(manifest, &opened.table, opened.applied, true)
+                        .await?;
+                    let table = Arc::clone(&opened.table);
+                    blocking(move || table.rebuild_upper_levels()).await?;
+                }
                 if self.matches_head(manifest, &opened.table).await? {
                     return Ok(Opened {
                         applied: head,
@@ -172,7 +177,8 @@ impl Volume {
         })
         .await?;
         let table = Arc::new(table);
-        self.replay(manifest, &table, GenerationId::ZERO).await?;
+        self.replay(manifest, &table, GenerationId::ZERO, false)
+            .await?;
         if !self.matches_head(manifest, &table).await? {
             return Err(RpcError::new(
                 tidemark_proto::Reason::StoreCorrupt,
@@ -208,6 +214,7 @@ impl Volume {
         manifest: &Manifest,
         table: &Arc<ChecksumTable>,
         above: GenerationId,
+        again: bool,
     ) -> Result<(), RpcError> {
         let geometry = manifest.geometry;
         let above = Sequence::new(above.get());
@@ -216,15 +223,7 @@ impl Volume {
             .await
             .map_err(|e| of_store(&e))?;
         let newest = Sequence::new(u64::MAX);
-        for window in windows(geometry, geometry.all()) {
-            let records: Vec<_> = everything
-                .iter()
-                .filter(|record| !record.blocks.intersect(window).is_empty())
-                .copied()
-                .collect();
-            if records.is_empty() {
-                continue;
-            }
+        for (window, records) in ByWindow::new(geometry, &everything) {
             let indexes = self
                 .indexes(manifest, &records)
                 .await
@@ -258,7 +257,7 @@ impl Volume {
                 }
             }
             let table = Arc::clone(table);
-            blocking(move || apply_runs(&table, &runs)).await?;
+            blocking(move || apply_runs(&table, &runs, again)).await?;
         }
         Ok(())
     }
@@ -295,19 +294,32 @@ impl Volume {
 }
 
 fn apply_overlay(table: &ChecksumTable, overlay: &Overlay) -> std::io::Result<()> {
-    apply_runs(table, &overlay.runs)
+    apply_runs(table, &overlay.runs, false)
 }
 
-fn apply_runs(table: &ChecksumTable, runs: &[(Extent, Vec<Checksum128>)]) -> std::io::Result<()> {
+/// `again`: a crash may have torn the same before.
+fn apply_runs(
+    table: &ChecksumTable,
+    runs: &[(Extent, Vec<Checksum128>)],
+    again: bool,
+) -> std::io::Result<()> {
     for group in runs.chunk_by(|a, b| a.1.is_empty() == b.1.is_empty()) {
         if group[0].1.is_empty() {
-            group
-                .iter()
-                .try_for_each(|(blocks, _)| table.apply_zero(*blocks))?;
+            for (blocks, _) in group {
+                if again {
+                    table.reapply_zero(*blocks)?;
+                } else {
+                    table.apply_zero(*blocks)?;
+                }
+            }
+            continue;
+        }
+        let blocks = group
+            .iter()
+            .flat_map(|(blocks, checksums)| blocks.iter().zip(checksums.iter().copied()));
+        if again {
+            table.reapply(blocks)?;
         } else {
-            let blocks = group
-                .iter()
-                .flat_map(|(blocks, checksums)| blocks.iter().zip(checksums.iter().copied()));
             table.apply(blocks)?;
         }
     }
