@@ -9,9 +9,9 @@ use parking_lot::{Condvar, Mutex};
 use super::service::Service;
 
 /// A request that is still the same at two ticks is blocked.
-const TICK: Duration = Duration::from_millis(1);
+const TICK: Duration = Duration::from_millis(4);
 /// Ticks without any request before the watch goes to sleep.
-const QUIET_TICKS: u32 = 20;
+const QUIET_TICKS: u32 = 8;
 
 #[derive(Debug, Default)]
 pub(super) struct Watch {
