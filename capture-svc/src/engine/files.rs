@@ -16,21 +16,15 @@ use capture_core::engine::{
     dirty::DirtyLayout,
     intent::{PAGE_LEN, encode_page, page_count, place_of},
     media::{Map, Media, MediaError, MediaResult, Record},
+    records::{DIRTY_MAGIC, SLOTS_MAGIC, TRACKING_MAGIC, encode_map_header},
     spool::{ENTRY_WORDS, SpoolLimits},
 };
 use rustix::fs::{FallocateFlags, fallocate};
 use tidemark_block::{Geometry, VolumeId};
 use tidemark_disk::{durable, guarded_map::VolumeMap};
 
-use super::{
-    mapped::{MappedWords, header},
-    stripes::Stripes,
-    volume_file,
-};
+use super::{mapped::MappedWords, stripes::Stripes, volume_file};
 
-const TRACKING_MAGIC: [u8; 8] = *b"TMTRACK\0";
-const DIRTY_MAGIC: [[u8; 8]; 2] = [*b"TMDIRTY0", *b"TMDIRTY1"];
-const SLOTS_MAGIC: [u8; 8] = *b"TMSLOTS\0";
 /// Entries by which the slots' file grows.
 const ENTRIES_STEP: u64 = 16 << 10;
 /// Bytes by which the spool's file grows.
@@ -112,7 +106,12 @@ impl Files {
         durable::create_dir(&dir.join("changes"))?;
         let words = DirtyLayout::new(geometry.block_count().get()).total() as u64;
         let mapped = |name: &str, magic, words, max| {
-            MappedWords::create(&dir.join(name), &header(magic, id, geometry), words, max)
+            MappedWords::create(
+                &dir.join(name),
+                &encode_map_header(magic, id, geometry),
+                words,
+                max,
+            )
         };
         let tracking = mapped("tracking", TRACKING_MAGIC, TRACKING_WORDS as u64, 0)?;
         let dirty = [
@@ -142,7 +141,12 @@ impl Files {
     ) -> io::Result<(Self, Wholeness)> {
         let words = DirtyLayout::new(geometry.block_count().get()).total() as u64;
         let mapped = |name: &str, magic, words, max| {
-            MappedWords::open(&dir.join(name), &header(magic, id, geometry), words, max)
+            MappedWords::open(
+                &dir.join(name),
+                &encode_map_header(magic, id, geometry),
+                words,
+                max,
+            )
         };
         let intent_len = page_count(regions(geometry)) as u64 * 2 * PAGE_LEN as u64;
         let intent = File::options()

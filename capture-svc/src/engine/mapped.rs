@@ -14,16 +14,11 @@ use std::{
 use memmap2::{MmapOptions, MmapRaw};
 use parking_lot::Mutex;
 use rustix::fs::{FallocateFlags, fallocate};
-use tidemark_block::{
-    Geometry, VolumeId,
-    wire::{self, Reader},
-};
 use tidemark_disk::durable;
 
 /// Bytes before the words.
 pub(super) const HEADER_LEN: u64 = 4096;
 const WORD_LEN: u64 = 8;
-const VERSION: u16 = 1;
 
 /// A mapped file of words.
 #[derive(Debug)]
@@ -36,21 +31,10 @@ pub(super) struct MappedWords {
     growing: Mutex<()>,
 }
 
-/// The header's bytes.
-pub(super) fn header(magic: [u8; 8], volume: VolumeId, geometry: Geometry) -> Vec<u8> {
-    let mut payload = volume.as_bytes().to_vec();
-    payload.extend_from_slice(&geometry.length().to_le_bytes());
-    payload.extend_from_slice(&geometry.block_size().get().to_le_bytes());
-    wire::seal(magic, VERSION, &payload)
-}
-
 fn is_header(bytes: &[u8], expected: &[u8]) -> bool {
-    // A later version may have features that matter, so that only our own header will do.
-    bytes.starts_with(expected)
-        && Reader::new(&bytes[expected.len()..])
-            .rest()
-            .iter()
-            .all(|&b| b == 0)
+    bytes
+        .strip_prefix(expected)
+        .is_some_and(|rest| rest.iter().all(|&byte| byte == 0))
 }
 
 impl MappedWords {

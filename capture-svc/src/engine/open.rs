@@ -212,6 +212,7 @@ fn start(
         _state_lock: state_lock,
     };
     write_identity(&engine, file, false)?;
+    engine.capture.confirm();
     Ok((engine, outcome))
 }
 

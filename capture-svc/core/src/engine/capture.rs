@@ -429,8 +429,12 @@ impl<M: Media> Capture<M> {
         *self.open_cuts.write() = cuts;
     }
 
-    /// Frees the before-images that no open cut reads.
+    /// Frees the before-images that no open cut reads. Not once work is refused: the next opening may find a cut
+    /// that this process has given up believing in.
     pub(super) fn sweep(&self) {
+        if self.is_poisoned() {
+            return;
+        }
         self.spool
             .sweep(&self.media, || Arc::clone(&self.open_cuts.read()));
     }

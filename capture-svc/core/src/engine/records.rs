@@ -15,6 +15,12 @@ pub const CUT_MAGIC: [u8; 8] = *b"TMCUTSET";
 pub const SNAPSHOTS_MAGIC: [u8; 8] = *b"TMSNAPS\0";
 /// Magic of [`Identity::encode`].
 pub const IDENTITY_MAGIC: [u8; 8] = *b"TMIDENT\0";
+/// Magic of the header of `tracking`.
+pub const TRACKING_MAGIC: [u8; 8] = *b"TMTRACK\0";
+/// Magic of the header of `dirty.0` and `dirty.1`.
+pub const DIRTY_MAGIC: [[u8; 8]; 2] = [*b"TMDIRTY0", *b"TMDIRTY1"];
+/// Magic of the header of `spool.slots`.
+pub const SLOTS_MAGIC: [u8; 8] = *b"TMSLOTS\0";
 /// The most bytes of a snapshot's label.
 pub const LABEL_MAX: usize = 255;
 
@@ -30,6 +36,15 @@ pub enum RecordError {
     /// A label isn't text.
     #[error("a label is not UTF-8")]
     Label,
+}
+
+/// The header of a mapped file: whose it is. A file with another header isn't ours.
+#[must_use]
+pub fn encode_map_header(magic: [u8; 8], volume: VolumeId, geometry: Geometry) -> Vec<u8> {
+    let mut payload = volume.as_bytes().to_vec();
+    payload.extend_from_slice(&geometry.length().to_le_bytes());
+    payload.extend_from_slice(&geometry.block_size().get().to_le_bytes());
+    seal(magic, VERSION, &payload)
 }
 
 /// Encodes the carry.

@@ -50,7 +50,7 @@ struct Found {
 
 impl<M: Media> Capture<M> {
     /// Opens a volume. Afterwards, before any request, the caller writes the identity with a limit of
-    /// [`EPOCHS_RESERVED`] past the open epoch.
+    /// [`EPOCHS_RESERVED`] past the open epoch, and calls [`Self::confirm`].
     ///
     /// # Errors
     /// Where a file can't be read, written or synced; the call may be repeated.
@@ -143,7 +143,6 @@ impl<M: Media> Capture<M> {
                 let last_id = found.snapshots.last_id;
                 let table = start_over(&media, doubt, last_id)?;
                 let epoch = begin(&media, epoch_limit);
-                media.words(Map::Tracking)[MARKS_WORD].store(0, SeqCst);
                 let spool = Spool::new(tuning.spool);
                 spool.rebuild(&media)?;
                 let capture = Self::assemble(
@@ -163,6 +162,13 @@ impl<M: Media> Capture<M> {
                 Ok((capture, outcome))
             }
         }
+    }
+}
+
+impl<M: Media> Capture<M> {
+    /// The identity is durable: the opening has ended. A failed sync of before is dealt with.
+    pub fn confirm(&self) {
+        self.media.words(Map::Tracking)[MARKS_WORD].store(0, SeqCst);
     }
 }
 

@@ -45,21 +45,24 @@ impl<M: Media> Capture<M> {
         };
         self.put(Record::Snapshots, Some(&snapshots.encode()))?;
         table.snapshots = snapshots;
-        self.drop_changes(table)
+        self.drop_changes(table);
+        Ok(())
     }
 
-    /// Removes the records of changes that no two snapshots enclose.
-    fn drop_changes(&self, table: &mut Table) -> Result<(), CaptureError> {
+    /// Removes the records of changes that no two snapshots enclose. One that stays is no harm: the next deletion
+    /// tries again.
+    fn drop_changes(&self, table: &mut Table) {
         let oldest = table
             .snapshots
             .snapshots
             .first()
             .map_or(u64::MAX, |snapshot| snapshot.cut);
         while let Some(&cut) = table.changes.first().filter(|&&cut| cut <= oldest) {
-            self.put(Record::Changes(cut), None)?;
+            if self.put(Record::Changes(cut), None).is_err() {
+                return;
+            }
             table.changes.remove(&cut);
         }
-        Ok(())
     }
 
     /// Keeps a closed epoch's blocks for [`Self::changed_between`], where a snapshot is older.

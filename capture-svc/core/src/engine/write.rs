@@ -130,16 +130,12 @@ impl<'d> WriteOp<'d> {
         self.epoch
     }
 
-    /// The bytes of the present step.
-    #[must_use]
-    pub const fn range(&self) -> (u64, u64) {
-        (self.at, self.until)
-    }
-
-    /// Whether the next step writes to the volume.
-    #[must_use]
-    pub const fn is_about_to_write(&self) -> bool {
-        matches!(self.state, State::Write)
+    /// The blocks that the next step writes to the volume; none if it doesn't.
+    pub fn about_to_write<M: Media>(&self, capture: &Capture<M>) -> Vec<Extent> {
+        match self.state {
+            State::Write => self.runs(capture).collect(),
+            _ => Vec::new(),
+        }
     }
 
     /// Does one step. `scratch` has the length of a block.
@@ -270,7 +266,9 @@ impl<'d> WriteOp<'d> {
                     continue;
                 }
                 match copy_block(capture, block, self.epoch, scratch) {
-                    Ok(()) => {}
+                    // Dirty at once, even if this request fails or has to wait now: a request of the closing epoch
+                    // may write to the block next, and what it writes is not in the image of the cut any more.
+                    Ok(()) => self.set_dirty(capture, Extent::between(block, block.next())),
                     Err(SpoolError::Full) => {
                         self.unlock(capture);
                         self.state = State::Lock;
@@ -311,17 +309,20 @@ impl<'d> WriteOp<'d> {
     }
 
     fn mark<M: Media>(&mut self, capture: &Capture<M>) -> Result<Step, CaptureError> {
-        let mut fresh = 0;
         for run in self.runs(capture) {
-            fresh += capture.dirty(self.epoch).insert(run);
+            self.set_dirty(capture, run);
             capture.ring.invalidate(capture.ring_words(), run);
-        }
-        if fresh != 0 {
-            capture.dirty_count[parity(self.epoch)].fetch_add(fresh, SeqCst);
         }
         capture.media.instant()?;
         self.state = State::Write;
         Ok(Step::Again)
+    }
+
+    fn set_dirty<M: Media>(&self, capture: &Capture<M>, run: Extent) {
+        let fresh = capture.dirty(self.epoch).insert(run);
+        if fresh != 0 {
+            capture.dirty_count[parity(self.epoch)].fetch_add(fresh, SeqCst);
+        }
     }
 
     fn write<M: Media>(&mut self, capture: &Capture<M>) -> Result<Step, CaptureError> {

@@ -252,12 +252,10 @@ impl World {
         }
         let n = self.random.index(self.requests.len());
         let mut request = self.requests.swap_remove(n);
-        let writes = request.is_about_to_write().then(|| request.range());
+        let writes = request.about_to_write(&self.capture);
         let capture = Rc::clone(&self.capture);
         let result = request.step(&capture, &mut [0; BLOCK]);
-        if let Some((from, until)) = writes {
-            self.note_write(request.epoch(), from, until);
-        }
+        self.note_write(request.epoch(), &writes);
         match result {
             Ok(Step::Done) => {
                 capture.exit(request.epoch());
@@ -274,18 +272,25 @@ impl World {
         }
     }
 
-    /// A write of an epoch that comes after one of a newer epoch counts as the newer one's.
-    fn note_write(&mut self, epoch: u64, from: u64, until: u64) {
-        for block in geometry().covering(from, until - from).iter() {
+    /// A write of an epoch that comes after a request of a newer epoch has taken the block's before-image, or written
+    /// to it, counts as the newer one's.
+    fn note_write(&mut self, epoch: u64, written: &[Extent]) {
+        for block in written.iter().copied().flat_map(Extent::iter) {
             let content = self.live(block.get());
             let versions = &mut self.versions[usize::try_from(block.get()).unwrap()];
-            let counts_in = epoch.max(versions.last().map_or(0, |(epoch, _)| *epoch));
+            let mut counts_in = epoch.max(versions.last().map_or(0, |(epoch, _)| *epoch));
+            if self.capture.spool().has_after(block, epoch) {
+                counts_in = counts_in.max(epoch + 1);
+            }
             versions.push((counts_in, content));
         }
     }
 
     fn relieve(&mut self) {
         let Some(given_up) = self.accept(self.capture.relieve()) else {
+            // The crash came on the way: what has been given up is seen at the opening.
+            self.snapshots.clear();
+            self.interval = None;
             return;
         };
         for cut in given_up {
@@ -466,7 +471,7 @@ impl World {
     fn give_up(&mut self) {
         if self.random.one_in(3) {
             let result = self.capture.give_up_interval();
-            if self.accept(result).is_some() || self.capture.open_interval().is_none() {
+            if self.accept(result).is_some() || self.sim.has_crashed() {
                 self.interval = None;
             }
         }
@@ -524,22 +529,11 @@ impl World {
                 }
                 _ => self.sim.restart_process(),
             }
-            // What a first attempt dropped after a failed sync stays dropped.
-            lost |= self.capture_dropped();
         }
         assert!(self.capture.epoch() < self.epoch_limit + EPOCHS_RESERVED);
         self.epoch_limit = self.capture.epoch() + EPOCHS_RESERVED;
+        self.capture.confirm();
         self.after_crash(lost);
-    }
-
-    /// Whether an opening that did not end has dropped the snapshots already.
-    fn capture_dropped(&self) -> bool {
-        use capture_core::engine::{
-            capture::{MARK_SYNC_FAILED, MARKS_WORD},
-            media::{Map, Media},
-        };
-        use std::sync::atomic::Ordering::SeqCst;
-        self.sim.words(Map::Tracking)[MARKS_WORD].load(SeqCst) & MARK_SYNC_FAILED != 0
     }
 
     fn after_crash(&mut self, lost: bool) {

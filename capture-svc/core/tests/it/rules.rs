@@ -1,1 +1,802 @@
-//! x
+//! One test for each rule of `docs/CRASH-RULES.md`, under the rule's name.
+//!
+//! Where a rule speaks of an order of durable writes, its test crashes at each operation of a scenario in turn, once
+//! as a process crash and once as a power loss.
+
+use std::sync::{Arc, atomic::Ordering::SeqCst};
+
+use capture_core::engine::{
+    capture::{Capture, CaptureError, EPOCH_WORD, RING_WORD, Tuning},
+    cut::Purpose,
+    media::{Map, Media},
+    read::SnapshotRead,
+    recover::{EPOCHS_RESERVED, Outcome},
+    ring::Ring,
+    spool::SpoolLimits,
+    trust::Judgement,
+    write::{Change, Step, WriteOp},
+};
+use tidemark_block::{BlockIndex, BlockSet, BlockSize, Extent, Geometry, VolumeId, block_checksum};
+
+use crate::sim::{Faults, Sim};
+
+const BLOCK: usize = 4096;
+const BLOCKS: u64 = 16;
+const REGION_BLOCKS: u64 = 4;
+
+struct Bench {
+    sim: Sim,
+    tuning: Tuning,
+    limit: u64,
+    capture: Capture<Sim>,
+}
+
+fn geometry() -> Geometry {
+    Geometry::new(BLOCKS * BLOCK as u64, BlockSize::MIN).unwrap()
+}
+
+fn volume() -> VolumeId {
+    VolumeId::from_bytes([1; 16])
+}
+
+fn extent(start: u64, count: u64) -> Extent {
+    Extent::between(BlockIndex::new(start), BlockIndex::new(start + count))
+}
+
+fn blocks(set: &BlockSet) -> Vec<u64> {
+    set.extents()
+        .flat_map(Extent::iter)
+        .map(BlockIndex::get)
+        .collect()
+}
+
+fn bytes(byte: u8) -> &'static [u8] {
+    Box::leak(vec![byte; BLOCK].into_boxed_slice())
+}
+
+fn snapshot() -> Purpose {
+    Purpose::Snapshot {
+        label: String::new(),
+        time_ms: 0,
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut Tuning)) -> Self {
+        let mut tuning = Tuning {
+            region_bytes: REGION_BLOCKS * BLOCK as u64,
+            stripe_blocks: 1,
+            spool: SpoolLimits {
+                entries_max: 64,
+                slots_max: 64,
+            },
+            hot_regions_max: 0,
+            snapshots_max: 8,
+            changes_max: 4,
+        };
+        change(&mut tuning);
+        let sim = Sim::new(7, volume(), geometry(), BLOCKS / REGION_BLOCKS, 64);
+        Self::recovered(sim, tuning, Judgement::Exact { clean: true }, 1)
+            .unwrap()
+            .0
+    }
+
+    fn recovered(
+        sim: Sim,
+        tuning: Tuning,
+        judgement: Judgement,
+        limit: u64,
+    ) -> Result<(Self, Outcome), CaptureError> {
+        let (capture, outcome) =
+            Capture::recover(sim.clone(), volume(), geometry(), tuning, judgement, limit)?;
+        capture.confirm();
+        let limit = capture.epoch() + EPOCHS_RESERVED;
+        Ok((
+            Self {
+                sim,
+                tuning,
+                limit,
+                capture,
+            },
+            outcome,
+        ))
+    }
+
+    fn reopen(self, power: bool) -> (Self, Outcome) {
+        let judgement = if power {
+            self.sim.restart_machine();
+            Judgement::PowerLoss
+        } else {
+            self.sim.restart_process();
+            Judgement::Exact { clean: false }
+        };
+        Self::recovered(self.sim, self.tuning, judgement, self.limit).unwrap()
+    }
+
+    fn op(&self, block: u64, change: Change<'static>) -> WriteOp<'static> {
+        let epoch = self.capture.enter().unwrap();
+        WriteOp::new(&self.capture, epoch, block * BLOCK as u64, change)
+    }
+
+    fn step(&self, op: &mut WriteOp<'_>) -> Result<Step, CaptureError> {
+        op.step(&self.capture, &mut [0; BLOCK])
+    }
+
+    /// Steps until the next one writes to the volume.
+    fn run_up_to_the_write(&self, op: &mut WriteOp<'_>) {
+        while op.about_to_write(&self.capture).is_empty() {
+            self.step(op).unwrap();
+        }
+    }
+
+    fn finish(&self, mut op: WriteOp<'_>) -> Result<(), CaptureError> {
+        let result = loop {
+            match self.step(&mut op) {
+                Ok(Step::Done) => break Ok(()),
+                Ok(Step::AwaitSpool) => {
+                    self.capture.relieve()?;
+                }
+                Ok(_) => {}
+                Err(error) => break Err(error),
+            }
+        };
+        self.capture.exit(op.epoch());
+        result
+    }
+
+    fn try_write(&self, block: u64, byte: u8) -> Result<(), CaptureError> {
+        let epoch = self.capture.enter()?;
+        let op = WriteOp::new(
+            &self.capture,
+            epoch,
+            block * BLOCK as u64,
+            Change::Data(bytes(byte)),
+        );
+        self.finish(op)
+    }
+
+    fn write(&self, block: u64, byte: u8) {
+        self.try_write(block, byte).unwrap();
+    }
+
+    fn try_cut(&self, purpose: Purpose) -> Result<u64, CaptureError> {
+        let cut = self.capture.begin_cut(purpose)?;
+        let epoch = cut.epoch();
+        self.capture.finish_cut(cut)?;
+        Ok(epoch)
+    }
+
+    fn cut(&self, purpose: Purpose) -> u64 {
+        self.try_cut(purpose).unwrap()
+    }
+
+    fn read(&self, cut: u64, block: u64) -> u8 {
+        let view = self.capture.open_cut(cut).unwrap();
+        let mut buffer = vec![0xAA; BLOCK];
+        let mut read = SnapshotRead::new(Arc::clone(&view), extent(block, 1));
+        read.before_images(&self.capture, &mut buffer).unwrap();
+        read.live(&self.capture, &mut buffer).unwrap();
+        read.recheck(&self.capture, &mut buffer).unwrap();
+        self.capture.close_view(&view);
+        assert!(buffer.iter().all(|byte| *byte == buffer[0]));
+        buffer[0]
+    }
+
+    fn tracked(&self) -> Vec<u64> {
+        blocks(&self.capture.tracked(geometry().all()))
+    }
+
+    fn differing(&self, base: &[u8]) -> Vec<u64> {
+        let now = self.sim.volume();
+        let differs = |n: &u64| {
+            let at = usize::try_from(*n).unwrap() * BLOCK;
+            now[at..at + BLOCK] != base[at..at + BLOCK]
+        };
+        (0..BLOCKS).filter(differs).collect()
+    }
+
+    fn assert_superset_of(&self, base: &[u8]) {
+        let tracked = self.tracked();
+        for block in self.differing(base) {
+            assert!(
+                tracked.contains(&block),
+                "block {block} differs from the base"
+            );
+        }
+    }
+}
+
+/// Prepares, then crashes the scenario at each of its operations, in both ways, and reopens; calls `check` with how
+/// far the scenario came (nothing where it crashed).
+fn at_each_operation<T>(
+    prepare: impl Fn() -> Bench,
+    scenario: impl Fn(&Bench) -> Result<T, CaptureError>,
+    check: impl Fn(&Bench, bool, Option<T>),
+) {
+    for power in [false, true] {
+        for operation in 0.. {
+            let bench = prepare();
+            bench.sim.crash_in(operation);
+            let done = scenario(&bench).ok();
+            let crashed = bench.sim.has_crashed();
+            let (bench, _) = bench.reopen(power);
+            check(&bench, power, done);
+            if !crashed {
+                assert!(operation > 0, "the scenario does something");
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_request_keeps_the_epoch_of_its_entry() {
+    let bench = Bench::new();
+    let epoch = bench.capture.epoch();
+    let op = bench.op(3, Change::Data(bytes(1)));
+    let cut = bench.capture.begin_cut(Purpose::Interval).unwrap();
+    assert!(!bench.capture.is_settled(epoch));
+    assert_eq!(bench.capture.epoch(), epoch + 1);
+    bench.write(4, 1);
+    assert_eq!(op.epoch(), epoch);
+    bench.finish(op).unwrap();
+    assert!(bench.capture.is_settled(epoch));
+    bench.capture.finish_cut(cut).unwrap();
+    assert_eq!(blocks(&bench.capture.open_interval().unwrap().changed), [3]);
+    assert_eq!((bench.read(epoch, 3), bench.read(epoch, 4)), (1, 0));
+}
+
+#[test]
+fn the_image_of_a_cut_has_every_request_that_ended_before_the_flip_and_none_that_entered_after() {
+    let bench = Bench::new();
+    bench.write(1, 1);
+    let old = bench.op(2, Change::Data(bytes(2)));
+    let cut = bench.capture.begin_cut(Purpose::Interval).unwrap();
+    let epoch = cut.epoch();
+    // Enters after the flip, is first on the block: the old request's write counts as the new epoch's.
+    bench.write(2, 3);
+    bench.finish(old).unwrap();
+    bench.capture.finish_cut(cut).unwrap();
+    assert_eq!((bench.read(epoch, 1), bench.read(epoch, 2)), (1, 0));
+    bench.capture.commit_interval(epoch).unwrap();
+    assert_eq!(
+        bench.tracked(),
+        [2],
+        "the live block differs from the generation"
+    );
+}
+
+#[test]
+fn the_before_image_is_safe_before_the_block_changes() {
+    let prepare = || {
+        let bench = Bench::new();
+        bench.write(5, 1);
+        bench.cut(snapshot());
+        bench
+    };
+    at_each_operation(
+        prepare,
+        |bench| bench.try_write(5, 2),
+        |bench, power, _| {
+            for snapshot in bench.capture.snapshots() {
+                assert_eq!(bench.read(snapshot.cut, 5), 1);
+            }
+            assert_eq!(bench.capture.snapshots().len(), usize::from(!power));
+        },
+    );
+}
+
+#[test]
+fn a_dirty_block_has_been_copied() {
+    // A crash leaves a dirty bit in the open epoch's map; the next process must copy the block all the same.
+    let bench = Bench::new();
+    bench.write(5, 1);
+    let (bench, _) = bench.reopen(false);
+    assert_eq!(bench.tracked(), [5]);
+    let cut = bench.cut(snapshot());
+    let (bench, _) = bench.reopen(false);
+    bench.write(5, 2);
+    assert_eq!(bench.read(cut, 5), 1);
+}
+
+#[test]
+fn a_copied_block_is_dirty() {
+    let bench = Bench::with(|tuning| tuning.spool.slots_max = 1);
+    bench.write(1, 1);
+    bench.write(2, 1);
+    let mut old = bench.op(1, Change::Data(bytes(2)));
+    let cut = bench.capture.begin_cut(Purpose::Interval).unwrap();
+    // The new epoch's request copies block 1, and finds no room for block 2.
+    let two = Box::leak(vec![3; 2 * BLOCK].into_boxed_slice());
+    let mut new = bench.op(1, Change::Data(two));
+    while bench.step(&mut new).unwrap() != Step::AwaitSpool {}
+    bench.run_up_to_the_write(&mut old);
+    bench.finish(old).unwrap();
+    let epoch = cut.epoch();
+    bench.capture.finish_cut(cut).unwrap();
+    assert_eq!(bench.read(epoch, 1), 1);
+    bench.capture.commit_interval(epoch).unwrap();
+    assert_eq!(
+        bench.tracked(),
+        [1],
+        "the generation doesn't have what the old request wrote"
+    );
+}
+
+#[test]
+fn a_write_that_fails_half_way_leaves_its_blocks_dirty() {
+    let bench = Bench::new();
+    let cut = bench.cut(Purpose::Interval);
+    bench.capture.commit_interval(cut).unwrap();
+    let mut op = bench.op(
+        6,
+        Change::Data(Box::leak(vec![1; 2 * BLOCK].into_boxed_slice())),
+    );
+    bench.run_up_to_the_write(&mut op);
+    bench.sim.crash_in(0);
+    assert!(bench.step(&mut op).is_err());
+    let (bench, _) = bench.reopen(false);
+    assert_eq!(bench.tracked(), [6, 7]);
+}
+
+#[test]
+fn a_trim_may_be_ignored_but_never_untracked() {
+    let bench = Bench::new();
+    (0..4).for_each(|block| bench.write(block, 1));
+    let interval = bench.cut(Purpose::Interval);
+    bench.capture.commit_interval(interval).unwrap();
+    let cut = bench.cut(snapshot());
+    bench.write(1, 2);
+    let length = 3 * BLOCK as u64;
+    bench.finish(bench.op(0, Change::Trim { length })).unwrap();
+    // Blocks 0 and 2 are needed by the snapshot, block 1 has its before-image already.
+    assert_eq!(bench.capture.counters.trims_ignored.load(SeqCst), 2);
+    assert_eq!(bench.tracked(), [1]);
+    let volume = bench.sim.volume();
+    assert_eq!((volume[0], volume[BLOCK], volume[2 * BLOCK]), (1, 0, 1));
+    assert_eq!([0, 1, 2].map(|block| bench.read(cut, block)), [1, 1, 1]);
+    bench
+        .finish(bench.op(
+            0,
+            Change::Zeroes {
+                length,
+                allocated: false,
+            },
+        ))
+        .unwrap();
+    assert_eq!(bench.tracked(), [0, 1, 2]);
+    assert_eq!([0, 1, 2].map(|block| bench.read(cut, block)), [1, 1, 1]);
+}
+
+#[test]
+fn a_snapshot_reader_checks_the_index_after_the_copy() {
+    let bench = Bench::new();
+    bench.write(5, 1);
+    let cut = bench.cut(snapshot());
+    let view = bench.capture.open_cut(cut).unwrap();
+    let mut buffer = vec![0; BLOCK];
+    let mut read = SnapshotRead::new(view, extent(5, 1));
+    read.before_images(&bench.capture, &mut buffer).unwrap();
+    bench.write(5, 2);
+    read.live(&bench.capture, &mut buffer).unwrap();
+    assert_eq!(buffer[0], 2);
+    read.recheck(&bench.capture, &mut buffer).unwrap();
+    assert_eq!(buffer[0], 1);
+}
+
+#[test]
+fn a_before_image_is_freed_only_when_no_open_cut_reads_it() {
+    let bench = Bench::new();
+    bench.write(5, 1);
+    let cuts: Vec<u64> = (0..3).map(|_| bench.cut(snapshot())).collect();
+    bench.write(5, 2);
+    cuts.iter()
+        .for_each(|cut| assert_eq!(bench.read(*cut, 5), 1));
+    let view = bench.capture.open_snapshot(3).unwrap();
+    for id in [1, 3, 2] {
+        assert_eq!(bench.capture.spool().used(), (1, 1));
+        bench.capture.delete_snapshot(id).unwrap();
+    }
+    assert_eq!(bench.capture.spool().used(), (1, 1), "a reader has it open");
+    bench.capture.close_view(&view);
+    assert_eq!(bench.capture.spool().used(), (0, 0));
+}
+
+#[test]
+fn intent_is_durable_before_the_region_is_written() {
+    let base = Bench::new().sim.volume();
+    at_each_operation(
+        Bench::new,
+        |bench| bench.try_write(3, 1).and_then(|()| bench.try_write(9, 1)),
+        |bench, _, _| bench.assert_superset_of(&base),
+    );
+}
+
+#[test]
+fn intent_is_cleared_only_after_commit_and_sync() {
+    let bench = Bench::new();
+    bench.write(3, 1);
+    assert_eq!(bench.capture.intent().set_regions(), [0]);
+    bench.capture.sync().unwrap();
+    assert_eq!(
+        bench.capture.intent().set_regions(),
+        [0],
+        "synced, not committed"
+    );
+    bench.write(3, 2);
+    let cut = bench.cut(Purpose::Interval);
+    let syncs = bench.sim.0.syncs.load(SeqCst);
+    bench.sim.set_faults(Faults {
+        sync: Some(1),
+        ..Faults::default()
+    });
+    assert!(bench.capture.commit_interval(cut).is_err());
+    assert_eq!(
+        bench.capture.intent().set_regions(),
+        [0],
+        "committed, not synced"
+    );
+    bench.sim.set_faults(Faults::default());
+    let (bench, outcome) = bench.reopen(false);
+    assert!(matches!(outcome, Outcome::PowerLoss(_)));
+    let cut = bench.cut(Purpose::Interval);
+    bench.capture.commit_interval(cut).unwrap();
+    assert!(bench.sim.0.syncs.load(SeqCst) > syncs);
+    assert_eq!(bench.capture.intent().set_regions(), []);
+}
+
+#[test]
+fn clearing_intent_loses_the_race_to_a_writer() {
+    let bench = Bench::new();
+    bench.write(3, 1);
+    let cut = bench.cut(Purpose::Interval);
+    // Has seen the bit before the clearer comes, and writes afterwards.
+    let mut op = bench.op(2, Change::Data(bytes(1)));
+    bench.run_up_to_the_write(&mut op);
+    bench.capture.commit_interval(cut).unwrap();
+    assert_eq!(bench.capture.intent().set_regions(), [0]);
+    bench.finish(op).unwrap();
+    let base = bench.sim.volume();
+    let (bench, _) = bench.reopen(true);
+    bench.assert_superset_of(&base);
+}
+
+#[test]
+fn hot_regions_stay() {
+    let bench = Bench::with(|tuning| tuning.hot_regions_max = 1);
+    bench.write(1, 1);
+    let first = bench.cut(Purpose::Interval);
+    bench.capture.commit_interval(first).unwrap();
+    assert_eq!(bench.capture.intent().set_regions(), [0]);
+    bench.write(5, 1);
+    bench.cut(snapshot());
+    bench.write(9, 1);
+    let second = bench.cut(Purpose::Interval);
+    bench.capture.commit_interval(second).unwrap();
+    assert_eq!(
+        bench.capture.intent().set_regions(),
+        [2],
+        "the latest, as many as may stay"
+    );
+    let third = bench.cut(Purpose::Interval);
+    bench.capture.commit_interval(third).unwrap();
+    assert_eq!(
+        bench.capture.intent().set_regions(),
+        [],
+        "not written since"
+    );
+}
+
+#[test]
+fn a_failed_sync_puts_everything_since_the_last_good_one_in_doubt() {
+    let bench = Bench::new();
+    bench.write(1, 1);
+    bench.write(9, 1);
+    let cut = bench.cut(Purpose::Interval);
+    bench.capture.commit_interval(cut).unwrap();
+    let base = bench.sim.volume();
+    bench.write(9, 2);
+    bench.cut(snapshot());
+    bench.sim.set_faults(Faults {
+        sync: Some(1),
+        ..Faults::default()
+    });
+    assert!(bench.capture.sync().is_err());
+    bench.sim.set_faults(Faults::default());
+    assert_eq!(bench.try_write(1, 3), Err(CaptureError::Poisoned));
+    assert_eq!(bench.capture.sync(), Err(CaptureError::Poisoned));
+    assert_eq!(bench.try_cut(snapshot()), Err(CaptureError::Poisoned));
+    let (bench, outcome) = bench.reopen(false);
+    assert!(matches!(outcome, Outcome::PowerLoss(_)));
+    assert_eq!(bench.tracked(), [8, 9, 10, 11]);
+    assert!(bench.capture.snapshots().is_empty());
+    bench.assert_superset_of(&base);
+    bench.write(1, 3);
+}
+
+#[test]
+fn a_torn_intent_page_leaves_its_predecessor() {
+    let base = Bench::new().sim.volume();
+    let prepare = || {
+        let bench = Bench::new();
+        bench.write(1, 1);
+        bench.write(5, 1);
+        bench
+    };
+    at_each_operation(
+        prepare,
+        |bench| bench.try_write(9, 1),
+        |bench, power, _| {
+            bench.assert_superset_of(&base);
+            let regions = bench.capture.intent().set_regions();
+            assert!(regions.starts_with(&[0, 1]));
+            assert!(
+                !power || regions.len() < 4,
+                "no page is in doubt as a whole"
+            );
+        },
+    );
+}
+
+#[test]
+fn superset() {
+    let scenario = |bench: &Bench| {
+        bench.try_write(1, 1)?;
+        bench.try_cut(snapshot())?;
+        bench.try_write(2, 1)?;
+        let cut = bench.try_cut(Purpose::Interval)?;
+        bench.try_write(1, 2)?;
+        bench.capture.give_up_interval()?;
+        bench.try_write(3, 1)?;
+        bench
+            .try_cut(Purpose::Interval)
+            .map(|second| assert!(second > cut))
+    };
+    let base = Bench::new().sim.volume();
+    at_each_operation(Bench::new, scenario, |bench, _, _| {
+        bench.assert_superset_of(&base)
+    });
+}
+
+#[test]
+fn a_drain_is_durable_before_the_map_is_cleared() {
+    let prepare = || {
+        let bench = Bench::new();
+        bench.write(1, 1);
+        bench.write(9, 1);
+        bench
+    };
+    for purpose in [Purpose::Interval, snapshot()] {
+        at_each_operation(
+            prepare,
+            |bench| bench.try_cut(purpose.clone()),
+            |bench, power, _| {
+                let tracked = bench.tracked();
+                assert!([1, 9].iter().all(|block| tracked.contains(block)));
+                assert!(power || tracked == [1, 9]);
+            },
+        );
+    }
+}
+
+#[test]
+fn a_fold_is_durable_before_the_release() {
+    let prepare = || {
+        let bench = Bench::new();
+        bench
+            .capture
+            .doubt(&[extent(13, 1)].into_iter().collect())
+            .unwrap();
+        bench.write(1, 1);
+        let cut = bench.cut(Purpose::Interval);
+        assert_eq!(
+            blocks(&bench.capture.open_interval().unwrap().changed),
+            [1, 13]
+        );
+        bench.write(1, 2);
+        assert_eq!(bench.read(cut, 1), 1);
+        bench
+    };
+    at_each_operation(
+        prepare,
+        |bench| bench.capture.give_up_interval(),
+        |bench, power, done| {
+            let tracked = bench.tracked();
+            assert!([1, 13].iter().all(|block| tracked.contains(block)));
+            if let Some(interval) = bench.capture.open_interval() {
+                assert!(!power && done.is_none());
+                assert_eq!(bench.read(interval.cut, 1), 1);
+            }
+        },
+    );
+}
+
+#[test]
+fn an_interval_is_dropped_only_after_commit_and_sync() {
+    // Block 13 is in doubt and in no region of the intent map: somebody wrote to it behind our back, and what was
+    // shipped of it is still in the page cache only.
+    let bench = Bench::new();
+    bench.sim.write_volume(13 * BLOCK as u64, bytes(7)).unwrap();
+    bench
+        .capture
+        .doubt(&[extent(13, 1)].into_iter().collect())
+        .unwrap();
+    let cut = bench.cut(Purpose::Interval);
+    let base = bench.sim.volume();
+    let bench = bench.reopen(true).0;
+    bench.assert_superset_of(&base);
+    assert!(bench.tracked().contains(&13));
+
+    let prepare = || {
+        let bench = Bench::new();
+        bench.sim.write_volume(13 * BLOCK as u64, bytes(7)).unwrap();
+        bench
+            .capture
+            .doubt(&[extent(13, 1)].into_iter().collect())
+            .unwrap();
+        assert_eq!(bench.cut(Purpose::Interval), cut);
+        bench
+    };
+    let commit = |bench: &Bench| bench.capture.commit_interval(cut);
+    at_each_operation(prepare, commit, |bench, _, _| {
+        bench.assert_superset_of(&base)
+    });
+}
+
+#[test]
+fn a_commit_may_be_repeated() {
+    let prepare = || {
+        let bench = Bench::new();
+        bench.write(1, 1);
+        bench.cut(Purpose::Interval);
+        bench.write(2, 1);
+        bench
+    };
+    let cut = prepare().capture.epoch() - 1;
+    at_each_operation(
+        prepare,
+        |bench| bench.capture.commit_interval(cut),
+        |bench, power, done| {
+            if !power {
+                let again = bench.capture.commit_interval(cut);
+                let dropped = again == Err(CaptureError::NoInterval(cut));
+                assert!(again == Ok(()) || dropped);
+                assert!(done.is_none() || dropped);
+                assert_eq!(bench.tracked(), [2]);
+            }
+        },
+    );
+}
+
+#[test]
+fn a_full_spool_costs_recovery_point_not_data() {
+    let prepare = || {
+        let bench = Bench::with(|tuning| tuning.spool.slots_max = 2);
+        (0..8).for_each(|block| bench.write(block, 1));
+        bench.cut(Purpose::Interval);
+        bench.write(0, 2);
+        bench.cut(snapshot());
+        bench.write(1, 2);
+        bench
+    };
+    let base = Bench::new().sim.volume();
+    let bench = prepare();
+    bench.write(2, 2);
+    assert_eq!(bench.capture.counters.give_ups.load(SeqCst), 1);
+    assert!(bench.capture.open_interval().is_none());
+    assert_eq!(bench.tracked(), (0..8).collect::<Vec<_>>());
+    let snapshot = bench.capture.snapshots()[0].cut;
+    assert_eq!(
+        [0, 1, 2].map(|block| bench.read(snapshot, block)),
+        [2, 1, 1]
+    );
+    (3..8).for_each(|block| bench.write(block, 2));
+    assert!(bench.capture.snapshots().is_empty());
+    at_each_operation(
+        prepare,
+        |bench| (2..8).try_for_each(|block| bench.try_write(block, 2)),
+        |bench, _, _| {
+            bench.assert_superset_of(&base);
+            for snapshot in bench.capture.snapshots() {
+                assert_eq!(
+                    [0, 1, 2].map(|block| bench.read(snapshot.cut, block)),
+                    [2, 1, 1]
+                );
+            }
+        },
+    );
+}
+
+#[test]
+fn opening_may_be_repeated() {
+    let base = Bench::new().sim.volume();
+    for (first, second) in [(false, false), (false, true), (true, false), (true, true)] {
+        for operation in 0.. {
+            let bench = Bench::new();
+            bench.write(1, 1);
+            bench.cut(Purpose::Interval);
+            bench.write(2, 1);
+            bench.cut(snapshot());
+            bench.write(1, 2);
+            let judge = |power: bool| {
+                if power {
+                    bench.sim.restart_machine();
+                    Judgement::PowerLoss
+                } else {
+                    bench.sim.restart_process();
+                    Judgement::Exact { clean: false }
+                }
+            };
+            let judgement = judge(first);
+            bench.sim.crash_in(operation);
+            let _ = Bench::recovered(bench.sim.clone(), bench.tuning, judgement, bench.limit);
+            let crashed = bench.sim.has_crashed();
+            // The identity still has the boot of before the first crash.
+            let again = judge(second);
+            let judgement = if first { Judgement::PowerLoss } else { again };
+            let (again, _) =
+                Bench::recovered(bench.sim.clone(), bench.tuning, judgement, bench.limit).unwrap();
+            again.assert_superset_of(&base);
+            if let (Some(snapshot), Some(interval)) = (
+                again.capture.snapshots().first(),
+                again.capture.open_interval(),
+            ) {
+                assert_eq!([1, 2].map(|block| again.read(snapshot.cut, block)), [1, 1]);
+                assert_eq!([1, 2].map(|block| again.read(interval.cut, block)), [1, 0]);
+            } else {
+                assert!(first || second);
+            }
+            if !crashed {
+                break;
+            }
+        }
+    }
+}
+
+#[test]
+fn epochs_never_come_back() {
+    let bench = Bench::new();
+    (0..5).for_each(|_| {
+        bench.cut(snapshot());
+    });
+    let epoch = bench.capture.epoch();
+    bench.sim.words(Map::Tracking)[EPOCH_WORD].store(1, SeqCst);
+    let (bench, _) = bench.reopen(true);
+    assert!(bench.capture.epoch() > epoch);
+    let epoch = bench.capture.epoch();
+    let (bench, _) = bench.reopen(false);
+    assert_eq!(bench.capture.epoch(), epoch + 1);
+}
+
+#[test]
+fn a_recorded_block_is_invalid_while_it_is_written() {
+    let bench = Bench::new();
+    let recorded = |bench: &Bench| {
+        Ring::records(&bench.sim.words(Map::Tracking)[RING_WORD..]).collect::<Vec<_>>()
+    };
+    // One in sixteen is recorded, the first among them.
+    bench.write(5, 1);
+    assert_eq!(
+        recorded(&bench),
+        [(BlockIndex::new(5), block_checksum(bytes(1)))]
+    );
+    let mut op = bench.op(5, Change::Data(bytes(2)));
+    bench.run_up_to_the_write(&mut op);
+    assert_eq!(recorded(&bench), []);
+    bench.finish(op).unwrap();
+    (0..15).for_each(|_| bench.write(5, 3));
+    assert_eq!(
+        recorded(&bench),
+        [(BlockIndex::new(5), block_checksum(bytes(3)))]
+    );
+    let (bench, outcome) = bench.reopen(false);
+    assert_eq!(outcome, Outcome::ProcessCrash);
+    bench.sim.write_volume(5 * BLOCK as u64, bytes(4)).unwrap();
+    let (bench, outcome) = bench.reopen(false);
+    assert!(matches!(outcome, Outcome::Everything(_)));
+    assert_eq!(bench.tracked().len() as u64, BLOCKS);
+}

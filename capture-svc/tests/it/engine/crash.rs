@@ -72,6 +72,70 @@ fn after_a_power_loss_the_intent_regions_are_in_doubt_and_snapshots_are_gone() {
     assert_eq!(engine.stats().intent_regions, 0);
 }
 
+#[test]
+fn a_clean_mark_follows_the_syncs() {
+    for close in [true, false] {
+        let setup = Setup::new(64);
+        let engine = setup.create();
+        write(&engine, 1, 1);
+        let id = engine.create_snapshot("", 0).unwrap().id;
+        write(&engine, 1, 2);
+        if close {
+            engine.close().unwrap();
+        }
+        drop(engine);
+        pretend_reboot(&setup);
+        let (engine, trust) = setup.open();
+        if close {
+            assert_eq!(trust, Trust::Clean);
+            assert_eq!(at(&engine.open_snapshot(id).unwrap(), 1), 1);
+        } else {
+            assert!(matches!(trust, Trust::PowerLoss { .. }));
+            assert!(matches!(
+                engine.open_snapshot(id),
+                Err(EngineError::NoSuchSnapshot(_))
+            ));
+        }
+        // The mark is taken off before the first request: a crash now is a crash.
+        write(&engine, 2, 1);
+        drop(engine);
+        pretend_reboot(&setup);
+        assert!(matches!(setup.open().1, Trust::PowerLoss { .. }));
+    }
+}
+
+/// Every rule of the page has a test of its name, except the one that the uplink keeps.
+#[test]
+fn every_crash_rule_has_its_test() {
+    fn sources(dir: &Path, text: &mut String) {
+        for entry in fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                sources(&path, text);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                text.push_str(&fs::read_to_string(path).unwrap());
+            }
+        }
+    }
+    let mut text = String::new();
+    for dir in ["src", "tests", "core/src", "core/tests"] {
+        sources(&Path::new(env!("CARGO_MANIFEST_DIR")).join(dir), &mut text);
+    }
+    let page = include_str!("../../../../docs/CRASH-RULES.md");
+    let rules: Vec<&str> = page
+        .lines()
+        .filter_map(|line| line.strip_prefix("- `")?.split('`').next())
+        .filter(|rule| *rule != "tables_follow_the_receipt")
+        .collect();
+    assert!(rules.len() > 20);
+    for rule in rules {
+        assert!(
+            text.contains(&format!("fn {rule}()")),
+            "rule {rule} has no test"
+        );
+    }
+}
+
 const CHILD: &str = "TIDEMARK_TEST_ENGINE_CHILD";
 
 /// What the killed process does: writes, cuts, snapshots, until it is killed. Each block holds its number and a
