@@ -280,7 +280,14 @@ pub(crate) fn engine_error(error: &EngineError) -> RpcError {
         EngineError::SpoolDamaged { .. } | EngineError::Io { .. } => Reason::IoFailed,
         EngineError::IntervalOpen(_) | EngineError::NoInterval(_) => Reason::Internal,
     };
-    RpcError::new(reason, error.to_string(), "")
+    let text = error.to_string();
+    // "what happened: what to do"; what an input or output error says has no second part.
+    match text.rsplit_once(": ") {
+        Some((message, action)) if !matches!(reason, Reason::IoFailed | Reason::Internal) => {
+            RpcError::new(reason, message, action)
+        }
+        _ => RpcError::new(reason, text, "check the disk and the service's log"),
+    }
 }
 
 /// Finds the volumes of a state directory and deletes what is half done.
