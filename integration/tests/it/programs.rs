@@ -1,0 +1,409 @@
+//! The real programs: found, started, killed, asked.
+
+use std::{
+    ffi::OsStr,
+    io::{BufRead, BufReader},
+    net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+/// Whatever takes longer than this does not happen any more.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where the programs are: `TIDEMARK_BIN_DIR`, else beside this test, built where they are missing.
+pub(crate) fn bin_dir() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        if let Some(dir) = std::env::var_os("TIDEMARK_BIN_DIR") {
+            return PathBuf::from(dir);
+        }
+        let test = std::env::current_exe().unwrap();
+        let dir = test.ancestors().nth(2).unwrap().to_owned();
+        let programs = ["tidemark", "capture-svc", "vault-svc"];
+        if !programs.iter().all(|program| dir.join(program).is_file()) {
+            let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+            let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+            let built = Command::new(cargo)
+                .args(["build", "--workspace", "--bins"])
+                .current_dir(root)
+                .status()
+                .unwrap();
+            assert!(built.success(), "the programs could not be built");
+        }
+        dir
+    })
+}
+
+/// One of our programs, with nothing of this machine's environment that it heeds.
+pub(crate) fn program(name: &str) -> Command {
+    let mut command = Command::new(bin_dir().join(name));
+    for (key, _) in std::env::vars_os() {
+        let key_text = key.to_string_lossy();
+        if ["TIDEMARK_", "CAPTURE_", "VAULT_"]
+            .iter()
+            .any(|p| key_text.starts_with(p))
+        {
+            command.env_remove(&key);
+        }
+    }
+    command
+}
+
+/// Whether these programs of other people are there; a test without them is skipped, and fails in CI.
+pub(crate) fn have(programs: &[&str]) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let missing: Vec<_> = programs
+        .iter()
+        .filter(|program| {
+            !path
+                .split(':')
+                .any(|dir| Path::new(dir).join(program).is_file())
+        })
+        .collect();
+    if missing.is_empty() {
+        return true;
+    }
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "{missing:?} not found: integration/setup.sh installs what the tests need"
+    );
+    println!("skipped: {missing:?} not found; integration/setup.sh installs what the tests need");
+    false
+}
+
+/// One of other people's programs, wherever Debian has it; it must succeed.
+pub(crate) fn run(program: &str, args: &[&OsStr]) -> String {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let output = Command::new(program)
+        .args(args)
+        .env("PATH", path)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{program} {args:?}: {}\n{}{}",
+        output.status,
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// Builds an argument list out of anything that is text or a path.
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => { &[$(std::ffi::OsStr::new(&$arg)),*] };
+}
+pub(crate) use args;
+
+/// A process that ends with the test.
+#[derive(Debug)]
+pub(crate) struct Process {
+    child: Child,
+    name: String,
+}
+
+impl Process {
+    pub(crate) fn spawn(command: &mut Command, name: &str) -> Self {
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
+        Self {
+            child,
+            name: name.to_owned(),
+        }
+    }
+
+    /// `kill -9`.
+    pub(crate) fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    /// SIGTERM, and waits for the end, which must be a clean one.
+    pub(crate) fn terminate(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = wait_for("the end after SIGTERM", || self.child.try_wait().unwrap());
+        assert!(status.success(), "{} ended with {status}", self.name);
+    }
+
+    pub(crate) fn assert_runs(&mut self) {
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!("{} ended with {status}", self.name);
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // Nothing is left to do about one that is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Asks again and again until there is an answer.
+pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < end, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// An address that nothing listens on.
+pub(crate) fn free_addr() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+}
+
+/// The `tidemark` command against one pair of services.
+#[derive(Debug, Clone)]
+pub(crate) struct Cli {
+    pub capture: String,
+    pub vault: String,
+}
+
+impl Cli {
+    pub(crate) fn command(&self, args: &[&OsStr]) -> Command {
+        let mut command = program("tidemark");
+        command
+            .args(args)
+            .args(["--capture", &self.capture, "--vault", &self.vault]);
+        command
+    }
+
+    pub(crate) fn output(&self, args: &[&OsStr]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    /// Succeeds and prints JSON.
+    pub(crate) fn json(&self, args: &[&OsStr]) -> Value {
+        let output = self.command(args).arg("--json").output().unwrap();
+        assert!(
+            output.status.success(),
+            "tidemark {args:?}: {}\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Fails with this exit code and reason; gives message and action.
+    pub(crate) fn fails(&self, args: &[&OsStr], code: i32, reason: &str) -> String {
+        let output = self.command(args).arg("--json").output().unwrap();
+        let told = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "tidemark {args:?}: {told}"
+        );
+        let error: Value = serde_json::from_str(&told).unwrap();
+        let error = &error["error"];
+        assert_eq!(error["reason"], reason, "tidemark {args:?}: {told}");
+        assert!(
+            error["action"]
+                .as_str()
+                .is_some_and(|action| !action.is_empty()),
+            "says what to do: {told}"
+        );
+        format!(
+            "{} → {}",
+            error["message"].as_str().unwrap(),
+            error["action"].as_str().unwrap()
+        )
+    }
+
+    pub(crate) fn generations(&self, volume: &str) -> Vec<Value> {
+        self.json(args!["generation", "list", volume])
+            .as_array()
+            .unwrap()
+            .clone()
+    }
+
+    /// Restores a generation into a file and gives its path.
+    pub(crate) fn restore(&self, volume: &str, generation: u64, dir: &Path) -> PathBuf {
+        let output = dir.join(format!("{volume}-{generation}.restored"));
+        let told = self.json(args![
+            "restore",
+            format!("{volume}@{generation}"),
+            output,
+            "--force"
+        ]);
+        assert_eq!(told["generation"], generation);
+        output
+    }
+
+    /// Waits until a whole pass of the source scrub, begun after this call, has found nothing.
+    pub(crate) fn assert_scrub_is_clean(&self, volume: &str) {
+        let passes = |shown: &Value| shown["scrub"]["passes"].as_u64().unwrap();
+        let show = || self.json(args!["volume", "show", volume]);
+        let begun = passes(&show());
+        let shown = wait_for("a pass of the source scrub", || {
+            let shown = show();
+            // The pass under way when we began may have read blocks before.
+            (passes(&shown) >= begun + 2).then_some(shown)
+        });
+        assert_eq!(shown["scrub"]["mismatches"], 0, "{shown}");
+    }
+}
+
+/// `tidemark up` on a fresh folder.
+#[derive(Debug)]
+pub(crate) struct Up {
+    pub process: Process,
+    pub cli: Cli,
+    pub socket: PathBuf,
+}
+
+impl Up {
+    pub(crate) fn start(state: &Path, more: &[&str]) -> Self {
+        let mut child = program("tidemark")
+            .args(["up", "--json", "--log", "info"])
+            .args([
+                "--capture-listen",
+                "127.0.0.1:0",
+                "--vault-listen",
+                "127.0.0.1:0",
+            ])
+            .arg("--state")
+            .arg(state)
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        let told: Value = serde_json::from_str(&line)
+            .unwrap_or_else(|e| panic!("tidemark up printed {line:?}: {e}"));
+        let text = |key: &str| told[key].as_str().unwrap().to_owned();
+        Self {
+            process: Process {
+                child,
+                name: "tidemark up".into(),
+            },
+            cli: Cli {
+                capture: text("capture"),
+                vault: text("vault"),
+            },
+            socket: PathBuf::from(text("nbd").strip_prefix("unix:").unwrap()),
+        }
+    }
+}
+
+/// Both services as programs of their own, so that each can be killed alone.
+#[derive(Debug)]
+pub(crate) struct Split {
+    dir: PathBuf,
+    capture_addr: SocketAddr,
+    vault_addr: SocketAddr,
+    capture: Option<Process>,
+    vault: Option<Process>,
+    pub cli: Cli,
+    pub socket: PathBuf,
+    /// Flags of the capture service beyond its addresses.
+    pub capture_flags: Vec<String>,
+    /// Flags of the vault service beyond its addresses.
+    pub vault_flags: Vec<String>,
+    /// A command that runs the capture service.
+    pub capture_wrapper: Vec<String>,
+}
+
+impl Split {
+    /// Not started yet.
+    pub(crate) fn new(dir: &Path) -> Self {
+        let (capture_addr, vault_addr) = (free_addr(), free_addr());
+        Self {
+            dir: dir.to_owned(),
+            capture_addr,
+            vault_addr,
+            capture: None,
+            vault: None,
+            cli: Cli {
+                capture: format!("http://{capture_addr}"),
+                vault: format!("http://{vault_addr}"),
+            },
+            socket: dir.join("nbd.sock"),
+            capture_flags: Vec::new(),
+            vault_flags: Vec::new(),
+            capture_wrapper: Vec::new(),
+        }
+    }
+
+    pub(crate) fn start_vault(&mut self) {
+        let mut command = program("vault-svc");
+        command
+            .args(["--listen", &self.vault_addr.to_string()])
+            .arg("--store-dir")
+            .arg(self.dir.join("store"))
+            .arg("--state-dir")
+            .arg(self.dir.join("vault"))
+            .args(&self.vault_flags);
+        let mut process = Process::spawn(&mut command, "vault-svc");
+        listens(self.vault_addr, &mut process);
+        self.vault = Some(process);
+    }
+
+    pub(crate) fn start_capture(&mut self) {
+        let mut command = match self.capture_wrapper.split_first() {
+            None => program("capture-svc"),
+            Some((wrapper, rest)) => {
+                let mut command = Command::new(wrapper);
+                command.args(rest).arg(bin_dir().join("capture-svc"));
+                command
+            }
+        };
+        command
+            .args(["--listen", &self.capture_addr.to_string()])
+            .args(["--vault", &self.cli.vault])
+            .arg("--state")
+            .arg(self.dir.join("capture"))
+            .arg(format!("--nbd=unix:{}", self.socket.display()))
+            .args(&self.capture_flags);
+        let mut process = Process::spawn(&mut command, "capture-svc");
+        listens(self.capture_addr, &mut process);
+        wait_for("the NBD server", || {
+            process.assert_runs();
+            UnixStream::connect(&self.socket).ok()
+        });
+        self.capture = Some(process);
+    }
+
+    pub(crate) fn kill_vault(&mut self) {
+        self.vault.take().unwrap().kill();
+    }
+
+    pub(crate) fn kill_capture(&mut self) {
+        self.capture.take().unwrap().kill();
+    }
+
+    /// SIGTERM, and waits for the end.
+    pub(crate) fn stop_capture(&mut self) {
+        self.capture.take().unwrap().terminate();
+    }
+
+    pub(crate) fn stop(mut self) {
+        self.stop_capture();
+        self.vault.take().unwrap().terminate();
+    }
+}
+
+fn listens(addr: SocketAddr, process: &mut Process) {
+    wait_for(&format!("something to listen on {addr}"), || {
+        process.assert_runs();
+        TcpStream::connect(addr).ok()
+    });
+}
