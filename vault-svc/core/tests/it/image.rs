@@ -1,0 +1,204 @@
+//! Overlay and liveness against naive models; what a rewrite may forget.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use tidemark_block::{BlockIndex, Extent, Sequence};
+use vault_core::{
+    image::{WINDOW_BLOCKS, live_pieces, overlay, windows},
+    segment::{SegmentIndex, SegmentKind, SegmentWriter},
+};
+
+use crate::samples::{count, extent, frame, geometry, origin};
+
+const BLOCKS: u64 = 200;
+
+/// What one segment holds: of each generation some blocks, with data (true) or zero.
+type Content = BTreeMap<(u64, u64), bool>;
+
+fn index_of(content: &Content) -> SegmentIndex {
+    let g = geometry(BLOCKS);
+    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Rewritten), 0);
+    let mut by_sequence: BTreeMap<u64, Vec<(u64, bool)>> = BTreeMap::new();
+    for (&(block, sequence), &data) in content {
+        by_sequence.entry(sequence).or_default().push((block, data));
+    }
+    for (sequence, blocks) in by_sequence {
+        let data: Vec<u64> = blocks
+            .iter()
+            .filter(|(_, data)| *data)
+            .map(|(block, _)| *block)
+            .collect();
+        for part in data.chunks(64) {
+            writer.push(&frame(g, part, sequence), Sequence::new(sequence));
+        }
+        let zeroes = blocks.iter().filter(|(_, data)| !*data);
+        for zero in
+            tidemark_block::extent::coalesce(zeroes.map(|(block, _)| extent(*block, block + 1)))
+        {
+            writer.push_zero(zero, Sequence::new(sequence));
+        }
+    }
+    let sealed = writer.finish((BlockIndex::ZERO, BlockIndex::ZERO));
+    let record = sealed.footer.record;
+    let range =
+        usize::try_from(record.index_at).unwrap()..usize::try_from(record.checksums_at()).unwrap();
+    SegmentIndex::decode(&sealed.bytes[range], &record, g).unwrap()
+}
+
+/// Contents of several segments; no version of a block is in two of them.
+fn segments() -> impl Strategy<Value = Vec<Content>> {
+    let versions =
+        prop::collection::btree_map((0..BLOCKS, 1..12_u64), (0..4_usize, any::<bool>()), 1..300);
+    let runs = prop::collection::vec((0..BLOCKS, 1..150_u64, 1..12_u64, 0..4_usize), 0..3);
+    (versions, runs).prop_map(|(versions, runs)| {
+        let mut segments = vec![Content::new(); 4];
+        let mut taken = std::collections::BTreeSet::new();
+        for ((block, sequence), (segment, data)) in versions {
+            taken.insert((block, sequence));
+            segments[segment].insert((block, sequence), data);
+        }
+        for (start, length, sequence, segment) in runs {
+            for block in start..(start + length).min(BLOCKS) {
+                if taken.insert((block, sequence)) {
+                    segments[segment].insert((block, sequence), false);
+                }
+            }
+        }
+        segments
+    })
+}
+
+/// The version that generation `newest` sees.
+fn seen(segments: &[Content], block: u64, newest: u64) -> Option<(u64, usize, bool)> {
+    let versions = segments.iter().enumerate().flat_map(|(n, content)| {
+        content
+            .range((block, 0)..=(block, newest))
+            .map(move |((_, sequence), data)| (*sequence, n, *data))
+    });
+    versions.max()
+}
+
+fn window(range: (u64, u64)) -> Extent {
+    let (a, b) = range;
+    extent(a.min(b), a.max(b) + 1)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn an_image_has_the_newest_version_of_each_block(
+        contents in segments(), range in (0..BLOCKS, 0..BLOCKS), newest in 0..13_u64,
+    ) {
+        let indexes: Vec<_> = contents.iter().map(index_of).collect();
+        let window = window(range);
+        let pieces = overlay(&indexes, window, Sequence::new(newest));
+        let mut found = BTreeMap::new();
+        for piece in &pieces {
+            let entry = &indexes[piece.source.index as usize].entries()[piece.source.entry as usize];
+            prop_assert_eq!(entry.blocks.intersect(piece.blocks), piece.blocks);
+            for block in piece.blocks.iter() {
+                prop_assert!(window.contains(block));
+                let version = (entry.sequence.get(), piece.source.index as usize, !entry.zero);
+                prop_assert!(found.insert(block.get(), version).is_none());
+            }
+        }
+        prop_assert!(pieces.windows(2).all(|pair| pair[0].blocks.end() <= pair[1].blocks.start()));
+        for block in window.iter() {
+            prop_assert_eq!(found.get(&block.get()).copied(), seen(&contents, block.get(), newest));
+        }
+    }
+
+    #[test]
+    fn exactly_what_a_retained_generation_sees_is_alive(
+        contents in segments(), range in (0..BLOCKS, 0..BLOCKS),
+        retained in prop::collection::btree_set(1..13_u64, 1..4),
+    ) {
+        let indexes: Vec<_> = contents.iter().map(index_of).collect();
+        let window = window(range);
+        let sequences: Vec<_> = retained.iter().map(|g| Sequence::new(*g)).collect();
+        let mut found = BTreeMap::new();
+        let mut last = None;
+        for live in live_pieces(&indexes, window, &sequences) {
+            let entry = &indexes[live.piece.source.index as usize].entries()[live.piece.source.entry as usize];
+            let key = (live.piece.blocks.start(), std::cmp::Reverse(entry.sequence));
+            prop_assert!(last.is_none_or(|last| last < key), "by block, then the newest first");
+            last = Some(key);
+            for block in live.piece.blocks.iter() {
+                let version = (block.get(), entry.sequence.get(), live.piece.source.index as usize);
+                prop_assert!(found.insert(version, live.oldest).is_none());
+            }
+        }
+        let mut expected = BTreeMap::new();
+        for block in window.iter() {
+            for newest in &retained {
+                if let Some((sequence, segment, _)) = seen(&contents, block.get(), *newest) {
+                    let older = seen(&contents, block.get(), sequence - 1).is_some();
+                    expected.insert((block.get(), sequence, segment), !older);
+                }
+            }
+        }
+        prop_assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn what_is_alive_gives_every_retained_image_and_with_fewer_indexes_known_never_less(
+        contents in segments(), retained in prop::collection::btree_set(1..13_u64, 1..4),
+    ) {
+        let indexes: Vec<_> = contents.iter().map(index_of).collect();
+        let all = extent(0, BLOCKS);
+        let sequences: Vec<_> = retained.iter().map(|g| Sequence::new(*g)).collect();
+        let versions = |pieces: Vec<vault_core::image::LivePiece>, complete: bool, of: &[SegmentIndex]| {
+            let mut kept = Content::new();
+            for live in pieces {
+                let entry = &of[live.piece.source.index as usize].entries()[live.piece.source.entry as usize];
+                for block in live.piece.blocks.iter() {
+                    if !(complete && entry.zero && live.oldest) {
+                        kept.insert((block.get(), entry.sequence.get()), !entry.zero);
+                    }
+                }
+            }
+            kept
+        };
+        let kept = [versions(live_pieces(&indexes, all, &sequences), true, &indexes)];
+        let data = |segments: &[Content], block, newest| {
+            seen(segments, block, newest).filter(|(_, _, data)| *data).map(|(sequence, _, _)| sequence)
+        };
+        for block in 0..BLOCKS {
+            for newest in &retained {
+                prop_assert_eq!(data(&kept, block, *newest), data(&contents, block, *newest));
+            }
+        }
+        // A merge of the first two, which knows nothing of the others.
+        let merged = versions(live_pieces(&indexes[..2], all, &sequences), false, &indexes[..2]);
+        let rest = [merged, contents[2].clone(), contents[3].clone()];
+        for block in 0..BLOCKS {
+            for newest in &retained {
+                prop_assert_eq!(data(&rest, block, *newest), data(&contents, block, *newest));
+            }
+        }
+    }
+}
+
+#[test]
+fn windows_cover_a_volume_without_gap_or_overlap() {
+    let g = geometry(3 * WINDOW_BLOCKS + 5);
+    let found: Vec<_> = windows(g, g.all()).collect();
+    assert_eq!(found.len(), 4);
+    assert_eq!(
+        found.iter().map(|window| window.count().get()).sum::<u64>(),
+        3 * WINDOW_BLOCKS + 5
+    );
+    assert!(
+        found
+            .windows(2)
+            .all(|pair| pair[0].end() == pair[1].start())
+    );
+    assert_eq!(
+        windows(g, extent(WINDOW_BLOCKS - 1, WINDOW_BLOCKS + 1)).count(),
+        2
+    );
+    assert_eq!(windows(g, extent(7, 7)).count(), 0);
+    assert_eq!(found[3].count(), count(5));
+}
