@@ -1,7 +1,5 @@
 //! Failures of the layers below, as callers of the RPCs meet them: one place says which reason each has.
 
-use std::fmt::Display;
-
 use tidemark_block::VolumeId;
 use tidemark_proto::{Reason, RpcError};
 use vault_core::{ingest::IngestError, manifest::TermError};
@@ -99,7 +97,14 @@ pub(crate) fn of_term(error: &TermError, volume: VolumeId) -> RpcError {
 }
 
 /// A local file failed: the checksum table or the state directory.
-pub(crate) fn of_io(what: &str, error: &dyn Display) -> RpcError {
+pub(crate) fn of_io(what: &str, error: &std::io::Error) -> RpcError {
+    use std::io::ErrorKind;
+    if matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    ) {
+        return full(format!("{what}: {error}"));
+    }
     RpcError::new(
         Reason::IoFailed,
         format!("{what}: {error}"),

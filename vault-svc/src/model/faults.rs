@@ -10,7 +10,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{StreamExt, stream::BoxStream};
+use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use object_store::{
     CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta,
     ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory,
@@ -40,6 +40,8 @@ pub(super) struct Fuse {
     dead: AtomicBool,
     burnt: AtomicBool,
     faults: Mutex<Option<Numbers>>,
+    /// Bytes that the store has room for.
+    room: Mutex<Option<u64>>,
 }
 
 impl Fuse {
@@ -49,6 +51,14 @@ impl Fuse {
 
     pub(super) fn disarm(&self) {
         *self.faults.lock() = None;
+    }
+
+    pub(super) fn limit(&self, bytes: Option<u64>) {
+        *self.room.lock() = bytes;
+    }
+
+    pub(super) fn limit_now(&self) -> u64 {
+        self.room.lock().unwrap_or(u64::MAX)
     }
 
     /// Kills the process.
@@ -131,6 +141,17 @@ impl ObjectStore for FaultyStore {
         payload: PutPayload,
         opts: PutOptions,
     ) -> Result<PutResult> {
+        let room = *self.fuse.room.lock();
+        if let Some(room) = room {
+            let stored: Vec<ObjectMeta> = self.objects.list(None).try_collect().await?;
+            let stored: u64 = stored.iter().map(|meta| meta.size).sum();
+            if stored + payload.content_length() as u64 > room {
+                return Err(Error::Generic {
+                    store: "faulty",
+                    source: std::io::Error::from(std::io::ErrorKind::StorageFull).into(),
+                });
+            }
+        }
         match self.fuse.fate() {
             Fate::Good => self.objects.put_opts(location, payload, opts).await,
             Fate::Failed { done } | Fate::Crashed { done } => {

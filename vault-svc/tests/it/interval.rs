@@ -56,6 +56,8 @@ pub(crate) struct Source {
     pub(crate) term: WriterTerm,
     pub(crate) numbers: Numbers,
     pub(crate) batch_frames: usize,
+    /// Whether frames are compressed; by chance where it isn't said.
+    pub(crate) compressed: Option<bool>,
     epoch: u64,
 }
 
@@ -73,6 +75,7 @@ impl Source {
             term: WriterTerm::ZERO,
             numbers,
             batch_frames: 4,
+            compressed: None,
             epoch: 0,
         }
     }
@@ -162,10 +165,11 @@ impl Source {
                         .collect();
                     encoder.encode_zero(&extents, &mut out);
                 } else {
-                    let choice = if self.numbers.below(2) == 0 {
-                        CodecChoice::Raw
-                    } else {
+                    let chance = self.numbers.below(2) == 1;
+                    let choice = if self.compressed.unwrap_or(chance) {
                         CodecChoice::Zstd(1)
+                    } else {
+                        CodecChoice::Raw
                     };
                     encoder.encode_data(&blocks, &data, choice, &mut out);
                 }
