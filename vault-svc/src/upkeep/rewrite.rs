@@ -1,8 +1,8 @@
 //! Moves the live blocks of segments into new ones.
 //!
 //! Victims are merged in the order of their blocks, window by window, so the new segments lie side by side where the
-//! old ones lay over each other. A frame whose blocks are all alive is copied as it is; of the others the live
-//! blocks are packed anew. Each block keeps its sequence.
+//! old ones lay over each other. A frame whose blocks are all alive and lie together is copied as it is; of the
+//! others the live blocks are packed anew. Each block keeps its sequence.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -142,31 +142,19 @@ impl Volume {
         for (blocks, sequence) in live.zeroes {
             packer.zero(blocks, sequence);
         }
-        let (whole, parts) = by_wholeness(live.data);
-        for group in fetch_groups(&whole, |frame: &(FrameAt, Vec<Sequence>)| {
-            u64::from(frame.0.len)
-        }) {
-            let pieces: Vec<_> = group.iter().map(|(frame, _)| whole_piece(*frame)).collect();
+        let items = items(live.data);
+        for group in fetch_groups(&items) {
+            let pieces: Vec<_> = group.iter().map(Item::piece).collect();
             let frames = fetch(self, geometry, &pieces, cache).await?;
             let group = group.to_vec();
             let work = tokio::task::spawn_blocking(move || {
-                for (at, sequences) in &group {
-                    packer.copy(&frames, at, sequences);
+                for item in &group {
+                    match item {
+                        Item::Whole(at, sequences) => packer.copy(&frames, at, sequences),
+                        Item::Part(live) => packer.add(&frames, live)?,
+                    }
                 }
-                packer
-            });
-            packer = work.await.map_err(|_| failed())?;
-            self.put_sealed(&mut packer, written).await?;
-        }
-        for group in fetch_groups(&parts, |live: &LiveData| u64::from(live.piece.frame.len)) {
-            let pieces: Vec<_> = group.iter().map(|live| live.piece).collect();
-            let frames = fetch(self, geometry, &pieces, cache).await?;
-            let group = group.to_vec();
-            let work = tokio::task::spawn_blocking(move || {
-                group
-                    .iter()
-                    .try_for_each(|live| packer.add(&frames, live))
-                    .map(|()| packer)
+                Ok::<_, RpcError>(packer)
             });
             packer = work.await.map_err(|_| failed())??;
             self.put_sealed(&mut packer, written).await?;
@@ -251,55 +239,96 @@ impl Gathered {
     }
 }
 
-/// Frames that are alive as a whole, with the sequences of their blocks; and the pieces of the others.
-fn by_wholeness(data: Vec<LiveData>) -> (Vec<(FrameAt, Vec<Sequence>)>, Vec<LiveData>) {
-    let mut alive: HashMap<FrameAt, Vec<(u16, Sequence)>> = HashMap::new();
-    for live in &data {
-        let places = alive.entry(live.piece.frame).or_default();
-        let count = u16::try_from(live.piece.blocks.count().get()).unwrap_or(u16::MAX);
-        places.extend(
-            (live.piece.first..live.piece.first + count).map(|place| (place, live.sequence)),
-        );
-    }
-    let is_whole = |frame: &FrameAt| {
-        alive
-            .get(frame)
-            .is_some_and(|places| places.len() == usize::from(frame.blocks))
-    };
-    let mut whole: Vec<(FrameAt, Vec<Sequence>)> = Vec::new();
-    let mut seen = HashSet::new();
-    let mut parts = Vec::new();
-    for live in data {
-        let frame = live.piece.frame;
-        if !is_whole(&frame) {
-            parts.push(live);
-        } else if seen.insert(frame) {
-            let mut places = alive.get(&frame).cloned().unwrap_or_default();
-            places.sort_unstable_by_key(|(place, _)| *place);
-            whole.push((
-                frame,
-                places.into_iter().map(|(_, sequence)| sequence).collect(),
-            ));
-        }
-    }
-    (whole, parts)
+/// What is moved at once.
+#[derive(Debug, Clone)]
+enum Item {
+    /// A frame as it is, with the sequences of its blocks.
+    Whole(FrameAt, Vec<Sequence>),
+    /// Some blocks of a frame.
+    Part(LiveData),
 }
 
-fn whole_piece(frame: FrameAt) -> DataPiece {
-    DataPiece {
-        blocks: Extent::between(BlockIndex::ZERO, BlockIndex::ZERO),
-        frame,
-        first: 0,
+impl Item {
+    fn piece(&self) -> DataPiece {
+        match self {
+            Self::Part(live) => live.piece,
+            Self::Whole(frame, _) => DataPiece {
+                blocks: Extent::between(BlockIndex::ZERO, BlockIndex::ZERO),
+                frame: *frame,
+                first: 0,
+            },
+        }
     }
+}
+
+/// What is alive of one frame.
+#[derive(Debug, Default)]
+struct AliveFrame {
+    /// Places in the frame and their sequences.
+    places: Vec<(u16, Sequence)>,
+    /// The first and the last of its blocks among all that are moved.
+    among_all: Option<(u64, u64)>,
+}
+
+impl AliveFrame {
+    /// A frame is copied where all of it is alive, and few blocks of others lie between its own: copying frames
+    /// that lie over each other would leave them so.
+    fn is_copied(&self, at: &FrameAt) -> bool {
+        let own = u64::from(at.blocks);
+        self.places.len() as u64 == own
+            && self
+                .among_all
+                .is_some_and(|(first, last)| last - first < 2 * own)
+    }
+}
+
+/// Copies and parts, in the order of their first blocks.
+fn items(data: Vec<LiveData>) -> Vec<Item> {
+    let mut alive: HashMap<FrameAt, AliveFrame> = HashMap::new();
+    let mut behind = 0;
+    for live in &data {
+        let frame = alive.entry(live.piece.frame).or_default();
+        let count = live.piece.blocks.count().get();
+        let first = live.piece.first;
+        let places = first..first + u16::try_from(count).unwrap_or(u16::MAX);
+        frame
+            .places
+            .extend(places.map(|place| (place, live.sequence)));
+        let (start, _) = frame.among_all.unwrap_or((behind, behind));
+        behind += count;
+        frame.among_all = Some((start, behind - 1));
+    }
+    let mut items = Vec::new();
+    let mut copied = HashSet::new();
+    for live in data {
+        let at = live.piece.frame;
+        match alive.get_mut(&at) {
+            Some(frame) if frame.is_copied(&at) => {
+                if copied.insert(at) {
+                    frame.places.sort_unstable_by_key(|(place, _)| *place);
+                    items.push(Item::Whole(
+                        at,
+                        frame.places.iter().map(|(_, sequence)| *sequence).collect(),
+                    ));
+                }
+            }
+            _ => items.push(Item::Part(live)),
+        }
+    }
+    items
 }
 
 /// Slices whose frames have about [`FETCH_BYTES`] together.
-fn fetch_groups<T>(items: &[T], len: impl Fn(&T) -> u64) -> impl Iterator<Item = &[T]> {
+fn fetch_groups(items: &[Item]) -> impl Iterator<Item = &[Item]> {
     let mut rest = items;
     std::iter::from_fn(move || {
         let mut bytes = 0;
-        let fits = |item: &&T| {
-            bytes += len(item);
+        let mut seen = HashSet::new();
+        let fits = |item: &&Item| {
+            let frame = item.piece().frame;
+            if seen.insert(frame) {
+                bytes += u64::from(frame.len);
+            }
             bytes <= FETCH_BYTES
         };
         let count = rest.iter().take_while(fits).count().max(1).min(rest.len());
