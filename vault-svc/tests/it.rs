@@ -1,5 +1,7 @@
 //! The vault service over real gRPC and a real directory.
 
+#[path = "it/figures.rs"]
+mod figures;
 #[path = "it/hostile.rs"]
 mod hostile;
 #[path = "it/interval.rs"]
