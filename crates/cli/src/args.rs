@@ -217,7 +217,7 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Where nothing changed since the last cut no generation is made: the receipt names the one that is still current.
-Interrupting the command does not interrupt the shipping.
+Neither interrupting the command nor its giving up ends the shipping: that goes on until the vault has the interval.
 
 Examples:
   tidemark ship data
@@ -225,6 +225,9 @@ Examples:
 pub struct ShipArgs {
     /// Name or UUID
     pub volume: String,
+    /// How long to wait for a vault that cannot be reached
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse::duration)]
+    pub wait_for_vault: Duration,
 }
 
 /// `tidemark generation …`.

@@ -422,6 +422,12 @@ fn a_vault_that_cannot_be_reached_delays_shipping_and_nothing_else() {
             .contains("reached"),
         "{shown}"
     );
+    let told = cli.fails(
+        args!["ship", "data", "--wait-for-vault", "500ms"],
+        5,
+        "UNREACHABLE",
+    );
+    assert!(told.contains("nothing is lost"), "{told}");
     cli.fails(args!["generation", "list", "data"], 5, "UNREACHABLE");
     stopped.services().start_vault();
     stopped.serves_again();

@@ -1,5 +1,7 @@
 //! `tidemark ship`.
 
+use std::time::{Duration, Instant};
+
 use tidemark_proto::capture::v1::{
     TriggerIntervalRequest, Uplink, trigger_interval_response::Message,
 };
@@ -19,26 +21,73 @@ pub(super) async fn run(global: &Global, args: ShipArgs) -> Result<(), Failure> 
     };
     let progress = Progress::spinner("cutting");
     let mut answers = capture.trigger_interval(request).await?.into_inner();
-    while let Some(answer) = answers.message().await? {
-        match answer.message {
-            Some(Message::Progress(uplink)) => progress.say(doing(&uplink)),
-            Some(Message::Receipt(receipt)) => {
+    let mut trouble = Trouble::default();
+    loop {
+        let answer = tokio::select! {
+            answer = answers.message() => answer?,
+            () = trouble.lasts(args.wait_for_vault) => return Err(trouble.failure(&args.volume)),
+        };
+        match answer.map(|answer| answer.message) {
+            Some(Some(Message::Progress(uplink))) => {
+                progress.say(doing(&uplink));
+                trouble.hear(uplink.error, Instant::now());
+            }
+            Some(Some(Message::Receipt(receipt))) => {
                 drop(progress);
                 let receipt = Receipt::new(&args.volume, &receipt)?;
                 return output::print(global.json, &receipt, &describe(&receipt));
             }
-            None => return Err(Failure::protocol("an empty answer to ship")),
+            Some(None) => return Err(Failure::protocol("an empty answer to ship")),
+            None => {
+                return Err(waits(&format!(
+                    "the capture service went away before {}'s interval was committed",
+                    args.volume
+                )));
+            }
         }
     }
-    Err(Failure::new(
+}
+
+/// What keeps the uplink from shipping, and since when.
+#[derive(Debug, Default)]
+struct Trouble {
+    error: String,
+    since: Option<Instant>,
+}
+
+impl Trouble {
+    /// `error` is the uplink's last failure; empty after a success.
+    fn hear(&mut self, error: String, now: Instant) {
+        self.since = match (error.is_empty(), self.since) {
+            (true, _) => None,
+            (false, since) => since.or(Some(now)),
+        };
+        self.error = error;
+    }
+
+    /// Ends once there has been trouble for this long.
+    async fn lasts(&self, limit: Duration) {
+        match self.since {
+            Some(since) => tokio::time::sleep_until((since + limit).into()).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn failure(&self, volume: &str) -> Failure {
+        waits(&format!(
+            "{volume}'s interval is not committed yet: {}",
+            self.error
+        ))
+    }
+}
+
+fn waits(message: &str) -> Failure {
+    Failure::new(
         Kind::Unavailable,
         "UNREACHABLE",
-        format!(
-            "the capture service went away before {}'s interval was committed",
-            args.volume
-        ),
-        "nothing is lost: it goes on by itself when the service runs again; see `tidemark status`",
-    ))
+        message,
+        "nothing is lost: it ships by itself as soon as both services run; see `tidemark status`",
+    )
 }
 
 fn doing(uplink: &Uplink) -> String {
@@ -109,6 +158,20 @@ mod tests {
     fn a_receipt_is_printed_for_people_and_for_programs() {
         insta::assert_snapshot!(describe(&receipt(true)));
         insta::assert_json_snapshot!(receipt(true));
+    }
+
+    #[test]
+    fn trouble_counts_from_its_first_failure_until_a_success() {
+        let begin = Instant::now();
+        let later = begin + Duration::from_secs(9);
+        let mut trouble = Trouble::default();
+        trouble.hear("refused".into(), begin);
+        trouble.hear("timed out".into(), later);
+        assert_eq!(trouble.since, Some(begin));
+        let told = trouble.failure("data").to_string();
+        assert!(told.contains("not committed yet: timed out"), "{told}");
+        trouble.hear(String::new(), later);
+        assert_eq!(trouble.since, None);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use tidemark_proto::{
 };
 use tonic::Streaming;
 
-use super::volume::uplink;
+use super::volume::uplink_state;
 use crate::{
     args::{Global, StatusArgs},
     failure::{Failure, Kind},
@@ -179,7 +179,7 @@ fn describe(status: &Status, now: Timestamp) -> String {
                     v.snapshots.to_string(),
                     v.generation.to_string(),
                     format::ago(v.uplink.recovery_point, now),
-                    uplink(&v.uplink),
+                    uplink_state(&v.uplink),
                 ]
             })
             .collect();
@@ -196,24 +196,18 @@ fn describe(status: &Status, now: Timestamp) -> String {
             &rows,
         ));
     }
-    for v in status
-        .capture
-        .volumes
-        .iter()
-        .filter(|v| !v.problem.is_empty())
-    {
-        text.push_str(&format!("{}: {}\n", v.volume, v.problem));
-    }
-    for v in status
-        .capture
-        .volumes
-        .iter()
-        .filter(|v| v.scrub.mismatches > 0)
-    {
-        text.push_str(&format!(
-            "{}: the source scrub found {} blocks that tracking had missed; see the capture service's log\n",
-            v.volume, v.scrub.mismatches
-        ));
+    for v in &status.capture.volumes {
+        for problem in [&v.problem, &v.uplink.error] {
+            if !problem.is_empty() {
+                text.push_str(&format!("{}: {problem}\n", v.volume));
+            }
+        }
+        if v.scrub.mismatches > 0 {
+            text.push_str(&format!(
+                "{}: the source scrub found {} blocks that tracking had missed; see the capture service's log\n",
+                v.volume, v.scrub.mismatches
+            ));
+        }
     }
     text.push('\n');
     text.push_str(&headline("vault", &status.vault));

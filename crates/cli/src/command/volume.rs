@@ -152,7 +152,12 @@ fn describe(v: &report::Volume) -> String {
         ),
         ("generation", v.generation.to_string()),
         ("term", v.term.to_string()),
-        ("uplink", uplink(&v.uplink)),
+        ("uplink", uplink_state(&v.uplink)),
+    ]);
+    if !v.uplink.error.is_empty() {
+        fields.push(("uplink error", v.uplink.error.clone()));
+    }
+    fields.extend([
         ("recovery point", format::time(v.uplink.recovery_point)),
         (
             "source scrub",
@@ -166,20 +171,17 @@ fn describe(v: &report::Volume) -> String {
 }
 
 /// The state of an uplink in a few words.
-pub(super) fn uplink(u: &report::Uplink) -> String {
-    let mut text = u.state.to_owned();
-    if u.blocks_total > 0 && u.state != "idle" {
-        text.push_str(&format!(
-            " {} of {} blocks, {} sent",
-            u.blocks_done,
-            u.blocks_total,
-            format::bytes(u.bytes_sent)
-        ));
+pub(super) fn uplink_state(u: &report::Uplink) -> String {
+    if u.blocks_total == 0 || u.state == "idle" {
+        return u.state.to_owned();
     }
-    if !u.error.is_empty() {
-        text.push_str(&format!(" ({})", u.error));
-    }
-    text
+    format!(
+        "{} {} of {} blocks, {} sent",
+        u.state,
+        u.blocks_done,
+        u.blocks_total,
+        format::bytes(u.bytes_sent)
+    )
 }
 
 /// The capture service may have another working directory.
