@@ -146,6 +146,48 @@ fn both_services_killed_at_the_same_moment_find_their_way_back() {
 }
 
 #[test]
+fn many_writers_at_once_survive_the_kills_each_in_its_own_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut services = services(dir.path());
+    let part = SIZE / 8;
+    let mut writers: Vec<_> = (0..8)
+        .map(|n| {
+            let (socket, bytes) = (services.socket.clone(), n * part..(n + 1) * part);
+            Writer::start_in(socket, "data", bytes, 0xe0 + n as u64)
+        })
+        .collect();
+    for writer in &writers[..3] {
+        writer.wait_for(150);
+        services.kill_capture();
+        services.start_capture();
+        goes_on(&services);
+    }
+    writers.iter_mut().for_each(Writer::stop);
+    services.cli.json(args!["ship", "data"]);
+    let mut last = [0; 8];
+    for generation in services.cli.generations("data") {
+        let number = generation["generation"].as_u64().unwrap();
+        let image = fs::read(services.cli.restore("data", number, dir.path())).unwrap();
+        let moments: Vec<_> = writers.iter().map(|w| w.moment_of(&image)).collect();
+        for (before, now) in last.iter_mut().zip(&moments) {
+            assert!(
+                *before <= *now,
+                "generation {number} goes back in time: {moments:?}"
+            );
+            *before = *now;
+        }
+    }
+    assert!(
+        writers
+            .iter()
+            .zip(&last)
+            .all(|(writer, last)| writer.done() == *last)
+    );
+    services.cli.assert_scrub_is_clean("data");
+    services.stop();
+}
+
+#[test]
 fn intervals_cut_under_load_are_the_volume_at_one_moment() {
     let dir = tempfile::tempdir().unwrap();
     let services = services(dir.path());

@@ -5,7 +5,7 @@
 //! same content, so whether the first one got through does not matter.
 
 use std::{
-    ops::RangeInclusive,
+    ops::{Range, RangeInclusive},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -69,11 +69,12 @@ impl Entry {
             .collect()
     }
 
-    fn perform(&self, client: &mut Client) -> std::io::Result<()> {
+    fn perform(&self, client: &mut Client, base: usize) -> std::io::Result<()> {
+        let offset = (base + self.offset) as u64;
         if self.zeroes {
-            client.write_zeroes(self.offset as u64, self.length as u64)
+            client.write_zeroes(offset, self.length as u64)
         } else {
-            client.write(self.offset as u64, &self.bytes())
+            client.write(offset, &self.bytes())
         }
     }
 }
@@ -87,26 +88,35 @@ struct Log {
     retries: usize,
 }
 
-/// Writes in its own thread until it is stopped.
+/// Writes into its part of a volume, in its own thread, until it is stopped.
 #[derive(Debug)]
 pub(crate) struct Writer {
-    size: usize,
+    part: Range<usize>,
     log: Arc<Mutex<Log>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Writer {
+    /// Writes anywhere in a volume of this size.
     pub(crate) fn start(socket: PathBuf, export: &str, size: usize, seed: u64) -> Self {
+        Self::start_in(socket, export, 0..size, seed)
+    }
+
+    /// Writes only within these bytes of the volume.
+    pub(crate) fn start_in(socket: PathBuf, export: &str, part: Range<usize>, seed: u64) -> Self {
+        // Another `TIDEMARK_SEED` is another workload; the same one is the same.
+        let seed = std::env::var("TIDEMARK_SEED").map_or(seed, |text| text.parse().unwrap());
         println!("workload seed {seed}");
         let log = Arc::new(Mutex::new(Log::default()));
         let stop = Arc::new(AtomicBool::new(false));
         let thread = std::thread::spawn({
             let (log, stop, export) = (Arc::clone(&log), Arc::clone(&stop), export.to_owned());
-            move || write_until(&stop, &log, &socket, &export, size, seed)
+            let part = part.clone();
+            move || write_until(&stop, &log, &socket, &export, part, seed)
         });
         Self {
-            size,
+            part,
             log,
             stop,
             thread: Some(thread),
@@ -150,9 +160,9 @@ impl Writer {
     /// # Panics
     /// It never was.
     pub(crate) fn moment_of(&self, image: &[u8]) -> usize {
-        assert_eq!(image.len(), self.size, "the image has the volume's size");
+        let image = &image[self.part.clone()];
         let log = self.log.lock().unwrap();
-        let mut model = vec![0; self.size];
+        let mut model = vec![0; self.part.len()];
         let mut differing: Vec<bool> = image
             .chunks(BLOCK)
             .map(|block| block.iter().any(|&b| b != 0))
@@ -210,7 +220,7 @@ fn write_until(
     log: &Mutex<Log>,
     socket: &Path,
     export: &str,
-    size: usize,
+    part: Range<usize>,
     seed: u64,
 ) {
     let mut rng = StdRng::seed_from_u64(seed);
@@ -240,9 +250,9 @@ fn write_until(
     };
     while !stop.load(Ordering::SeqCst) {
         number += 1;
-        let entry = Entry::random(number, size, &mut rng);
+        let entry = Entry::random(number, part.len(), &mut rng);
         log.lock().unwrap().begun.push(entry.clone());
-        if !send(&|client| entry.perform(client), stop) {
+        if !send(&|client| entry.perform(client, part.start), stop) {
             return;
         }
         log.lock().unwrap().done += 1;
@@ -264,7 +274,7 @@ fn an_image_is_found_in_the_log_and_a_wrong_one_is_not() {
         image[entry.offset..entry.offset + entry.length].copy_from_slice(&entry.bytes());
     }
     let writer = Writer {
-        size,
+        part: 0..size,
         log: Arc::new(Mutex::new(Log {
             done: begun.len(),
             begun,
