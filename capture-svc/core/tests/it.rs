@@ -1,5 +1,7 @@
 //! Tests of the capture service's decisions.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
 #[path = "it/formats.rs"]
 mod formats;
 #[path = "it/model.rs"]

@@ -1,5 +1,7 @@
 //! The engine on real files: what the model test can't show, because it needs threads, signals and a filesystem.
 
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
+
 use std::{
     fs::{self, File},
     os::unix::fs::{FileExt, MetadataExt},

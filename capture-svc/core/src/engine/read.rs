@@ -41,7 +41,7 @@ impl SnapshotRead {
     ) -> Result<(), CaptureError> {
         self.live = BlockSet::new();
         self.live.insert(self.extent);
-        self.from_spool(capture, buffer)
+        self.take_spooled(capture, buffer)
     }
 
     /// Copies the other blocks out of the volume.
@@ -72,7 +72,7 @@ impl SnapshotRead {
         capture: &Capture<M>,
         buffer: &mut [u8],
     ) -> Result<(), CaptureError> {
-        self.from_spool(capture, buffer)?;
+        self.take_spooled(capture, buffer)?;
         capture.check()?;
         if self.view.is_broken() {
             Err(CaptureError::GivenUp(self.view.cut))
@@ -82,7 +82,7 @@ impl SnapshotRead {
     }
 
     /// Reads those of the remaining blocks that the spool has now.
-    fn from_spool<M: Media>(
+    fn take_spooled<M: Media>(
         &mut self,
         capture: &Capture<M>,
         buffer: &mut [u8],

@@ -30,7 +30,7 @@ pub const INDEX_BYTES_PER_ENTRY: u64 = 40;
 /// First word of a used entry: "TMSLOT" and version 1.
 pub const ENTRY_TAG: u64 = u64::from_le_bytes(*b"TMSLOT\x01\0");
 const ZEROES: u64 = u64::MAX;
-const SHARDS: u64 = 64;
+const SHARDS: usize = 64;
 /// Blocks that stay together in a shard: a request rarely meets more than one.
 const SHARD_BLOCKS: u64 = 256;
 
@@ -147,7 +147,7 @@ impl Spool {
         };
         Self {
             shards: std::iter::repeat_with(Mutex::default)
-                .take(SHARDS as usize)
+                .take(SHARDS)
                 .collect(),
             allocation: Mutex::new(Allocation {
                 entries: numbers(limits.entries_max),
@@ -186,11 +186,8 @@ impl Spool {
     }
 
     fn shard(&self, block: u64) -> &Mutex<BTreeMap<Key, u32>> {
-        #[allow(
-            clippy::cast_possible_truncation,
-            reason = "below the number of shards"
-        )]
-        &self.shards[(block / SHARD_BLOCKS % SHARDS) as usize]
+        #[allow(clippy::cast_possible_truncation, reason = "the low bits are enough")]
+        &self.shards[(block / SHARD_BLOCKS) as usize % SHARDS]
     }
 
     /// Whether there is a before-image of the block from an epoch > `cut`.

@@ -560,7 +560,9 @@ impl World {
             if let Some(cut) = self.interval {
                 let empty = interval.is_none();
                 assert!(empty || interval.as_ref().is_some_and(|found| found.cut == cut));
-                let unchanged = (0..BLOCKS).all(|b| *self.image(cut, b) == self.base[b as usize]);
+                let unchanged = (0..BLOCKS)
+                    .zip(&self.base)
+                    .all(|(block, base)| self.image(cut, block) == base);
                 assert!(!empty || unchanged, "a confirmed interval survives");
             }
         }
