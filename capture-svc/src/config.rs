@@ -205,8 +205,11 @@ impl Provider for Layer {
     }
 }
 
-/// Environment variables that share the prefix but are not keys.
-const NOT_KEYS: &[&str] = &["CAPTURE_CONFIG"];
+/// Whether a variable that shares the prefix is none of ours to judge: the path of the file, and what Kubernetes puts
+/// into the environment of everything beside a service named `capture`.
+fn is_foreign(key: &str) -> bool {
+    matches!(key, "config" | "port") || key.starts_with("port_") || key.starts_with("service_")
+}
 
 impl Config {
     /// Puts the configuration together; `environment` is that of the process.
@@ -232,7 +235,7 @@ impl Config {
         }
         let environment = environment.filter_map(|(name, value)| {
             let key = name.strip_prefix("CAPTURE_")?.to_ascii_lowercase();
-            (!NOT_KEYS.contains(&name.as_str())).then_some((key, value))
+            (!is_foreign(&key)).then_some((key, value))
         });
         let figment = figment
             .merge(Layer::new("environment, CAPTURE_…", environment))

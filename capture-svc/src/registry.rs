@@ -134,18 +134,26 @@ impl Registry {
 
     async fn try_open(&self, volume: &Arc<Volume>) -> Result<()> {
         let (config, tried) = (Arc::clone(&self.config), Arc::clone(volume));
-        let ready = blocking(move || {
+        let opened = blocking(move || {
             // Read again: it is what was damaged, perhaps.
-            let record = VolumeRecord::load(&tried.dir)?
+            let record = read_record(&tried.dir, tried.record.id)?
                 .context("the volume's record is gone: remove the volume")?;
-            anyhow::ensure!(
-                record == tried.record,
-                "the volume's record is that of another volume, or has changed: restart the service"
-            );
-            Ready::open(&record, &tried.dir, &config)
-        })
-        .await?;
-        volume.serve(ready, &self.config, &self.exports, &self.stop)
+            let ready = Ready::open(&record, &tried.dir, &config)?;
+            Ok((record, ready))
+        });
+        let (record, ready) = opened.await?;
+        if record == volume.record {
+            return volume.serve(ready, &self.config, &self.exports, &self.stop);
+        }
+        let known = Arc::new(Volume::failed(
+            record,
+            volume.dir.clone(),
+            "it is being opened",
+        ));
+        self.volumes
+            .write()
+            .insert(known.record.id, Arc::clone(&known));
+        known.serve(ready, &self.config, &self.exports, &self.stop)
     }
 
     /// Stops protecting a volume. Its file stays.
@@ -308,28 +316,29 @@ fn scan(dir: &Path) -> Result<Vec<Volume>> {
             tracing::warn!(path = %path.display(), "this is no volume's state; it is left alone");
             continue;
         };
-        match VolumeRecord::load(&path) {
-            Ok(Some(record)) if record.id == id => {
+        match read_record(&path, id) {
+            Ok(Some(record)) => {
                 found.push(Volume::failed(record, path, "it has not been opened yet"));
             }
-            Ok(Some(record)) => found.push(unreadable(
-                id,
-                path,
-                format!(
-                    "its state directory holds the record of volume {}: put the directory back under that name, or \
-                     remove this volume and add it again",
-                    record.id
-                ),
-            )),
             Ok(None) => remove_half_done(&path),
-            Err(error) => found.push(unreadable(
-                id,
-                path,
-                format!("{error:#}: remove the volume and add it again; its generations stay"),
-            )),
+            Err(error) => found.push(unreadable(id, path, format!("{error:#}"))),
         }
     }
     Ok(found)
+}
+
+/// The record in a volume's state directory, if it is that volume's; none where there is none.
+fn read_record(dir: &Path, id: VolumeId) -> Result<Option<VolumeRecord>> {
+    let record = VolumeRecord::load(dir)
+        .context("remove the volume and add it again; its generations stay")?;
+    if let Some(record) = record.as_ref().filter(|record| record.id != id) {
+        anyhow::bail!(
+            "its state directory holds the record of volume {}: put the directory back under that name, or remove \
+             this volume and add it again",
+            record.id
+        );
+    }
+    Ok(record)
 }
 
 /// A volume whose record can't be read, so that it is listed, and can be removed.

@@ -612,6 +612,12 @@ impl Driver {
     }
 
     async fn ship(&mut self) -> Outcome {
+        if self.cut.is_none() {
+            // Its receipt could not be recorded: it is asked for again.
+            let engine = Arc::clone(&self.engine);
+            let open = tokio::task::spawn_blocking(move || engine.open_interval()).await;
+            self.cut = open.ok().flatten();
+        }
         let (Some(interval), Some(cut), Some(link)) =
             (self.record.interval, self.cut.clone(), self.link.clone())
         else {

@@ -1,11 +1,17 @@
 //! Tests of the capture service on real files, and against a whole vault.
 
+#[path = "it/bad_input.rs"]
+mod bad_input;
+#[path = "it/control.rs"]
+mod control;
 #[path = "it/engine.rs"]
 mod engine;
 #[path = "it/nbd.rs"]
 mod nbd;
 #[path = "it/proxy.rs"]
 mod proxy;
+#[path = "it/recovery.rs"]
+mod recovery;
 #[path = "it/rig.rs"]
 mod rig;
 #[path = "it/shipping.rs"]

@@ -12,6 +12,7 @@ use super::{
     pending::{PendingKey, path_in},
     record::{IntervalRecord, UplinkRecord},
 };
+use crate::engine::EngineError;
 
 impl Driver {
     pub(super) fn pending_key(&self, interval: &IntervalRecord) -> PendingKey {
@@ -75,9 +76,11 @@ impl Driver {
         let stored = blocking(move || {
             stored.store(&path)?;
             let released = table.advance(pending.map(|key| (pending_path.as_path(), key)), || {
-                engine
-                    .commit_interval(interval.epoch)
-                    .context("release the interval")
+                match engine.commit_interval(interval.epoch) {
+                    // It was given up after it had been read whole: its blocks are compared once more.
+                    Ok(()) | Err(EngineError::NoInterval(_)) => Ok(()),
+                    Err(error) => Err(error).context("release the interval"),
+                }
             });
             Ok(released)
         });

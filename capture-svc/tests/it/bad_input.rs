@@ -1,0 +1,437 @@
+//! What users, disks and other programs get wrong: a clear error that says what to do, nothing lost, nothing half done.
+
+use std::{os::unix::fs::FileExt, path::Path, process::Command};
+
+use tidemark_proto::{
+    Reason, RpcError,
+    capture::v1::{self as pb, VolumeState},
+};
+
+use crate::rig::{Rig, capture_config, eventually, noise};
+
+fn leftovers(rig: &Rig) -> usize {
+    std::fs::read_dir(rig.path("capture/volumes"))
+        .unwrap()
+        .count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_cannot_be_is_not_added_and_leaves_nothing_behind() {
+    let rig = Rig::new().await;
+    rig.add("there", 16).await;
+    std::fs::write(rig.path("odd.img"), [0; 5000]).unwrap();
+    std::fs::write(rig.path("empty.img"), []).unwrap();
+    std::fs::write(rig.path("whole.img"), [0; 8192]).unwrap();
+    std::fs::hard_link(rig.path("there.img"), rig.path("link.img")).unwrap();
+    std::os::unix::fs::symlink(rig.path("there.img"), rig.path("symlink.img")).unwrap();
+    let cases = [
+        (
+            "new",
+            rig.path("new.img"),
+            0,
+            0,
+            Reason::VolumeFileInvalid,
+            "give a length",
+        ),
+        (
+            "new",
+            rig.path("odd.img"),
+            0,
+            0,
+            Reason::GeometryInvalid,
+            "multiple of the block size",
+        ),
+        (
+            "new",
+            rig.path("empty.img"),
+            0,
+            0,
+            Reason::GeometryInvalid,
+            "multiple of the block size",
+        ),
+        (
+            "new",
+            rig.path("whole.img"),
+            4096,
+            0,
+            Reason::VolumeFileInvalid,
+            "leave the length out",
+        ),
+        (
+            "new",
+            rig.path("new.img"),
+            4097,
+            0,
+            Reason::GeometryInvalid,
+            "multiple",
+        ),
+        (
+            "new",
+            rig.path("new.img"),
+            4096,
+            512,
+            Reason::GeometryInvalid,
+            "power of two",
+        ),
+        (
+            "new",
+            rig.path("new.img"),
+            4096,
+            65536,
+            Reason::GeometryInvalid,
+            "multiple",
+        ),
+        (
+            "new",
+            rig.path("new.img"),
+            u64::MAX & !4095,
+            0,
+            Reason::GeometryInvalid,
+            "block size",
+        ),
+        (
+            "new",
+            rig.path("no/such/dir.img"),
+            4096,
+            0,
+            Reason::VolumeFileInvalid,
+            "directory exists",
+        ),
+        (
+            "new",
+            rig.path("capture"),
+            4096,
+            0,
+            Reason::VolumeFileInvalid,
+            "name the file",
+        ),
+        (
+            "new",
+            "relative.img".into(),
+            4096,
+            0,
+            Reason::VolumeFileInvalid,
+            "absolute path",
+        ),
+        (
+            "new",
+            rig.path("there.img"),
+            0,
+            0,
+            Reason::VolumeExists,
+            "use that volume",
+        ),
+        (
+            "new",
+            rig.path("link.img"),
+            0,
+            0,
+            Reason::VolumeExists,
+            "use that volume",
+        ),
+        (
+            "new",
+            rig.path("symlink.img"),
+            0,
+            0,
+            Reason::VolumeExists,
+            "use that volume",
+        ),
+        (
+            "there",
+            rig.path("new.img"),
+            4096,
+            0,
+            Reason::VolumeExists,
+            "another name",
+        ),
+        (
+            "No Way",
+            rig.path("new.img"),
+            4096,
+            0,
+            Reason::VolumeNameInvalid,
+            "1 to 63",
+        ),
+    ];
+    for (name, file, length, block_size, reason, action) in cases {
+        let error = rig
+            .try_add(name, &file, length, block_size)
+            .await
+            .unwrap_err();
+        assert_eq!(error.reason, reason, "{}: {error}", file.display());
+        let text = format!("{}: {}", error.message, error.action);
+        assert!(text.contains(action), "{text:?} says what to do");
+        assert!(!rig.path("new.img").exists(), "{text}");
+        assert_eq!(leftovers(&rig), 1, "{text}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_volume_is_named_in_every_call() {
+    let rig = Rig::new().await;
+    let mut client = rig.client().await;
+    let volume = "nobody".to_owned();
+    let errors = [
+        client
+            .get_volume(pb::GetVolumeRequest {
+                volume: volume.clone(),
+            })
+            .await
+            .unwrap_err(),
+        client
+            .remove_volume(pb::RemoveVolumeRequest {
+                volume: volume.clone(),
+                force: true,
+            })
+            .await
+            .unwrap_err(),
+        client
+            .create_snapshot(pb::CreateSnapshotRequest {
+                volume: volume.clone(),
+                label: String::new(),
+            })
+            .await
+            .unwrap_err(),
+        client
+            .list_snapshots(pb::ListSnapshotsRequest {
+                volume: volume.clone(),
+            })
+            .await
+            .unwrap_err(),
+        client
+            .read_snapshot(pb::ReadSnapshotRequest {
+                volume: volume.clone(),
+                snapshot: 1,
+                since_snapshot: 0,
+            })
+            .await
+            .unwrap_err(),
+        client
+            .delete_snapshot(pb::DeleteSnapshotRequest {
+                volume: volume.clone(),
+                snapshot: 1,
+            })
+            .await
+            .unwrap_err(),
+        client
+            .trigger_interval(pb::TriggerIntervalRequest {
+                volume: volume.clone(),
+            })
+            .await
+            .unwrap_err(),
+    ];
+    for status in errors {
+        let error = RpcError::from(status);
+        assert_eq!(error.reason, Reason::VolumeNotFound);
+        assert!(error.message.contains("nobody") && !error.action.is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_state_directory_has_one_service_and_a_file_one_owner() {
+    let rig = Rig::new().await;
+    rig.add("data", 16).await;
+    let mut second = capture_config(rig.dir.path(), &rig.proxy.url());
+    second.nbd.0.clear();
+    let error = capture_svc::start(second.clone()).await.unwrap_err();
+    let text = format!("{error:#}");
+    assert!(text.contains("capture"), "{text}");
+    second.state = rig.path("elsewhere");
+    let other = capture_svc::start(second).await.unwrap();
+    let url = format!("http://{}", other.control_addr());
+    let channel = tonic::transport::Endpoint::from_shared(url)
+        .unwrap()
+        .connect()
+        .await
+        .unwrap();
+    let mut client = pb::capture_client::CaptureClient::new(channel);
+    let request = pb::AddVolumeRequest {
+        name: "mine".into(),
+        file: rig.path("data.img").display().to_string(),
+        length: 0,
+        block_size: 0,
+    };
+    let error = RpcError::from(client.add_volume(request).await.unwrap_err());
+    assert_eq!(error.reason, Reason::VolumeFileInUse, "{error}");
+    other.shutdown().await.unwrap();
+    rig.ship("data").await;
+}
+
+async fn state_of(rig: &Rig, name: &str) -> (VolumeState, String) {
+    let volume = rig.volume(name).await;
+    (volume.state(), volume.problem)
+}
+
+/// Each way to spoil a volume while the service is away: the volume is listed with its problem, the other one
+/// serves, and once the cause is gone the volume serves again by itself, with nothing lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spoilt_volume_stops_no_other_and_recovers_by_itself() {
+    let mut rig = Rig::new().await;
+    rig.add("data", 64).await;
+    rig.add("other", 64).await;
+    let id = tidemark_proto::convert::volume_id(&rig.volume("data").await.volume_id).unwrap();
+    let state = rig.path("capture/volumes").join(id.to_string());
+    let image = rig.path("data.img");
+    let content = noise(1, 64 * 4096);
+    rig.nbd("data").write(0, &content).unwrap();
+    rig.ship("data").await;
+    let moved = |path: &Path| path.with_extension("away");
+    let swap_length = |path: &Path, length: u64| {
+        let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.set_len(length).unwrap();
+    };
+    let damage = |path: &Path, byte: u8| {
+        let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.write_all_at(&[byte], 1).unwrap();
+    };
+    type Act<'a> = Box<dyn Fn() + 'a>;
+    let cases: Vec<(&str, Act<'_>, Act<'_>, &str)> = vec![
+        (
+            "missing",
+            Box::new(|| std::fs::rename(&image, moved(&image)).unwrap()),
+            Box::new(|| std::fs::rename(moved(&image), &image).unwrap()),
+            "is missing",
+        ),
+        (
+            "longer",
+            Box::new(|| swap_length(&image, 65 * 4096)),
+            Box::new(|| swap_length(&image, 64 * 4096)),
+            "bytes",
+        ),
+        (
+            "a directory",
+            Box::new(|| {
+                std::fs::rename(&image, moved(&image)).unwrap();
+                std::fs::create_dir(&image).unwrap();
+            }),
+            Box::new(|| {
+                std::fs::remove_dir(&image).unwrap();
+                std::fs::rename(moved(&image), &image).unwrap();
+            }),
+            "not a regular file",
+        ),
+        (
+            "a damaged uplink record",
+            Box::new(|| damage(&state.join("uplink"), b'X')),
+            Box::new(|| damage(&state.join("uplink"), b'M')),
+            "uplink record",
+        ),
+    ];
+    for (what, spoil, mend, problem) in &cases {
+        rig.capture.take().unwrap().shutdown().await.unwrap();
+        spoil();
+        rig.capture = Some(capture_svc::start(rig.config.clone()).await.unwrap());
+        let (found, text) = state_of(&rig, "data").await;
+        assert_eq!(found, VolumeState::Failed, "{what}");
+        assert!(text.contains(problem), "{what}: {text}");
+        let error = rig.try_ship("data").await.unwrap_err();
+        assert_eq!(error.reason, Reason::VolumeFailed, "{what}");
+        rig.ship("other").await;
+        mend();
+        eventually("it serves again", || async {
+            (state_of(&rig, "data").await.0 == VolumeState::Serving).then_some(())
+        })
+        .await;
+        rig.ship("data").await;
+        assert!(rig.restore("data", 0).await == content, "{what}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_state_of_another_volume_is_not_taken_for_ones_own() {
+    let mut rig = Rig::new().await;
+    rig.add("a", 16).await;
+    rig.add("b", 16).await;
+    let dir = async |name: &str| {
+        let id = tidemark_proto::convert::volume_id(&rig.volume(name).await.volume_id).unwrap();
+        rig.path("capture/volumes").join(id.to_string())
+    };
+    let (a, b) = (dir("a").await, dir("b").await);
+    rig.stop_capture().await;
+    // The directories change places, then only one file of them does.
+    let swap = |a: &Path, b: &Path| {
+        let spare = a.with_extension("spare");
+        std::fs::rename(a, &spare).unwrap();
+        std::fs::rename(b, a).unwrap();
+        std::fs::rename(&spare, b).unwrap();
+    };
+    swap(&a, &b);
+    rig.start_capture().await;
+    for id in [&a, &b] {
+        let name = id.file_name().unwrap().to_str().unwrap();
+        let (state, problem) = state_of(&rig, name).await;
+        assert_eq!(state, VolumeState::Failed);
+        assert!(problem.contains("record of volume"), "{problem}");
+    }
+    rig.stop_capture().await;
+    swap(&a, &b);
+    swap(&a.join("uplink"), &b.join("uplink"));
+    rig.start_capture().await;
+    for name in ["a", "b"] {
+        let (state, problem) = state_of(&rig, name).await;
+        assert_eq!(state, VolumeState::Failed);
+        assert!(
+            problem.contains("another volume's state directory"),
+            "{problem}"
+        );
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_half_added_is_gone_after_a_restart() {
+    let mut rig = Rig::new().await;
+    rig.add("data", 16).await;
+    rig.stop_capture().await;
+    let half = rig.path("capture/volumes/00112233-4455-6677-8899-aabbccddeeff");
+    std::fs::create_dir(&half).unwrap();
+    std::fs::write(half.join("uplink"), b"anything").unwrap();
+    let stranger = rig.path("capture/volumes/lost+found");
+    std::fs::create_dir(&stranger).unwrap();
+    rig.start_capture().await;
+    assert!(!half.exists());
+    assert!(stranger.exists(), "what isn't ours is left alone");
+    assert_eq!(state_of(&rig, "data").await.0, VolumeState::Serving);
+}
+
+fn program(arguments: &[&str], environment: &[(&str, &str)]) -> (i32, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_capture-svc"))
+        .args(arguments)
+        .env_clear()
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    (
+        output.status.code().unwrap(),
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
+}
+
+#[test]
+fn the_program_names_what_is_wrong_with_its_settings() {
+    let (code, out, _) = program(&["--print-config", "--interval-max", "7m"], &[]);
+    assert_eq!(code, 0);
+    assert!(out.contains("interval_max = \"7m\""), "{out}");
+    let (code, _, err) = program(&["--no-such-flag"], &[]);
+    assert_eq!(code, 2);
+    assert!(err.contains("--no-such-flag"), "{err}");
+    let bad = [("CAPTURE_SPEED", "9"), ("CAPTURE_LISTEN", "nowhere")];
+    let (code, _, err) = program(&["--print-config"], &bad);
+    assert_eq!(code, 1);
+    assert!(
+        err.contains("speed: no such key") && err.contains("listen: "),
+        "{err}"
+    );
+    let (code, _, err) = program(&["--config", "/no/such/file.toml"], &[]);
+    assert_eq!(code, 1);
+    assert!(err.contains("/no/such/file.toml"), "{err}");
+    // What a cluster puts into the environment of a service named `capture`.
+    let cluster = [
+        ("CAPTURE_PORT", "tcp://10.0.0.1:7401"),
+        ("CAPTURE_SERVICE_HOST", "10.0.0.1"),
+        ("CAPTURE_PORT_7401_TCP_ADDR", "10.0.0.1"),
+    ];
+    let (code, _, err) = program(&["--print-config"], &cluster);
+    assert_eq!((code, err.as_str()), (0, ""));
+}
