@@ -1,4 +1,5 @@
 //! Tests of the capture service on real files, and against a whole vault.
+#![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 #[path = "it/bad_input.rs"]
 mod bad_input;

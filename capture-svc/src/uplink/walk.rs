@@ -10,7 +10,7 @@ use bytes::Bytes;
 use tidemark_block::{
     BlockCount, BlockIndex, BlockSet, Checksum128, DigestUpdate, Extent, FrameEncoder, Geometry,
     ImageDigest, TableView, block_checksum,
-    digest::{Children, LEAF_BLOCKS, leaf_of},
+    digest::{Children, FANOUT, LEAF_BLOCKS, leaf_of},
     frame::{CodecChoice, EXTENTS_MAX, blocks_max},
 };
 use tidemark_disk::ChecksumTable;
@@ -225,7 +225,7 @@ fn zeroed(table: &impl Base, extent: Extent, sink: &mut impl Sink) -> Result<(),
         return Ok(());
     }
     let mut leaves = vec![Checksum128::ZERO; LEAVES_AT_ONCE];
-    let mut sums = vec![Checksum128::ZERO; LEAF_BLOCKS as usize];
+    let mut sums = vec![Checksum128::ZERO; FANOUT * FANOUT];
     let (mut first, last) = (
         leaf_of(extent.start()),
         leaf_of(BlockIndex::new(extent.end().get() - 1)),

@@ -84,7 +84,7 @@ async fn a_volume_that_cannot_be_is_not_added_and_leaves_nothing_behind() {
         (
             "new",
             rig.path("new.img"),
-            u64::MAX & !4095,
+            !4095,
             0,
             Reason::GeometryInvalid,
             "block size",

@@ -142,15 +142,22 @@ async fn the_scrub_finds_nothing_in_a_busy_volume() {
     .await;
     rig.add("data", 512).await;
     let mut nbd = rig.nbd("data");
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
     let writer = std::thread::spawn(move || {
-        for n in 0..1500u64 {
+        for n in 0.. {
+            if stopped.load(Ordering::Relaxed) {
+                return;
+            }
             nbd.write(n * 40_961 % (500 * 4096), &noise(n, 9000))
                 .unwrap();
         }
     });
-    while !writer.is_finished() {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    eventually("intervals come meanwhile", || async {
+        (rig.volume("data").await.base_generation >= 4).then_some(())
+    })
+    .await;
+    stop.store(true, Ordering::Relaxed);
     writer.join().unwrap();
     rig.ship("data").await;
     eventually("passes over the quiet volume", || async {
