@@ -41,6 +41,7 @@ async fn volumes_are_found_by_name_and_uuid_and_survive_a_restart() {
     rig.try_add("b", &rig.path("b.img"), 65536 * 3, 65536)
         .await
         .unwrap();
+    rig.first_generation("b").await;
     let id = volume_id(&a.volume_id).unwrap();
     let by_id = rig.client().await.get_volume(named(&id.to_string())).await;
     assert_eq!(by_id.unwrap().into_inner().name, "a");
@@ -67,7 +68,7 @@ async fn volumes_are_found_by_name_and_uuid_and_survive_a_restart() {
     let names: Vec<_> = list.iter().map(|v| v.name.as_str()).collect();
     assert_eq!(names, ["a", "b"]);
     assert!(list.iter().all(|v| v.state() == pb::VolumeState::Serving));
-    assert_eq!(list[1].base_generation, 1);
+    assert_eq!(list[1].base_generation, 2);
     assert_eq!(list[1].geometry.unwrap().block_size, 65536);
 }
 

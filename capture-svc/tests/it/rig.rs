@@ -146,10 +146,19 @@ impl Rig {
         self.vault = Some(vault);
     }
 
+    /// Adds a volume, and waits for its first generation: all zeroes.
     pub(crate) async fn add(&self, name: &str, blocks: u64) -> pb::Volume {
-        self.try_add(name, &self.path(&format!("{name}.img")), blocks * 4096, 0)
-            .await
-            .unwrap()
+        let file = self.path(&format!("{name}.img"));
+        let volume = self.try_add(name, &file, blocks * 4096, 0).await.unwrap();
+        self.first_generation(name).await;
+        volume
+    }
+
+    pub(crate) async fn first_generation(&self, name: &str) {
+        eventually("the first generation", || async {
+            (self.volume(name).await.base_generation == 1).then_some(())
+        })
+        .await;
     }
 
     pub(crate) async fn try_add(

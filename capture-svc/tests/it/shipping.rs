@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use capture_svc::config::Span;
 use tidemark_block::Trigger;
 use tidemark_proto::{Reason, capture::v1::UplinkState};
 
@@ -118,9 +119,9 @@ async fn a_lost_receipt_is_asked_for_again_and_nothing_is_sent_twice() {
     rig.nbd("data").write(0, &noise(1, 1 << 20)).unwrap();
     rig.proxy.fail(Fault::LoseReceipt);
     let receipt = rig.ship("data").await;
-    assert_eq!(receipt.generation.get(), 1);
+    assert_eq!(receipt.generation.get(), 2);
     assert_eq!(rig.proxy.frame_bytes(), receipt.frame_bytes);
-    assert_eq!(rig.generations("data").await.len(), 1);
+    assert_eq!(rig.generations("data").await.len(), 2);
     // The table followed: the next interval is right too.
     rig.nbd("data").write(4096, &[1; BLOCK]).unwrap();
     let next = rig.ship("data").await;
@@ -332,29 +333,46 @@ async fn a_refused_mark_is_made_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn intervals_come_by_themselves_by_time_and_by_changes() {
-    let rig = Rig::with(|config| {
-        config.interval_max = capture_svc::config::Span::from_millis(300);
-        config.changed_blocks_max = 100;
-    })
-    .await;
+async fn intervals_come_by_themselves_by_time() {
+    let rig = Rig::with(|config| config.interval_max = Span::from_millis(300)).await;
     rig.add("data", 1024).await;
     rig.nbd("data").write(0, &[1; BLOCK]).unwrap();
     let through = eventually("an interval by time", || async {
         let volume = rig.volume("data").await;
-        let point = volume.uplink.unwrap().recovery_point_ms;
-        (volume.base_generation >= 2 || (volume.base_generation == 1 && volume.changed_blocks == 0))
-            .then_some(point)
+        (volume.base_generation == 2).then(|| volume.uplink.unwrap().recovery_point_ms)
     })
     .await;
     // Without a change the recovery point moves on, and no generation is made.
-    let generations = rig.generations("data").await.len();
     eventually("the recovery point moves", || async {
         let point = rig.volume("data").await.uplink.unwrap().recovery_point_ms;
         (point > through + 600).then_some(())
     })
     .await;
-    assert_eq!(rig.generations("data").await.len(), generations);
+    let generations = rig.generations("data").await;
+    assert_eq!(generations.len(), 2);
+    assert!(generations[1].current_through_ms > through);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn intervals_come_by_themselves_by_changes() {
+    let rig = Rig::with(|config| config.changed_blocks_max = 100).await;
+    rig.add("data", 1024).await;
+    rig.nbd("data").write(0, &noise(1, 99 * BLOCK)).unwrap();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    assert_eq!(rig.volume("data").await.base_generation, 1);
+    rig.nbd("data")
+        .write(500 * BLOCK as u64, &noise(1, BLOCK))
+        .unwrap();
+    eventually("an interval by changes", || async {
+        (rig.volume("data").await.base_generation == 2).then_some(())
+    })
+    .await;
+    let newest = rig.generations("data").await.pop().unwrap();
+    assert_eq!(newest.changed_blocks, 100);
+    assert_eq!(
+        newest.trigger(),
+        tidemark_proto::common::v1::Trigger::ChangedBlocksMax
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
