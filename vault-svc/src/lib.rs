@@ -16,6 +16,7 @@ mod volume;
 
 #[cfg(test)]
 #[path = "../tests/it/interval.rs"]
+#[allow(clippy::unwrap_used, dead_code, reason = "tests")]
 mod interval;
 #[cfg(test)]
 mod model;

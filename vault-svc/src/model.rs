@@ -4,6 +4,8 @@
 //! The fault model is that of [`faults`]: a put or a delete fails before it has an effect or after it, or the process
 //! dies at it, again before or after. What a dead process still tries has no effect. Seeds are printed and replay.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod bitflips;
 mod faults;
 mod full;

@@ -1,5 +1,11 @@
 //! The vault service over real gRPC and a real directory.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "tests"
+)]
+
 #[path = "it/figures.rs"]
 mod figures;
 #[path = "it/hostile.rs"]

@@ -1,5 +1,12 @@
 //! Formats, and the pure decisions of the vault against naive models.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::disallowed_methods,
+    reason = "tests"
+)]
+
 #[path = "it/format.rs"]
 mod format;
 #[path = "it/image.rs"]

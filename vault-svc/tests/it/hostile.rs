@@ -10,6 +10,9 @@ use tidemark_proto::{
 
 use crate::source::{Clients, Prepared, Source, Wire, config, connect, restore, ship};
 
+/// Makes a lie of what would be accepted.
+type Spoil = Box<dyn Fn(&mut Prepared)>;
+
 async fn refused(clients: &mut Clients, prepared: &Prepared) -> Reason {
     let error = ship(clients, prepared).await.unwrap_err();
     assert!(!error.message.is_empty() && !error.action.is_empty());
@@ -29,7 +32,7 @@ async fn every_lie_is_refused_and_nothing_changes() {
     source.write_some(900);
     let good = source.prepare();
     let id = |source: &mut Source| tidemark_block::IntervalId::from_bytes(source.numbers.id());
-    let cases: Vec<(Reason, Box<dyn Fn(&mut Prepared)>)> = vec![
+    let cases: Vec<(Reason, Spoil)> = vec![
         (
             Reason::BaseNotHead,
             Box::new(|p| p.header.base = GenerationId::new(9)),

@@ -96,9 +96,10 @@ impl SegmentWriter {
             frame_blocks: u16::try_from(sequences.len()).unwrap_or(u16::MAX),
             zero: false,
         };
-        let mut place = 0_u16;
         let versions = frame.extents().iter().flat_map(|extent| extent.iter());
-        for ((block, checksum), &sequence) in versions.zip(frame.checksums()).zip(sequences) {
+        for (((block, checksum), &sequence), place) in
+            versions.zip(frame.checksums()).zip(sequences).zip(0_u16..)
+        {
             let goes_on = self.entries.last_mut().filter(|(last, _)| {
                 place > 0 && last.blocks.end() == block && last.sequence == sequence
             });
@@ -115,7 +116,6 @@ impl SegmentWriter {
                 self.entries.push((entry, self.checksums.len()));
             }
             self.checksums.push(checksum);
-            place += 1;
         }
     }
 
