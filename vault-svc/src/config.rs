@@ -67,6 +67,8 @@ pub struct Config {
     pub restores_max: u32,
     /// Volumes.
     pub volumes_max: u32,
+    /// Length of a volume: bounds the time and memory that a digest takes. At most 1024 TiB.
+    pub volume_bytes_max: ByteSize,
     /// Memory for parsed segment indexes and for extent maps, each.
     pub cache_bytes_max: ByteSize,
     /// Preallocated file that is released when the store is full, so that retire and reclaim still work. 0 = none.
@@ -97,6 +99,7 @@ impl Default for Config {
             streams_max: 64,
             restores_max: 16,
             volumes_max: 1024,
+            volume_bytes_max: ByteSize::new(64 << 40),
             cache_bytes_max: ByteSize::mib(64),
             reserve_bytes: ByteSize::mib(32),
             maintenance_period: Span::from(Duration::from_secs(60)),
@@ -194,6 +197,10 @@ impl Config {
         check(
             (1..=65536).contains(&self.volumes_max),
             "volumes_max: 1 to 65536",
+        );
+        check(
+            (mib..=1 << 50).contains(&self.volume_bytes_max.get()),
+            "volume_bytes_max: 1 MiB to 1024 TiB",
         );
         check(
             self.cache_bytes_max.get() >= 8 * mib,

@@ -58,6 +58,7 @@ pub(crate) fn of_ingest(error: &IngestError) -> RpcError {
             Reason::OutOfOrder,
             "send frames and watermarks in ascending order",
         ),
+        IngestError::TooLarge(..) => (Reason::RequestInvalid, "send smaller batches"),
         IngestError::Count { .. } => (
             Reason::RequestInvalid,
             "the seal must count the whole interval",

@@ -129,6 +129,26 @@ impl ImageReader {
             .map_err(|_| RpcError::internal("a reader failed"))
     }
 
+    /// The blocks that segments touch, ascending: all else is zero, however large the volume.
+    pub(crate) async fn spans(&self) -> Result<Vec<Extent>, RpcError> {
+        let mut spans: Vec<Extent> = self
+            .manifest
+            .tail
+            .iter()
+            .map(|record| record.blocks)
+            .collect();
+        for page in &self.manifest.pages {
+            let records = self
+                .volume
+                .page(page.name)
+                .await
+                .map_err(|e| of_store(&e))?;
+            spans.extend(records.iter().map(|record| record.blocks));
+            spans = merged(spans);
+        }
+        Ok(merged(spans))
+    }
+
     /// The runs of blocks with data in `range`, ascending and maximal.
     ///
     /// # Errors
@@ -181,6 +201,21 @@ impl ImageReader {
         }
         Ok(image)
     }
+}
+
+/// Overlapping and adjacent extents as one.
+fn merged(mut extents: Vec<Extent>) -> Vec<Extent> {
+    extents.sort_unstable_by_key(|extent| extent.start());
+    let mut merged: Vec<Extent> = Vec::new();
+    for extent in extents.into_iter().filter(|extent| !extent.is_empty()) {
+        match merged.last_mut() {
+            Some(last) if extent.start() <= last.end() => {
+                *last = Extent::between(last.start(), last.end().max(extent.end()));
+            }
+            _ => merged.push(extent),
+        }
+    }
+    merged
 }
 
 fn no_generation(manifest: &Manifest, wanted: u64) -> RpcError {

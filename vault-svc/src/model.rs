@@ -10,6 +10,7 @@ mod bitflips;
 mod faults;
 mod full;
 mod growth;
+mod leases;
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
@@ -358,6 +359,26 @@ impl World {
         let digest = table.table.digest().unwrap();
         assert!(manifest.head().is_none_or(|head| head.digest == digest));
     }
+}
+
+/// Ships an interval whole, from wherever the vault has it.
+async fn deliver(vault: &Vault, prepared: &Prepared) -> Result<Receipt, RpcError> {
+    let mut session = match vault.ship(prepared.header.clone()).await? {
+        Begun::Open(session) => session,
+        Begun::Committed(receipt) => return Ok(receipt),
+    };
+    let durable = session.durable()?.end;
+    for batch in prepared.batches.iter().filter(|batch| batch.end > durable) {
+        while !session.can_take() {
+            session.progress().await?;
+        }
+        session.batch(batch.clone()).await?;
+    }
+    while session.has_pending() {
+        session.close_part()?;
+        session.progress().await?;
+    }
+    session.commit(prepared.seal).await
 }
 
 async fn read(volume: &Arc<Volume>, generation: u64) -> Result<Vec<u8>, RpcError> {

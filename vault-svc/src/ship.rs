@@ -11,7 +11,7 @@ use std::{sync::Arc, time::Duration};
 
 use tidemark_block::{
     FrameDecoder, Geometry, IntervalHeader, IntervalSeal, Receipt, SegmentId, UnverifiedFrame,
-    VerifiedFrame, WriterTerm,
+    WriterTerm,
 };
 use tidemark_disk::checksum_table::ChecksumTable;
 use tidemark_proto::{
@@ -24,7 +24,7 @@ use tokio::{
     time::Instant,
 };
 use vault_core::{
-    ingest::{Admission, BatchError, DurablePrefix, IngestError, Interval, admit},
+    ingest::{Admission, BATCH_BYTES_MAX, BatchError, DurablePrefix, IngestError, Interval, admit},
     segment::SealedSegment,
 };
 
@@ -241,17 +241,19 @@ impl Session {
             return Ok(false);
         }
         let table = Arc::clone(&self.table);
-        self.on_interval(move |interval, _| interval.resume(&*table, &footer, &index, &checksums))
-            .await?;
+        self.on_interval(move |interval, _| {
+            interval
+                .resume(&*table, &footer, &index, &checksums)
+                .map_err(of_batch)
+        })
+        .await?;
         Ok(true)
     }
 
     /// Runs a step of the interval on a blocking thread.
     async fn on_interval(
         &mut self,
-        step: impl FnOnce(&mut Interval, &mut FrameDecoder) -> Result<(), BatchError<std::io::Error>>
-        + Send
-        + 'static,
+        step: impl FnOnce(&mut Interval, &mut FrameDecoder) -> Result<(), RpcError> + Send + 'static,
     ) -> Result<(), RpcError> {
         let mut interval = self.interval.take().ok_or_else(lost)?;
         let mut decoder = self.decoder.take().unwrap_or_default();
@@ -262,7 +264,7 @@ impl Session {
         let (interval, decoder, result) = work.await.map_err(|_| lost())?;
         self.interval = Some(interval);
         self.decoder = Some(decoder);
-        result.map_err(of_batch)
+        result
     }
 
     /// What is durable.
@@ -284,22 +286,31 @@ impl Session {
         let table = Arc::clone(&self.table);
         let geometry = self.header()?.geometry;
         let now = now_ms();
-        let refused: Arc<parking_lot::Mutex<Option<RpcError>>> = Arc::default();
-        let seen = Arc::clone(&refused);
+        let bytes = batch.frames.len();
+        if bytes > BATCH_BYTES_MAX {
+            return Err(of_ingest(&IngestError::TooLarge(
+                BATCH_BYTES_MAX,
+                "bytes of frames",
+            )));
+        }
         self.on_interval(move |interval, decoder| {
-            let bytes = batch.frames.len() as u64;
-            match verify(geometry, decoder, batch.frames) {
-                Ok(frames) => interval.batch(now, &*table, batch.end, &frames, bytes),
-                Err(error) => {
-                    *seen.lock() = Some(error);
-                    Ok(())
-                }
+            interval.begin_batch(batch.end).map_err(|e| of_ingest(&e))?;
+            let mut rest = batch.frames;
+            let mut count = 0;
+            while !rest.is_empty() {
+                let (frame, behind) =
+                    UnverifiedFrame::split(rest).map_err(|e| bad_frame(count, &e))?;
+                let frame = frame
+                    .verify(geometry, decoder)
+                    .map_err(|e| bad_frame(count, &e))?;
+                interval.frame(now, &*table, &frame).map_err(of_batch)?;
+                rest = behind;
+                count += 1;
             }
+            interval.end_batch(now, bytes as u64);
+            Ok(())
         })
         .await?;
-        if let Some(error) = refused.lock().take() {
-            return Err(error);
-        }
         self.last_batch = Instant::now();
         if let Some(sealed) = self.interval()?.take_full() {
             self.ready = Some((sealed, self.permit.take()));
@@ -447,25 +458,6 @@ impl Drop for Session {
             });
         }
     }
-}
-
-fn verify(
-    geometry: Geometry,
-    decoder: &mut FrameDecoder,
-    mut bytes: bytes::Bytes,
-) -> Result<Vec<VerifiedFrame>, RpcError> {
-    let mut frames = Vec::new();
-    while !bytes.is_empty() {
-        let split = UnverifiedFrame::split(bytes);
-        let (frame, rest) = split.map_err(|e| bad_frame(frames.len(), &e))?;
-        frames.push(
-            frame
-                .verify(geometry, decoder)
-                .map_err(|e| bad_frame(frames.len(), &e))?,
-        );
-        bytes = rest;
-    }
-    Ok(frames)
 }
 
 fn bad_frame(at: usize, error: &tidemark_block::FrameError) -> RpcError {

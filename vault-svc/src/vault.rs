@@ -197,6 +197,18 @@ impl Vault {
             last_term: asked.last_term,
             nonce: asked.nonce,
         };
+        let longest = self.config.volume_bytes_max;
+        if request.geometry.length() > longest.get() {
+            return Err(RpcError::new(
+                Reason::GeometryInvalid,
+                format!(
+                    "volume {}: {} bytes are more than this vault takes ({longest})",
+                    request.volume,
+                    request.geometry.length()
+                ),
+                "raise volume_bytes_max at the vault",
+            ));
+        }
         let volume = match self.volume(request.volume) {
             Ok(volume) => volume,
             Err(error) if error.reason == Reason::VolumeNotFound => self.create(&request).await?,

@@ -7,21 +7,25 @@
 
 use thiserror::Error;
 use tidemark_block::{
-    BlockCount, BlockIndex, Checksum128, Codec, DigestUpdate, Extent, GenerationId, Geometry,
-    ImageDigest, IntervalHeader, IntervalSeal, Receipt, SegmentId, Sequence, TableView,
-    VerifiedFrame, WriterTerm,
+    BlockIndex, Checksum128, Codec, DigestUpdate, Extent, GenerationId, Geometry, ImageDigest,
+    IntervalHeader, IntervalSeal, Receipt, SegmentId, Sequence, TableView, VerifiedFrame,
+    WriterTerm,
 };
 
 use crate::{
     manifest::{CutKind, Generation, Manifest},
     segment::{
-        FRAMES_AT, Footer, SealedSegment, SegmentIndex, SegmentKind, SegmentOrigin, SegmentRecord,
-        SegmentWriter,
+        ENTRIES_MAX, Footer, SealedSegment, SegmentIndex, SegmentKind, SegmentOrigin,
+        SegmentRecord, SegmentWriter,
     },
 };
 
 /// Checksums kept in memory for the table until the commit; an interval with more has them read back from its parts.
 const OVERLAY_BLOCKS_MAX: usize = 1 << 18;
+/// The most bytes of a batch's frames.
+pub const BATCH_BYTES_MAX: usize = 2 << 20;
+/// The most runs of adjacent blocks in a batch: bounds what it adds to an index.
+pub const BATCH_EXTENTS_MAX: usize = ENTRIES_MAX / 2;
 /// Room for index, checksums and footer behind the frames of a part.
 const TRAILER_ROOM: usize = 1 << 20;
 
@@ -81,6 +85,9 @@ pub enum IngestError {
         /// Received.
         received: u64,
     },
+    /// A batch is too large.
+    #[error("a batch has at most {0} {1}")]
+    TooLarge(usize, &'static str),
     /// Nothing was changed: that is told by MarkCurrent.
     #[error("an interval without changes makes no generation")]
     Empty,
@@ -180,6 +187,7 @@ pub struct Interval {
     /// Every changed block below it has been received.
     received_end: BlockIndex,
     open: Option<OpenPart>,
+    batch: Option<OpenBatch>,
     next_part: u32,
     /// Parts in order; the first `durable` of them are durable.
     parts: Vec<SegmentRecord>,
@@ -191,6 +199,15 @@ pub struct Interval {
     frame_bytes: u64,
     stream_bytes: u64,
     overlay: Option<Overlay>,
+}
+
+/// A batch between its beginning and its end. It stays open when one of its frames is refused.
+#[derive(Debug)]
+struct OpenBatch {
+    end: BlockIndex,
+    /// Every further block lies at or behind it.
+    behind: BlockIndex,
+    extents: usize,
 }
 
 #[derive(Debug)]
@@ -240,6 +257,7 @@ impl Interval {
             digest,
             received_end: BlockIndex::ZERO,
             open: None,
+            batch: None,
             next_part: 0,
             parts: Vec::new(),
             part_ends: Vec::new(),
@@ -314,50 +332,72 @@ impl Interval {
         Ok(())
     }
 
-    /// Takes a batch of verified frames. Afterwards [`Self::take_full`] says whether a part is to be put.
+    /// Begins a batch that brings everything below `end`. Its frames follow one by one, so that only one is decoded
+    /// at a time, then [`Self::end_batch`].
     ///
     /// # Errors
-    /// Blocks or watermark are out of order: the stream is to be closed. The table can't be read: likewise. What the
-    /// batch had is not stored then.
-    pub fn batch<V: TableView>(
-        &mut self,
-        now_ms: u64,
-        view: &V,
-        end: BlockIndex,
-        frames: &[VerifiedFrame],
-        encoded_bytes: u64,
-    ) -> Result<(), BatchError<V::Error>> {
+    /// The watermark doesn't rise: the stream is to be closed.
+    pub fn begin_batch(&mut self, end: BlockIndex) -> Result<(), IngestError> {
         if end <= self.received_end || end > self.header.geometry.all().end() {
             return Err(IngestError::Watermark {
                 found: end,
                 last: self.received_end,
-            }
-            .into());
+            });
         }
-        let range = Extent::between(self.received_end, end);
-        let mut behind = self.received_end;
-        for extent in frames.iter().flat_map(|frame| frame.extents()) {
-            if extent.start() < behind || extent.end() > end {
+        self.batch = Some(OpenBatch {
+            end,
+            behind: self.received_end,
+            extents: 0,
+        });
+        Ok(())
+    }
+
+    /// Takes a frame of the batch that was begun.
+    ///
+    /// # Errors
+    /// Its blocks are out of order, or there are too many: the stream is to be closed. The table can't be read:
+    /// likewise. The batch can't be ended then, and nothing of it is ever put.
+    ///
+    /// # Panics
+    /// Where no batch was begun.
+    pub fn frame<V: TableView>(
+        &mut self,
+        now_ms: u64,
+        view: &V,
+        frame: &VerifiedFrame,
+    ) -> Result<(), BatchError<V::Error>> {
+        let received_end = self.received_end;
+        let batch = self.batch.as_mut().expect("a frame comes within a batch");
+        for extent in frame.extents() {
+            if extent.start() < batch.behind || extent.end() > batch.end {
                 return Err(IngestError::OutOfOrder {
                     block: extent.start(),
-                    range,
+                    range: Extent::between(received_end, batch.end),
                 }
                 .into());
             }
-            behind = extent.end();
+            batch.behind = extent.end();
         }
-        for frame in frames {
-            self.note_frame(view, frame)?;
-            self.frame_count += 1;
-            self.frame_bytes += frame.encoded().len() as u64;
-            let sequence = self.sequence;
-            self.open_part(now_ms).writer.push(frame, sequence);
+        batch.extents += frame.extents().len();
+        if batch.extents > BATCH_EXTENTS_MAX {
+            return Err(IngestError::TooLarge(BATCH_EXTENTS_MAX, "runs of blocks").into());
         }
-        // Also a batch without frames moves the watermark: its part must say so.
-        self.open_part(now_ms);
-        self.received_end = end;
-        self.stream_bytes += encoded_bytes;
+        self.note_frame(view, frame)?;
+        self.frame_count += 1;
+        self.frame_bytes += frame.encoded().len() as u64;
+        let sequence = self.sequence;
+        self.open_part(now_ms).writer.push(frame, sequence);
         Ok(())
+    }
+
+    /// Ends the batch, of so many bytes. Afterwards [`Self::take_full`] says whether a part is to be put.
+    pub fn end_batch(&mut self, now_ms: u64, encoded_bytes: u64) {
+        if let Some(batch) = self.batch.take() {
+            // Also a batch without frames moves the watermark: its part must say so.
+            self.open_part(now_ms);
+            self.received_end = batch.end;
+            self.stream_bytes += encoded_bytes;
+        }
     }
 
     fn open_part(&mut self, now_ms: u64) -> &mut OpenPart {
@@ -456,7 +496,7 @@ impl Interval {
     /// Whether frames or a watermark wait in a part that is not yet being put.
     #[must_use]
     pub const fn has_open(&self) -> bool {
-        self.open.is_some()
+        self.open.is_some() && self.batch.is_none()
     }
 
     /// When the open part was begun.
@@ -467,6 +507,10 @@ impl Interval {
 
     /// Seals the open part, whatever is in it.
     pub fn take_open(&mut self) -> Option<SealedSegment> {
+        // A part with half a batch has no watermark that could be told.
+        if self.batch.is_some() {
+            return None;
+        }
         let part = self.open.take()?;
         let sealed = part.writer.finish((part.first, self.received_end));
         self.next_part += 1;
@@ -597,16 +641,4 @@ impl Finished {
         let pages = next.push_generation(generation, self.segments.clone());
         Ok((next, pages))
     }
-}
-
-/// What a stream may hold in memory beside its two parts: for limits.
-#[must_use]
-pub const fn part_memory(part_bytes_max: u64) -> u64 {
-    part_bytes_max + FRAMES_AT + TRAILER_ROOM as u64
-}
-
-/// How many blocks a set of records holds with data.
-#[must_use]
-pub fn data_blocks(records: &[SegmentRecord]) -> BlockCount {
-    BlockCount::new(records.iter().map(|record| record.data_blocks.get()).sum())
 }

@@ -39,7 +39,7 @@ pub const FOOTER_PAYLOAD_LEN: usize = 200;
 /// Bytes of the footer, which ends the object.
 pub const FOOTER_LEN: u64 = (ENVELOPE_LEN + FOOTER_PAYLOAD_LEN) as u64;
 /// The most entries of one segment: bounds the memory of an index.
-pub const ENTRIES_MAX: usize = 1 << 17;
+pub const ENTRIES_MAX: usize = 1 << 18;
 /// The most blocks with data of one segment: bounds the checksum section.
 pub const DATA_BLOCKS_MAX: u64 = 1 << 18;
 /// Bit 0 of an entry's flags: the blocks are zero, and no frame holds them.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use futures::{Stream, StreamExt, TryStreamExt};
 use tidemark_block::{
-    BlockIndex, Checksum128, CodecChoice, FrameEncoder, Geometry, frame::blocks_max,
+    BlockIndex, Checksum128, CodecChoice, Extent, FrameEncoder, Geometry, frame::blocks_max,
 };
 use tidemark_proto::{RpcError, convert::FrameBatch};
 
@@ -42,12 +42,18 @@ struct Chunk {
 /// The batches of an image, ascending. Ends at the first error.
 pub fn batches(reader: Arc<ImageReader>) -> impl Stream<Item = Result<RestoredBatch, RpcError>> {
     let geometry = reader.geometry();
-    let windows = vault_core::image::windows(geometry, geometry.all());
+    let windows = {
+        let reader = Arc::clone(&reader);
+        futures::stream::once(async move { reader.spans().await })
+            .map_ok(move |spans| futures::stream::iter(touched(geometry, spans).map(Ok)))
+            .try_flatten()
+    };
     let maps = {
         let reader = Arc::clone(&reader);
-        futures::stream::iter(windows).map(move |window| {
+        windows.map(move |window: Result<Extent, RpcError>| {
             let reader = Arc::clone(&reader);
             async move {
+                let window = window?;
                 let pieces = reader.window(window).await?;
                 Ok::<_, RpcError>(chunks(geometry, pieces, window.end()))
             }
@@ -62,6 +68,19 @@ pub fn batches(reader: Arc<ImageReader>) -> impl Stream<Item = Result<RestoredBa
             async move { pack(&reader, geometry, chunk?).await }
         })
         .buffered(AHEAD)
+}
+
+/// The windows that ascending spans touch, each once.
+fn touched(geometry: Geometry, spans: Vec<Extent>) -> impl Iterator<Item = Extent> {
+    let mut behind = BlockIndex::ZERO;
+    spans
+        .into_iter()
+        .flat_map(move |span| vault_core::image::windows(geometry, span))
+        .filter(move |window| {
+            let new = window.start() >= behind;
+            behind = behind.max(window.end());
+            new
+        })
 }
 
 /// Adjacent pieces of the same frame; never taken apart.

@@ -5,26 +5,10 @@ use std::sync::Arc;
 use object_store::{ObjectStore, ObjectStoreExt, memory::InMemory};
 use vault_core::reclaim::Policy;
 
-use super::{config, read, scratch};
-use crate::{Vault, interval::Source, ship::Begun, store::Store};
+use super::{config, deliver, read, scratch};
+use crate::{Vault, interval::Source, store::Store};
 
 const BLOCKS: u64 = super::BLOCKS;
-
-async fn ship(vault: &Vault, source: &mut Source) {
-    let prepared = source.prepare();
-    let Begun::Open(mut session) = vault.ship(prepared.header.clone()).await.unwrap() else {
-        panic!()
-    };
-    for batch in prepared.batches {
-        session.batch(batch).await.unwrap();
-    }
-    while session.has_pending() {
-        session.close_part().unwrap();
-        session.progress().await.unwrap();
-    }
-    let receipt = session.commit(prepared.seal).await.unwrap();
-    source.committed(&receipt);
-}
 
 async fn objects(store: &InMemory) -> Vec<(object_store::path::Path, Vec<u8>)> {
     use futures::TryStreamExt;
@@ -92,7 +76,8 @@ fn a_flipped_bit_anywhere_is_seen_or_harmless() {
                 source.changed.insert(block + u64::from(round));
             }
             source.zero(4..6);
-            ship(&vault, &mut source).await;
+            let prepared = source.prepare();
+            source.committed(&deliver(&vault, &prepared).await.unwrap());
             images.push(source.image.clone());
         }
         drop(vault);

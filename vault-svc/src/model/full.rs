@@ -3,39 +3,14 @@
 use std::sync::Arc;
 
 use object_store::memory::InMemory;
-use tidemark_proto::{Reason, RpcError};
+use tidemark_proto::Reason;
 
 use super::{
-    POLICY, config,
+    POLICY, config, deliver,
     faults::{FaultyStore, Fuse},
     read, scratch,
 };
-use crate::{
-    Vault,
-    interval::{Prepared, Source},
-    ship::Begun,
-    store::Store,
-};
-
-async fn ship(vault: &Vault, source: &mut Source, prepared: &Prepared) -> Result<(), RpcError> {
-    let mut session = match vault.ship(prepared.header.clone()).await? {
-        Begun::Open(session) => session,
-        Begun::Committed(_) => panic!("nothing was committed"),
-    };
-    let durable = session.durable()?.end;
-    for batch in prepared.batches.iter().filter(|batch| batch.end > durable) {
-        while !session.can_take() {
-            session.progress().await?;
-        }
-        session.batch(batch.clone()).await?;
-    }
-    while session.has_pending() {
-        session.close_part()?;
-        session.progress().await?;
-    }
-    source.committed(&session.commit(prepared.seal).await?);
-    Ok(())
-}
+use crate::{Vault, interval::Source, store::Store};
 
 #[test]
 fn a_full_store_refuses_changes_nothing_and_goes_on_when_there_is_room() {
@@ -63,8 +38,8 @@ fn a_full_store_refuses_changes_nothing_and_goes_on_when_there_is_room() {
             let prepared = source.prepare();
             // Room for one and a half intervals more than there are.
             fuse.limit(Some(1_000_000 + round * 20_000));
-            let mut result = ship(&vault, &mut source, &prepared).await;
-            while let Err(error) = result {
+            let mut result = deliver(&vault, &prepared).await;
+            while let Err(error) = &result {
                 assert_eq!(
                     (error.reason, error.kind),
                     (Reason::StoreFull, tidemark_proto::ErrorKind::Exhausted)
@@ -77,8 +52,9 @@ fn a_full_store_refuses_changes_nothing_and_goes_on_when_there_is_room() {
                 // What is retired makes room; if that isn't enough, somebody adds some.
                 let _ = vault.pass(&volume, true).await;
                 fuse.limit(Some(fuse.limit_now() + 300_000));
-                result = ship(&vault, &mut source, &prepared).await;
+                result = deliver(&vault, &prepared).await;
             }
+            source.committed(&result.unwrap());
             image.clone_from(&source.image);
             assert!(read(&volume, 0).await.unwrap() == image);
         }

@@ -5,11 +5,10 @@ use std::{collections::VecDeque, sync::Arc};
 use object_store::memory::InMemory;
 use vault_core::reclaim::Policy;
 
-use super::{config, read, scratch};
+use super::{config, deliver, read, scratch};
 use crate::{
     Vault,
     interval::{Numbers, Source},
-    ship::Begun,
     store::Store,
 };
 
@@ -82,21 +81,7 @@ fn stored_bytes_stay_below_one_and_a_half_of_live_bytes_over_2000_intervals() {
                 }
             }
             let prepared = source.prepare();
-            let Begun::Open(mut session) = vault.ship(prepared.header.clone()).await.unwrap()
-            else {
-                panic!()
-            };
-            for batch in prepared.batches {
-                while !session.can_take() {
-                    session.progress().await.unwrap();
-                }
-                session.batch(batch).await.unwrap();
-            }
-            while session.has_pending() {
-                session.close_part().unwrap();
-                session.progress().await.unwrap();
-            }
-            let receipt = session.commit(prepared.seal).await.unwrap();
+            let receipt = deliver(&vault, &prepared).await.unwrap();
             source.committed(&receipt);
             received += receipt.frame_bytes;
             images.push_back(source.image.clone());

@@ -197,7 +197,8 @@ fn nonzero_runs(start: u64, nodes: &[Checksum128]) -> Vec<DigestRun> {
 }
 
 /// What the next thing to do on a stream is.
-enum Event {
+enum Event<'a> {
+    Room(mpsc::Permit<'a, Result<ShipResponse, Status>>),
     Durable(ShipAnswer),
     Message(Option<ShipMessage>),
     Superseded,
@@ -220,6 +221,7 @@ impl Service {
             },
         };
         let vault = Arc::clone(&self.vault);
+        let id = header.volume;
         let mut session = match vault.ship(header).await? {
             Begun::Committed(receipt) => {
                 let _ = answers.send(Ok(ShipAnswer::Receipt(receipt).into())).await;
@@ -241,6 +243,13 @@ impl Service {
                     .map_err(|_| RpcError::internal("a commit failed"))??;
                 self.vault.wake.notify_one();
                 let _ = answers.send(Ok(ShipAnswer::Receipt(receipt).into())).await;
+                // The table follows now, so that the next interval needn't wait for it.
+                let volume = self.vault.volume(id)?;
+                tokio::spawn(async move {
+                    if let Err(error) = volume.table_at_head().await {
+                        tracing::warn!(volume = %id, %error, "the checksum table stays behind until it is needed");
+                    }
+                });
                 Ok(())
             }
             // The connection broke, or the vault stops: what was received is kept for the next try.
@@ -272,12 +281,18 @@ impl Service {
         let Some(mut turn) = session.turn() else {
             return Err(superseded());
         };
+        // Acknowledgements are cumulative: while the source doesn't read them only the last is kept.
+        let mut unsent = None;
         loop {
             let can_take = session.can_take();
             let event = tokio::select! {
                 biased;
                 _ = stop.wait_for(|stop| *stop) => return Err(stopping()),
                 () = turn.superseded() => Event::Superseded,
+                room = answers.reserve(), if unsent.is_some() => match room {
+                    Ok(room) => Event::Room(room),
+                    Err(_) => return Ok(None),
+                },
                 prefix = session.progress() => Event::Durable(ship::ack(prefix?)),
                 message = next(incoming), if can_take => Event::Message(message?),
                 () = tokio::time::sleep(idle_max), if can_take => Event::Idle,
@@ -285,7 +300,12 @@ impl Service {
             match event {
                 Event::Superseded => return Err(superseded()),
                 Event::Idle => return Err(idle(idle_max)),
-                Event::Durable(ack) => send(answers, ack).await,
+                Event::Room(room) => {
+                    if let Some(ack) = unsent.take() {
+                        room.send(Ok(ShipResponse::from(ack)));
+                    }
+                }
+                Event::Durable(ack) => unsent = Some(ack),
                 Event::Message(None) => return Ok(None),
                 Event::Message(Some(ShipMessage::Header(_))) => {
                     return Err(out_of_order("a stream has one header"));
@@ -294,18 +314,15 @@ impl Service {
                 Event::Message(Some(ShipMessage::Seal(seal))) => {
                     while session.has_pending() {
                         session.close_part()?;
-                        send(answers, ship::ack(session.progress().await?)).await;
+                        let ack = ship::ack(session.progress().await?);
+                        // The receipt says it all should there be no room.
+                        let _ = answers.try_send(Ok(ack.into()));
                     }
                     return Ok(Some(seal));
                 }
             }
         }
     }
-}
-
-/// A source that has gone is noticed by reading from it, not here.
-async fn send(answers: &Answers, answer: ShipAnswer) {
-    let _ = answers.send(Ok(answer.into())).await;
 }
 
 async fn next(incoming: &mut Streaming<ShipRequest>) -> Result<Option<ShipMessage>, RpcError> {

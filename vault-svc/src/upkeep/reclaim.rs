@@ -43,7 +43,7 @@ pub(super) struct Rewritten {
 
 impl Volume {
     /// Every segment that images are read from.
-    pub(super) async fn all_segments(
+    pub(crate) async fn all_segments(
         &self,
         manifest: &Manifest,
     ) -> Result<Vec<SegmentRecord>, RpcError> {

@@ -121,6 +121,46 @@ async fn every_lie_is_refused_and_nothing_changes() {
     running.shutdown().await.unwrap();
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn batches_have_a_limit_and_what_is_below_it_comes_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let running = vault_svc::start(config(dir.path())).await.unwrap();
+    let mut clients = connect(&running).await;
+    let mut source = Source::new(15, 200_000);
+    source.start_term(&mut clients).await.unwrap();
+    for block in (0..200_000).step_by(2) {
+        source.block(block)[0] = 1;
+        source.changed.insert(block);
+    }
+    source.compressed = Some(true);
+    source.batch_frames = 400;
+    source.ship(&mut clients).await.unwrap();
+    // Every second block back to zero: as many runs as there are blocks.
+    source.zero_each((0..200_000).step_by(2));
+    source.batch_frames = 3000;
+    let prepared = source.prepare();
+    let longest = prepared
+        .batches
+        .iter()
+        .map(|batch| batch.frames.len())
+        .max()
+        .unwrap();
+    assert!(
+        prepared.batches.len() == 1 && longest < 2 << 20,
+        "{longest}"
+    );
+    let receipt = ship(&mut clients, &prepared).await.unwrap();
+    source.committed(&receipt);
+    assert!(restore(&mut clients, &source, 2).await.unwrap() == source.image);
+    assert!(restore(&mut clients, &source, 1).await.is_ok());
+    let mut large = prepared.clone();
+    large.header.base = source.base;
+    large.header.interval = tidemark_block::IntervalId::from_bytes([9; 16]);
+    large.batches[0].frames = Bytes::from(vec![0; (2 << 20) + 1]);
+    assert_eq!(refused(&mut clients, &large).await, Reason::RequestInvalid);
+    running.shutdown().await.unwrap();
+}
+
 fn flip(batch: &mut FrameBatch, at: usize) {
     let mut bytes = batch.frames.to_vec();
     bytes[at] ^= 1;

@@ -95,6 +95,10 @@ impl Source {
     }
 
     pub(crate) fn zero(&mut self, blocks: std::ops::Range<u64>) {
+        self.zero_each(blocks);
+    }
+
+    pub(crate) fn zero_each(&mut self, blocks: impl Iterator<Item = u64>) {
         for block in blocks {
             self.block(block).fill(0);
             self.changed.insert(block);

@@ -2,8 +2,7 @@
 
 use bytes::Bytes;
 use tidemark_block::{
-    BlockCount, BlockIndex, Checksum128, Codec, Extent, Sequence, VerifiedFrame,
-    frame::EXTENTS_MAX, wire,
+    BlockCount, BlockIndex, Checksum128, Codec, Extent, Sequence, VerifiedFrame, wire,
 };
 
 use super::{
@@ -60,12 +59,13 @@ impl SegmentWriter {
         self.entries.is_empty()
     }
 
-    /// It has as many bytes as it should, or its index or checksums are at their limit.
+    /// It has as many bytes as it should, or its index or checksums are half way to their limit: a batch that began
+    /// before still fits.
     #[must_use]
     pub fn is_full(&self, bytes_max: u64) -> bool {
         self.frame_bytes() >= bytes_max
-            || self.entries.len() + EXTENTS_MAX > ENTRIES_MAX
-            || self.checksums.len() as u64 + EXTENTS_MAX as u64 > DATA_BLOCKS_MAX
+            || self.entries.len() >= ENTRIES_MAX / 2
+            || self.checksums.len() as u64 >= DATA_BLOCKS_MAX / 2
     }
 
     /// Appends a frame as it is; all its blocks have one sequence.
