@@ -8,6 +8,8 @@
 
 #[path = "it/figures.rs"]
 mod figures;
+#[path = "it/full_disk.rs"]
+mod full_disk;
 #[path = "it/hostile.rs"]
 mod hostile;
 #[path = "it/interval.rs"]
