@@ -11,10 +11,12 @@ use std::{
 };
 
 use capture_core::engine::{
-    capture::{Capture, CaptureError, Tuning, View},
+    capture::{Capture, CaptureError, RING_WORD, Tuning, View},
     cut::{Cut, Purpose},
+    media::{Map, Media},
     read::SnapshotRead,
     recover::{EPOCHS_RESERVED, Outcome},
+    ring::Ring,
     spool::SpoolLimits,
     trust::Judgement,
     write::{Change, Step, WriteOp},
@@ -478,10 +480,30 @@ impl World {
     }
 
     fn doubt(&mut self) {
-        let blocks: BlockSet = [one(self.random.below(BLOCKS))].into_iter().collect();
-        let result = self.capture.doubt(&blocks);
+        let block = self.random.below(BLOCKS);
+        let result = self.capture.doubt(&[one(block)].into_iter().collect());
         if self.accept(result).is_some() {
-            assert!(self.capture.tracked(geometry().all()).len().get() > 0);
+            self.foreign_write(block);
+        }
+    }
+
+    /// What doubt is about: somebody else writes, past dirty map and intent. Only where no snapshot would show it, and
+    /// no record of the block would give it away.
+    fn foreign_write(&mut self, block: u64) {
+        let recorded = Ring::records(&self.sim.words(Map::Tracking)[RING_WORD..])
+            .any(|(recorded, _)| recorded.get() == block);
+        let nothing_open = self.requests.is_empty()
+            && self.readings.is_empty()
+            && self.cut.is_none()
+            && self.capture.snapshots().is_empty()
+            && self.capture.open_interval().is_none();
+        if nothing_open && !recorded {
+            self.pattern += 1;
+            let content = &PATTERNS[self.pattern % PATTERNS.len()][..BLOCK];
+            if self.sim.write_volume(block * BLOCK as u64, content).is_ok() {
+                let epoch = self.capture.epoch();
+                self.note_write(epoch, &[one(block)]);
+            }
         }
     }
 

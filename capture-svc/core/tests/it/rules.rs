@@ -11,6 +11,7 @@ use std::{
 use capture_core::engine::{
     capture::{Capture, CaptureError, EPOCH_WORD, RING_WORD, Tuning},
     cut::Purpose,
+    intent::{IntentMap, PAGE_LEN, encode_page},
     media::{Map, Media},
     read::SnapshotRead,
     recover::{EPOCHS_RESERVED, Outcome},
@@ -558,6 +559,36 @@ fn a_torn_intent_page_leaves_its_predecessor() {
             );
         },
     );
+}
+
+#[test]
+fn a_page_torn_in_its_middle_loses_nothing_that_was_durable() {
+    const REGIONS: u64 = 30_000;
+    let restore = |places: &[Vec<u8>; 2]| {
+        IntentMap::restore(volume(), REGIONS, 0, std::slice::from_ref(places))
+    };
+    let mut places = [
+        vec![0; PAGE_LEN],
+        encode_page(volume(), 0, 1, &[0; _]).to_vec(),
+    ];
+    for region in [5, REGIONS - 1, 20_000] {
+        let map = restore(&places);
+        let batch = map.want(region).unwrap();
+        let (place, page) = batch.pages().next().unwrap();
+        let place = usize::try_from(place).unwrap();
+        for reached in (0..=PAGE_LEN).step_by(512) {
+            let mut torn = places.clone();
+            torn[place][..reached].copy_from_slice(&page[..reached]);
+            let mut found = restore(&torn).set_regions();
+            found.retain(|found| *found != region);
+            assert_eq!(
+                found,
+                restore(&places).set_regions(),
+                "{reached} bytes of region {region}"
+            );
+        }
+        places[place] = page.to_vec();
+    }
 }
 
 #[test]
