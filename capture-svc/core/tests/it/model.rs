@@ -21,7 +21,7 @@ use capture_core::engine::{
     trust::Judgement,
     write::{Change, Step, WriteOp},
 };
-use tidemark_block::{BlockIndex, BlockSet, BlockSize, Extent, Geometry, VolumeId};
+use tidemark_block::{BlockIndex, BlockSize, Extent, Geometry, VolumeId};
 
 use crate::sim::{Faults, Random, Sim};
 
