@@ -132,7 +132,7 @@ impl MappedWords {
 
     /// Zeroes every word.
     pub(super) fn reset(&self) -> io::Result<()> {
-        const ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+        static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
         let mut at = HEADER_LEN;
         let end = HEADER_LEN + self.words.load(SeqCst) as u64 * WORD_LEN;
         while at < end {

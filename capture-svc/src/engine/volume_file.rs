@@ -170,7 +170,7 @@ pub(super) fn zeroes_fast(file: &File, length: u64, allocated: bool) -> bool {
 }
 
 fn write_zeroes(file: &File, mut offset: u64, mut length: u64) -> io::Result<()> {
-    const ZEROES: [u8; 1 << 16] = [0; 1 << 16];
+    static ZEROES: [u8; 1 << 16] = [0; 1 << 16];
     while length > 0 {
         let part = length.min(ZEROES.len() as u64);
         file.write_all_at(&ZEROES[..usize::try_from(part).unwrap_or(0)], offset)?;

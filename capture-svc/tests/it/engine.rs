@@ -101,12 +101,12 @@ fn set(extents: &[(u64, u64)]) -> BlockSet {
 
 fn write(engine: &Engine, block: u64, byte: u8) {
     engine
-        .write(block * BLOCK, &[byte; BLOCK as usize], Durability::Volatile)
+        .write(block * BLOCK, &[byte; 4096], Durability::Volatile)
         .unwrap();
 }
 
 fn at(reader: &SnapshotReader, block: u64) -> u8 {
-    let mut bytes = [0; BLOCK as usize];
+    let mut bytes = [0; 4096];
     reader.read_blocks(extent(block, 1), &mut bytes).unwrap();
     assert!(
         bytes.iter().all(|&byte| byte == bytes[0]),
@@ -262,7 +262,7 @@ fn zeroes_and_trims_are_tracked_and_leave_holes() {
         "zeroes leave holes"
     );
     let allocation = engine.extents(0, 1024 * BLOCK, 3).unwrap();
-    assert_eq!(allocation[0].hole, false);
+    assert!(!allocation[0].hole);
     assert_eq!(
         (allocation[1].length, allocation[1].hole),
         (9 * BLOCK, true)
