@@ -6,8 +6,6 @@
     reason = "tests"
 )]
 
-#[path = "it/figures.rs"]
-mod figures;
 #[path = "it/full_disk.rs"]
 mod full_disk;
 #[path = "it/hostile.rs"]

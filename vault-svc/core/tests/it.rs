@@ -11,5 +11,7 @@
 mod format;
 #[path = "it/image.rs"]
 mod image;
+#[path = "it/resume.rs"]
+mod resume;
 #[path = "it/samples.rs"]
 mod samples;

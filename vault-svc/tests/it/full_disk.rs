@@ -1,4 +1,4 @@
-//! A real file system without room. By hand: it mounts a tmpfs, which needs root.
+//! A real file system without room: a small tmpfs, which only root can mount.
 
 use std::process::Command;
 
@@ -17,8 +17,15 @@ fn mount(options: &str, at: &std::path::Path) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-#[ignore = "mounts a tmpfs: needs root"]
 async fn a_full_disk_refuses_then_goes_on_when_it_has_room() {
+    if !rustix::process::geteuid().is_root() {
+        assert!(
+            std::env::var_os("CI").is_none_or(|ci| ci != "true"),
+            "mounting a tmpfs needs root"
+        );
+        println!("skipped: mounting a tmpfs needs root");
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     let store = dir.path().join("store");
     std::fs::create_dir(&store).unwrap();
