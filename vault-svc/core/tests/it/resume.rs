@@ -64,7 +64,10 @@ fn parts_that_follow_each_other_are_taken_up() {
 
     let mut after = interval();
     assert!(after.continues(&first.footer).unwrap());
-    assert!(!after.continues(&second.footer).unwrap(), "not the next part");
+    assert!(
+        !after.continues(&second.footer).unwrap(),
+        "not the next part"
+    );
     resume(&mut after, &first);
     assert!(after.continues(&second.footer).unwrap());
     resume(&mut after, &second);
