@@ -4,22 +4,7 @@
 //! resumed after a restart. The file survives a crash of the process, not a power loss (then the interval is gone
 //! too): it is never synced, and whatever doesn't match its checksums is as if it were not there. What is missing is
 //! computed again from the cut, or fetched from the vault.
-//!
-//! | bytes | field |
-//! |---|---|
-//! | 40 + 40 | envelope, magic `TMPENDIN`, version 1; payload: volume, interval, base generation |
-//! | … | entries, one per frame, and one per batch behind its frames |
-//!
-//! An entry:
-//!
-//! | bytes | field |
-//! |---|---|
-//! | 16 | XXH3-128 of the rest |
-//! | 4 | bytes that follow |
-//! | 1 | 0 zero frame, 1 frame with data, 2 end of a batch, 3 end of the interval |
-//! | 16 e | frames: extents, first block and count |
-//! | 16 b | frame with data: the checksum of each block |
-//! | 8 | end of a batch: its watermark; of the interval: the number of blocks |
+//! `docs/FORMAT.md` has its bytes.
 
 use std::{
     fs::{File, OpenOptions},
@@ -396,6 +381,21 @@ mod tests {
         assert_eq!(read(&path), expected);
         let missing = PendingWriter::resume(&path, key(), BlockIndex::new(17), |_| Ok(()));
         assert!(missing.unwrap().is_none());
+    }
+
+    #[test]
+    fn the_page_of_formats_has_these_lengths() {
+        let page = include_str!("../../../docs/FORMAT.md");
+        for mark in [
+            format!(
+                "<!-- table: pending checksums, total {} -->",
+                HEADER_LEN - ENVELOPE_LEN
+            ),
+            format!("<!-- table: pending entry, total {} -->", ENTRY_HEAD + 1),
+            "magic `TMPENDIN`, version 1".to_owned(),
+        ] {
+            assert!(page.contains(&mark), "{mark}");
+        }
     }
 
     proptest! {

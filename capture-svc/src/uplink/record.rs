@@ -2,22 +2,8 @@
 //!
 //! One small file per volume, replaced as a whole. What it says, the rest follows: the interval's id is here before
 //! the vault hears of it, the term and nonce before they are asked for, and a new base before the checksum table or
-//! the engine are told. Payload, version 1, little-endian:
-//!
-//! | bytes | field |
-//! |---|---|
-//! | 16 | volume |
-//! | 8 | last term granted, 0 for none |
-//! | 16 | nonce of the next, or the current, term |
-//! | 1 | 1 = the nonce was granted the last term |
-//! | 8 | base generation, 0 for the all-zero image |
-//! | 1 + 16 | 1 = known; image digest of the base |
-//! | 1 + 16 | 1 = known; the interval that became the base |
-//! | 8 | epoch of the cut whose interval became the base, 0 for none |
-//! | 1 | 1 = the checksum table may not be that of the base |
-//! | 8 | time of the last cut, milliseconds since the Unix epoch |
-//! | 8 | time until which the vault is known to hold the image, likewise |
-//! | 1 + 16 + 8 + 8 + 8 + 1 + 1 | 1 = an interval is in flight; id, epoch, base, time of the cut, coherence, trigger |
+//! the engine are told.
+//! `docs/FORMAT.md` has its bytes.
 
 use std::path::Path;
 
@@ -241,6 +227,22 @@ mod tests {
     fn the_encoding_stays_what_version_1_wrote() {
         let hex: String = full().encode().iter().map(|b| format!("{b:02x}")).collect();
         insta::assert_snapshot!(hex);
+    }
+
+    #[test]
+    fn the_page_of_formats_has_these_lengths() {
+        let page = include_str!("../../../docs/FORMAT.md");
+        let bare = UplinkRecord::new(full().volume, [7; 16]).encode().len();
+        for mark in [
+            format!("<!-- table: uplink record, total {bare} -->"),
+            format!(
+                "<!-- table: interval in flight, total {} -->",
+                full().encode().len() - bare
+            ),
+            "magic `TMUPLINK`, version 1".to_owned(),
+        ] {
+            assert!(page.contains(&mark), "{mark}");
+        }
     }
 
     proptest! {

@@ -7,7 +7,8 @@ use capture_core::{interval::Event as IntervalEvent, uplink::Event};
 use tidemark_block::{GenerationId, Head, Receipt};
 
 use super::{
-    Driver, Outcome, blocking, jitter,
+    blocking,
+    driver::{Driver, Outcome, jitter},
     open::record_path,
     pending::{PendingKey, path_in},
     record::{IntervalRecord, UplinkRecord},

@@ -1,14 +1,7 @@
 //! The registry record of a volume: file `volume` in its state directory.
 //!
 //! Written last when a volume is added and removed first when it is removed: a state directory without it is half
-//! done and may be deleted. Payload, version 1, little-endian:
-//!
-//! | bytes | field |
-//! |---|---|
-//! | 16 | volume |
-//! | 8 + 4 | length and block size in bytes |
-//! | 2 + n | name |
-//! | 4 + n | absolute path of the volume file |
+//! done and may be deleted. `docs/FORMAT.md` has its bytes.
 
 use std::{
     ffi::OsString,
@@ -125,6 +118,17 @@ mod tests {
             .map(|b| format!("{b:02x}"))
             .collect();
         insta::assert_snapshot!(hex);
+    }
+
+    #[test]
+    fn the_page_of_formats_has_these_lengths() {
+        let page = include_str!("../../../docs/FORMAT.md");
+        let named = record().name.len() + 4 + record().file.as_os_str().len();
+        let mark = format!(
+            "<!-- table: volume record, total {} -->",
+            record().encode().len() - named
+        );
+        assert!(page.contains(&mark) && page.contains("magic `TMVOLUME`, version 1"));
     }
 
     proptest! {
