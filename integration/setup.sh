@@ -21,14 +21,12 @@ needed=(
     nbdinfo:libnbd-bin
     qemu-img:qemu-utils
     qemu-io:qemu-utils
-    nbdkit:nbdkit
     fio:fio
     sqlite3:sqlite3
     mkfs.ext4:e2fsprogs
     e2fsck:e2fsprogs
     debugfs:e2fsprogs
     cmp:diffutils
-    flock:util-linux
 )
 
 # e2fsprogs lives in sbin, which is not on the path of every user.
