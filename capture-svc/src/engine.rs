@@ -1,9 +1,9 @@
 //! The engine `intercept`: all writes to a volume file pass through here, so that it knows exactly which blocks
 //! changed, and can show the volume as it was at any open cut.
 //!
-//! The decisions are in `capture_core::engine`; here are the files ([`files`], [`mapped`], [`volume_file`]), the locks
-//! and the waiting. In the order in which a request meets them: [`device`], [`files`]; then [`reader`] for what reads
-//! old cuts, and [`open`] for how it all begins and ends. `docs/CRASH-RULES.md` says what is durable before what,
+//! The decisions are in `capture_core::engine`; here are the files (`files`, `mapped`, `volume_file`), the locks
+//! and the waiting. In the order in which a request meets them: `device`, `files`; then `reader` for what reads
+//! old cuts, and `open` for how it all begins and ends. `docs/CRASH-RULES.md` says what is durable before what,
 //! `docs/FORMAT-CAPTURE.md` how it lies on disk.
 
 mod device;
