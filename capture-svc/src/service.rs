@@ -11,8 +11,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
 };
-use tokio_stream::wrappers::TcpListenerStream;
-use tonic::transport::Server;
+use tonic::transport::{Server, server::TcpIncoming};
 
 use crate::{
     config::{Config, NbdListen},
@@ -134,9 +133,10 @@ async fn serve(
         .0
         .build_v1alpha()
         .context("build reflection")?;
+    // The builder's own setting holds only for listeners that it binds itself.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let mut stop = stopping.clone();
     let server = Server::builder()
-        .tcp_nodelay(true)
         .concurrency_limit_per_connection(registry.config().calls_max as usize)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
@@ -147,7 +147,7 @@ async fn serve(
         .add_service(health_service)
         .add_service(v1)
         .add_service(v1alpha)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+        .serve_with_incoming_shutdown(incoming, async move {
             stopped(&mut stop).await;
         });
     let mut server = std::pin::pin!(server);

@@ -33,7 +33,7 @@ use tokio::{
     sync::{Semaphore, watch},
     task::JoinHandle,
 };
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 
 pub use config::Config;
@@ -131,10 +131,12 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         .add_service(reflection_v1alpha)
         .add_service(service.ingest())
         .add_service(service.reader());
+    // The builder's own setting holds only for listeners that it binds itself.
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let mut signal = stopping.clone();
     let server = tokio::spawn(async move {
         router
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+            .serve_with_incoming_shutdown(incoming, async move {
                 let _ = signal.wait_for(|stop| *stop).await;
             })
             .await

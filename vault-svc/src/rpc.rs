@@ -44,7 +44,6 @@ pub(crate) fn builder(bytes_in_flight_max: u64) -> Server {
         .max_concurrent_streams(CALLS_PER_CONNECTION_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .tcp_nodelay(true)
 }
 
 impl Service {
