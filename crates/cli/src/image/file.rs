@@ -4,12 +4,12 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use rustix::fs::{FallocateFlags, fallocate};
-use tidemark_disk::durable;
+use tidemark_disk::{FileLock, LockError, durable};
 
 use crate::failure::{self, Failure};
 
@@ -21,6 +21,8 @@ pub struct ImageFile {
     file: File,
     output: PathBuf,
     kind: Kind,
+    /// Of the file that is replaced or changed, so that no capture service takes it up meanwhile.
+    _lock: Option<FileLock>,
 }
 
 /// What becomes of the file.
@@ -41,20 +43,24 @@ impl ImageFile {
     /// A new file of `length` bytes, all holes, that is to become `output`.
     ///
     /// # Errors
-    /// `output` exists and `replace` is not set, is no regular file, or its folder cannot be written.
+    /// `output` exists and `replace` is not set, is no regular file, is in use as a volume, or its folder cannot be
+    /// written.
     pub fn create(output: &Path, length: u64, replace: bool) -> Result<Self, Failure> {
-        check_output(output, replace)?;
+        let lock = check_output(output, replace)?;
         let temporary = temporary_beside(output)?;
         let file = OpenOptions::new()
             .read(true)
             .write(true)
             .create_new(true)
+            // It holds whatever the volume held.
+            .mode(0o600)
             .open(&temporary)
             .map_err(|e| Failure::io(format_args!("create {}", temporary.display()), &e))?;
         let image = Self {
             file,
             output: output.to_owned(),
             kind: Kind::New { temporary, replace },
+            _lock: lock,
         };
         image
             .file
@@ -66,7 +72,7 @@ impl ImageFile {
     /// An existing image of `length` bytes, to be changed in place.
     ///
     /// # Errors
-    /// It is missing, of another length, or cannot be written.
+    /// It is missing, of another length, in use as a volume, or cannot be written.
     pub fn patch(output: &Path, length: u64) -> Result<Self, Failure> {
         let shown = output.display();
         let file = OpenOptions::new()
@@ -92,10 +98,12 @@ impl ImageFile {
                 "read the older snapshot into it first, without --since",
             ));
         }
+        let lock = Some(lock_output(&file, output)?);
         Ok(Self {
             file,
             output: output.to_owned(),
             kind: Kind::Patched,
+            _lock: lock,
         })
     }
 
@@ -177,7 +185,8 @@ impl Drop for ImageFile {
     }
 }
 
-fn check_output(output: &Path, replace: bool) -> Result<(), Failure> {
+/// The lock of an output that exists and is to be replaced.
+fn check_output(output: &Path, replace: bool) -> Result<Option<FileLock>, Failure> {
     match std::fs::metadata(output) {
         Ok(found) if !found.is_file() => Err(Failure::new(
             failure::Kind::Usage,
@@ -186,13 +195,32 @@ fn check_output(output: &Path, replace: bool) -> Result<(), Failure> {
             "name a file: images are written sparse and renamed when they are whole",
         )),
         Ok(_) if !replace => Err(exists(output)),
-        Ok(_) => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Ok(_) => File::open(output)
+            .map_err(|e| Failure::io(format_args!("open {}", output.display()), &e))
+            .and_then(|file| lock_output(&file, output))
+            .map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Failure::io(
             format_args!("look at {}", output.display()),
             &error,
         )),
     }
+}
+
+/// A capture service holds this lock of each of its volumes: writing to one past it would escape its tracking, and
+/// replacing one would leave its clients writing to a file without a name.
+fn lock_output(file: &File, output: &Path) -> Result<FileLock, Failure> {
+    FileLock::of_file(file, output).map_err(|error| match error {
+        LockError::Owned { .. } => Failure::new(
+            failure::Kind::Conflict,
+            "OUTPUT_IN_USE",
+            format!("{} is in use, by a capture service or another command", output.display()),
+            "name another file; to bring a protected volume back, remove the volume first, or write the image to it through NBD",
+        ),
+        LockError::Io { source, .. } => {
+            Failure::io(format_args!("lock {}", output.display()), &source)
+        }
+    })
 }
 
 fn exists(output: &Path) -> Failure {
@@ -311,6 +339,26 @@ mod tests {
         assert!(content[4096..4096 + (512 << 10)].iter().all(|&b| b == 0));
         assert!(content[4096 + (512 << 10)..].iter().all(|&b| b == 7));
         assert!(fs::metadata(&output).unwrap().blocks() * 512 < 1 << 20);
+    }
+
+    #[test]
+    fn a_file_that_a_capture_service_owns_is_neither_replaced_nor_patched() {
+        let dir = tempfile::tempdir().unwrap();
+        let output = dir.path().join("a.img");
+        fs::write(&output, [7; 4096]).unwrap();
+        let owner = FileLock::of_file(&File::open(&output).unwrap(), &output).unwrap();
+        for refused in [
+            ImageFile::create(&output, 4096, true),
+            ImageFile::patch(&output, 4096),
+        ] {
+            assert_eq!(refused.unwrap_err().reason(), "OUTPUT_IN_USE");
+        }
+        assert_eq!(names(dir.path()), ["a.img"]);
+        drop(owner);
+        ImageFile::create(&output, 4096, true)
+            .unwrap()
+            .finish()
+            .unwrap();
     }
 
     #[test]
