@@ -16,7 +16,9 @@ use capture_core::engine::{
     dirty::DirtyLayout,
     intent::{PAGE_LEN, encode_page, page_count, place_of},
     media::{Map, Media, MediaError, MediaResult, Record},
-    records::{DIRTY_MAGIC, SLOTS_MAGIC, TRACKING_MAGIC, encode_map_header},
+    records::{
+        DIRTY_MAGIC, SLOTS_MAGIC, SnapshotTable, TRACKING_MAGIC, encode_carry, encode_map_header,
+    },
     spool::{ENTRY_WORDS, SpoolLimits},
 };
 use rustix::fs::{FallocateFlags, fallocate};
@@ -94,6 +96,35 @@ pub(super) fn remove_all(dir: &Path) -> io::Result<()> {
     durable::remove_dir(&dir.join("changes"))
 }
 
+fn record_path(dir: &Path, record: Record) -> PathBuf {
+    match record {
+        Record::Carry => dir.join("carry"),
+        Record::Interval => dir.join("interval"),
+        Record::Snapshots => dir.join("snapshots"),
+        Record::Changes(cut) => dir.join("changes").join(cut.to_string()),
+    }
+}
+
+/// Puts every block into the carry and drops all cuts, durably, before files are made anew: from then on the empty
+/// ones look like any others, and an opening that ends early must not be followed by one that trusts them.
+fn doubt_everything(dir: &Path, geometry: Geometry) -> io::Result<()> {
+    let put = |record, content: &[u8]| durable::write_file(&record_path(dir, record), content);
+    let all = std::iter::once(geometry.all()).collect();
+    put(Record::Carry, &encode_carry(&all))?;
+    let last_id = match fs::read(record_path(dir, Record::Snapshots)) {
+        // A damaged table tells no number; the recovery makes the same of it.
+        Ok(bytes) => SnapshotTable::decode(&bytes).map_or(0, |table| table.last_id),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+        Err(error) => return Err(error),
+    };
+    let snapshots = SnapshotTable {
+        last_id,
+        snapshots: Vec::new(),
+    };
+    put(Record::Snapshots, &snapshots.encode())?;
+    durable::remove_file(&record_path(dir, Record::Interval))
+}
+
 impl Files {
     /// Makes the files that are updated in place, all empty.
     pub(super) fn create(
@@ -131,7 +162,8 @@ impl Files {
         )
     }
 
-    /// Opens the files. If one that is updated in place isn't whole, all of them are made anew.
+    /// Opens the files. If one that is updated in place isn't whole, every block joins the carry and all of them are
+    /// made anew.
     pub(super) fn open(
         dir: &Path,
         id: VolumeId,
@@ -184,6 +216,7 @@ impl Files {
             )?;
             return Ok((files, Wholeness::Whole));
         }
+        doubt_everything(dir, geometry)?;
         Ok((
             Self::create(dir, id, geometry, limits, volume)?,
             Wholeness::Lost(lost),
@@ -228,15 +261,6 @@ impl Files {
     /// The volume's file.
     pub(super) fn volume(&self) -> &File {
         &self.volume
-    }
-
-    fn path(&self, record: Record) -> PathBuf {
-        match record {
-            Record::Carry => self.dir.join("carry"),
-            Record::Interval => self.dir.join("interval"),
-            Record::Snapshots => self.dir.join("snapshots"),
-            Record::Changes(cut) => self.dir.join("changes").join(cut.to_string()),
-        }
     }
 
     /// Makes everything durable that is updated in place.
@@ -339,7 +363,7 @@ impl Media for Files {
     }
 
     fn put(&self, record: Record, content: Option<&[u8]>) -> MediaResult {
-        let path = self.path(record);
+        let path = record_path(&self.dir, record);
         done(match content {
             Some(content) => durable::write_file(&path, content),
             None => durable::remove_file(&path),
@@ -347,7 +371,7 @@ impl Media for Files {
     }
 
     fn get(&self, record: Record) -> MediaResult<Option<Vec<u8>>> {
-        match fs::read(self.path(record)) {
+        match fs::read(record_path(&self.dir, record)) {
             Ok(content) => Ok(Some(content)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(errno(&error)),

@@ -74,7 +74,7 @@ impl<M: Media> Capture<M> {
         let restore = |epoch: u64| IntentMap::restore(volume, regions, epoch, &pages);
         match judgement {
             Ok(Judgement::Exact { clean }) => {
-                let (table, epoch) = resume(&media, geometry, found)?;
+                let (table, epoch) = resume(&media, geometry, found, epoch_limit)?;
                 let spool = Spool::new(tuning.spool);
                 if !spool.rebuild(&media)? {
                     // Before-images are lost: so are the snapshots, and an interval is no longer readable.
@@ -263,8 +263,13 @@ fn resume<M: Media>(
     media: &M,
     geometry: Geometry,
     found: Found,
+    epoch_limit: u64,
 ) -> Result<(Table, u64), CaptureError> {
-    let epoch = media.words(Map::Tracking)[EPOCH_WORD].load(SeqCst).max(1);
+    let epoch = match media.words(Map::Tracking)[EPOCH_WORD].load(SeqCst) {
+        // Made anew, by an opening that came no further.
+        0 => epoch_limit,
+        epoch => epoch,
+    };
     let layout = DirtyLayout::new(geometry.block_count().get());
     let maps = [0, 1].map(|parity| layout.map(media.words(Map::Dirty(parity))));
     let mut drained = maps[0].collect(geometry.all());

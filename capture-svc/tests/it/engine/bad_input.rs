@@ -185,6 +185,58 @@ fn a_lost_or_damaged_file_of_the_state_costs_a_comparison_not_the_volume() {
     }
 }
 
+/// An opening that makes lost files anew fails at each of its steps, where something stands in the way; the next one
+/// finds whole files, and must not take their being empty for knowledge.
+#[test]
+fn files_are_made_anew_only_after_everything_is_in_doubt() {
+    let lost = ["tracking", "dirty.0", "dirty.1", "spool.slots", "intent"];
+    let obstacles = [
+        "carry.tmp",
+        "snapshots.tmp",
+        "interval",
+        "spool.data",
+        "intent",
+        "identity.tmp",
+    ];
+    for (lost, obstacle, reboot) in lost
+        .iter()
+        .flat_map(|lost| obstacles.map(|obstacle| (lost, obstacle)))
+        .flat_map(|(lost, obstacle)| [(lost, obstacle, false), (lost, obstacle, true)])
+    {
+        let setup = Setup::new(16);
+        let engine = setup.create();
+        let interval = engine.begin_interval().unwrap();
+        engine.commit_interval(interval.epoch).unwrap();
+        write(&engine, 1, 1);
+        let id = engine.create_snapshot("", 0).unwrap().id;
+        write(&engine, 2, 1);
+        let epoch = engine.begin_interval().unwrap().epoch;
+        write(&engine, 3, 1);
+        drop((interval, engine));
+
+        fs::remove_file(setup.state().join(lost)).unwrap();
+        let (path, aside) = (setup.state().join(obstacle), setup.dir.path().join("aside"));
+        let moved = fs::rename(&path, &aside).is_ok();
+        fs::create_dir(&path).unwrap();
+        setup.try_open().unwrap_err();
+        fs::remove_dir(&path).unwrap();
+        if moved {
+            fs::rename(&aside, &path).unwrap();
+        }
+        if reboot {
+            super::crash::pretend_reboot(&setup);
+        }
+        let (engine, trust) = setup.open();
+        let case = format!("{lost} {obstacle} {reboot} {trust:?}");
+        assert_eq!(engine.tracked(extent(0, 16)).len().get(), 16, "{case}");
+        assert!(engine.open_interval().is_none(), "{case}");
+        assert!(engine.list_snapshots().is_empty(), "{case}");
+        assert!(engine.epoch() > epoch, "{case}");
+        let again = engine.create_snapshot("", 0).unwrap();
+        assert!(again.id > id, "{case}");
+    }
+}
+
 #[test]
 fn a_file_cut_short_while_in_use_gives_errors_not_a_dead_process() {
     let setup = Setup::new(64);

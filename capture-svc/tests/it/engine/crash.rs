@@ -30,7 +30,7 @@ fn a_clean_close_keeps_snapshots_and_tracking() {
 }
 
 /// Opens the state as if the machine had started again: the boot id in the identity is another.
-fn pretend_reboot(setup: &Setup) {
+pub(super) fn pretend_reboot(setup: &Setup) {
     use capture_core::engine::records::Identity;
     let path = setup.state().join("identity");
     let mut identity = Identity::decode(&fs::read(&path).unwrap()).unwrap();
