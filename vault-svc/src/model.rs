@@ -2,7 +2,8 @@
 //! retirements and reclaims; every generation that is visible equals the image that the source cut.
 //!
 //! The fault model is that of [`faults`]: a put or a delete fails before it has an effect or after it, or the process
-//! dies at it, again before or after. What a dead process still tries has no effect. Seeds are printed and replay.
+//! dies at it, again before or after. What a put that failed has left behind is visible, and until its directory is
+//! synced a crash may take it back. What a dead process still tries has no effect. Seeds are printed and replay.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
@@ -19,7 +20,7 @@ use tidemark_block::{BlockCount, BlockIndex, Extent, GenerationId, IntervalId, R
 use tidemark_proto::{Reason, RpcError};
 use vault_core::{manifest::check_invariants, reclaim::Policy};
 
-use self::faults::{FaultyStore, Fuse};
+use self::faults::{FaultyStore, Fuse, Volatile};
 use crate::{
     Config, Vault,
     config::ByteSize,
@@ -68,6 +69,7 @@ fn scratch() -> tempfile::TempDir {
 struct World {
     dir: tempfile::TempDir,
     objects: Arc<InMemory>,
+    volatile: Volatile,
     fuse: Arc<Fuse>,
     vault: Option<Arc<Vault>>,
     retain: u32,
@@ -80,6 +82,8 @@ struct World {
     images: HashMap<IntervalId, Vec<u8>>,
     acknowledged: GenerationId,
     commits: u64,
+    /// Objects that were visible before a crash and not after it.
+    lost: u64,
 }
 
 impl World {
@@ -89,6 +93,7 @@ impl World {
         Self {
             dir: scratch(),
             objects: Arc::new(InMemory::new()),
+            volatile: Volatile::default(),
             fuse: Arc::default(),
             vault: None,
             retain: u32::try_from(1 + numbers.below(4)).unwrap(),
@@ -99,6 +104,7 @@ impl World {
             images: HashMap::new(),
             acknowledged: GenerationId::ZERO,
             commits: 0,
+            lost: 0,
         }
     }
 
@@ -112,11 +118,17 @@ impl World {
             for _ in 0..1000 {
                 tokio::task::yield_now().await;
             }
+            self.lost += self
+                .volatile
+                .lose_some(&self.objects, &mut self.numbers)
+                .await;
             self.fuse = Arc::default();
-            let store = Store::new(Arc::new(FaultyStore::new(
+            let store = Arc::new(FaultyStore::with_volatile(
                 Arc::clone(&self.objects),
                 Arc::clone(&self.fuse),
-            )));
+                self.volatile.clone(),
+            ));
+            let store = Store::settled_by(Arc::clone(&store) as _, store);
             let config = config(self.dir.path(), self.retain);
             self.vault = Some(Vault::open_with(config, store, POLICY).await.unwrap());
         }
@@ -135,8 +147,9 @@ impl World {
             Err(error) => {
                 // Both answers were lost; the term was granted or not, and only a human could tell a real source.
                 self.fuse.disarm();
-                let volume = self.vault().await.volume(self.source.volume);
-                self.source.term = volume.map_or(self.source.term, |volume| volume.manifest().term);
+                if let Ok(volume) = self.vault().await.volume(self.source.volume) {
+                    self.source.term = volume.edit(|_| Ok(None)).await.unwrap().term;
+                }
                 return Err(error);
             }
         };
@@ -388,7 +401,8 @@ async fn read(volume: &Arc<Volume>, generation: u64) -> Result<Vec<u8>, RpcError
         .await
 }
 
-fn run(seed: u64, steps: u64) -> u64 {
+/// Returns how much was committed, and how many objects crashes took back.
+fn run(seed: u64, steps: u64) -> (u64, u64) {
     println!("seed {seed}: TIDEMARK_MODEL_SEED={seed} TIDEMARK_MODEL_STEPS={steps} replays it");
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -420,7 +434,7 @@ fn run(seed: u64, steps: u64) -> u64 {
             }
         }
         world.check().await;
-        world.commits
+        (world.commits, world.lost)
     })
 }
 
@@ -431,16 +445,22 @@ fn setting(name: &str) -> Option<u64> {
 #[test]
 fn whatever_happens_every_visible_generation_is_the_image_that_was_cut() {
     let steps = setting("TIDEMARK_MODEL_STEPS").unwrap_or(400);
-    let mut commits = 0;
+    let (mut commits, mut lost) = (0, 0);
     let seeds: Vec<u64> = match setting("TIDEMARK_MODEL_SEED") {
         Some(seed) => vec![seed],
         None => (0..setting("TIDEMARK_MODEL_RUNS").unwrap_or(8)).collect(),
     };
     for seed in &seeds {
-        commits += run(*seed, steps);
+        let (committed, taken) = run(*seed, steps);
+        commits += committed;
+        lost += taken;
     }
     assert!(
         commits >= steps * seeds.len() as u64 / 10,
         "only {commits} commits: the test tests little"
+    );
+    assert!(
+        lost >= steps * seeds.len() as u64 / 400,
+        "only {lost} objects lost: the test tests little"
     );
 }

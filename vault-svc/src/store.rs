@@ -26,6 +26,7 @@ use vault_core::{
 };
 
 pub use local::Reserve;
+pub(crate) use local::Settle;
 
 /// Why the store didn't do what it was asked.
 #[derive(Debug, Error)]
@@ -100,7 +101,7 @@ fn is_full(error: &object_store::Error) -> bool {
 #[derive(Debug, Clone)]
 pub struct Store {
     objects: Arc<dyn ObjectStore>,
-    local: Option<Arc<local::LocalDir>>,
+    local: Option<Arc<dyn Settle>>,
 }
 
 impl Store {
@@ -125,6 +126,15 @@ impl Store {
         Self {
             objects,
             local: None,
+        }
+    }
+
+    /// A store whose failed puts may be visible and not durable, as those of a local directory.
+    #[cfg(test)]
+    pub(crate) fn settled_by(objects: Arc<dyn ObjectStore>, local: Arc<dyn Settle>) -> Self {
+        Self {
+            objects,
+            local: Some(local),
         }
     }
 
@@ -261,7 +271,7 @@ pub struct VolumeStore {
     root: Path,
 }
 
-/// An object that may be garbage.
+/// An object that may be a stray.
 #[derive(Debug, Clone)]
 pub struct Found<T> {
     /// Which.
@@ -360,8 +370,16 @@ impl VolumeStore {
     /// # Errors
     /// As [`Self::newest_above`].
     pub async fn open(&self) -> Result<Option<Manifest>, StoreError> {
-        self.store.settle(&self.manifests()).await?;
+        self.settle_manifests().await?;
         self.newest_above(0).await
+    }
+
+    /// Makes every manifest that is visible durable: one whose put failed may be the one without the other.
+    ///
+    /// # Errors
+    /// A sync failed: whether a visible manifest survives a crash is unknown.
+    pub async fn settle_manifests(&self) -> Result<(), StoreError> {
+        self.store.settle(&self.manifests()).await
     }
 
     /// Puts a manifest if its version is absent.
@@ -482,9 +500,6 @@ impl VolumeStore {
     pub async fn parts(&self, interval: IntervalId) -> Result<BTreeMap<u32, u64>, StoreError> {
         let prefix = self.origin_path(interval);
         let found = self.store.list(&prefix).await?;
-        if found.is_empty() {
-            return Ok(BTreeMap::new());
-        }
         self.store.settle(&prefix).await?;
         Ok(found
             .iter()

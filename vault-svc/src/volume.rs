@@ -7,10 +7,7 @@ mod leases;
 mod table;
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -74,8 +71,10 @@ pub(crate) struct Volume {
 
 #[derive(Debug)]
 struct Owner {
-    /// The outcome of the last put is unknown, or the view may be stale: read the newest before anything else.
-    unsettled: AtomicBool,
+    /// The outcome of the last put is unknown: what is visible may not be durable.
+    unsettled: bool,
+    /// The view may be stale: read the newest before anything else.
+    stale: bool,
     loaded: Instant,
 }
 
@@ -110,7 +109,8 @@ impl Volume {
             }),
             visible: RwLock::new(Arc::new(manifest)),
             owner: Mutex::new(Owner {
-                unsettled: AtomicBool::new(false),
+                unsettled: false,
+                stale: false,
                 loaded: Instant::now(),
             }),
             leases: leases::Leases::default(),
@@ -129,7 +129,7 @@ impl Volume {
     /// Changes the manifest. `change` makes the next version from the newest one, or `None` where nothing is to be
     /// done; it is called again where another version came first.
     ///
-    /// Returns the manifest that is the newest afterwards.
+    /// Returns the manifest that is the newest afterwards, and durable.
     pub(crate) async fn edit(
         &self,
         mut change: impl FnMut(&Manifest) -> Result<Option<Edit>, RpcError> + Send,
@@ -149,8 +149,12 @@ impl Volume {
                 self.store.put_page(page).await.map_err(|e| of_store(&e))?;
             }
             // Should this future be dropped, the next one finds out what became of the put.
-            owner.unsettled.store(true, Ordering::Release);
+            owner.unsettled = true;
             let put = self.store.put_manifest(&next).await;
+            if put.is_ok() {
+                owner.unsettled = false;
+                owner.stale = true;
+            }
             self.settle(&mut owner).await.map_err(|error| match &put {
                 Err(first) => of_store(first),
                 Ok(()) => error,
@@ -172,12 +176,19 @@ impl Volume {
         ))
     }
 
-    /// Makes sure that the visible manifest is the newest one.
+    /// Makes sure that the visible manifest is the newest one, and durable: no answer may rest on one that a crash
+    /// could take back.
     async fn settle(&self, owner: &mut Owner) -> Result<(), RpcError> {
-        let stale =
-            !self.store.is_exclusive() && owner.loaded.elapsed() > self.shared.manifest_keep / 2;
-        if !stale && !owner.unsettled.load(Ordering::Acquire) {
+        let stale = owner.stale
+            || !self.store.is_exclusive() && owner.loaded.elapsed() > self.shared.manifest_keep / 2;
+        if !stale && !owner.unsettled {
             return Ok(());
+        }
+        if owner.unsettled {
+            self.store
+                .settle_manifests()
+                .await
+                .map_err(|e| of_store(&e))?;
         }
         let last = self.manifest();
         if let Some(newest) = self
@@ -189,7 +200,8 @@ impl Volume {
             *self.visible.write() = Arc::new(newest);
         }
         owner.loaded = Instant::now();
-        owner.unsettled.store(false, Ordering::Release);
+        owner.unsettled = false;
+        owner.stale = false;
         Ok(())
     }
 

@@ -1,6 +1,7 @@
 //! An object store that fails when told to.
 
 use std::{
+    collections::BTreeSet,
     fmt,
     ops::Range,
     sync::{
@@ -17,8 +18,9 @@ use object_store::{
     path::Path,
 };
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
-use crate::interval::Numbers;
+use crate::{interval::Numbers, store::Settle};
 
 /// What becomes of one put or delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +44,17 @@ pub(super) struct Fuse {
     faults: Mutex<Option<Numbers>>,
     /// Bytes that the store has room for.
     room: Mutex<Option<u64>>,
+    /// Where the next delete waits: says that it is there, and goes on when told to.
+    stop: Mutex<Option<Arc<Stop>>>,
+    /// No object whose path contains this can be read.
+    unreadable: Mutex<Option<&'static str>>,
+}
+
+/// A place to wait at.
+#[derive(Debug, Default)]
+pub(super) struct Stop {
+    pub(super) reached: Notify,
+    pub(super) go: Notify,
 }
 
 impl Fuse {
@@ -59,6 +72,17 @@ impl Fuse {
 
     pub(super) fn limit_now(&self) -> u64 {
         self.room.lock().unwrap_or(u64::MAX)
+    }
+
+    /// Makes the next delete wait.
+    pub(super) fn stop_next_delete(&self) -> Arc<Stop> {
+        let stop = Arc::<Stop>::default();
+        *self.stop.lock() = Some(Arc::clone(&stop));
+        stop
+    }
+
+    pub(super) fn make_unreadable(&self, paths: Option<&'static str>) {
+        *self.unreadable.lock() = paths;
     }
 
     /// Kills the process.
@@ -100,15 +124,59 @@ impl Fuse {
     }
 }
 
-#[derive(Debug)]
+/// Objects that can be seen and that a crash may take back: their puts have failed half way. Outlives processes.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Volatile(Arc<Mutex<BTreeSet<Path>>>);
+
+impl Volatile {
+    /// Loses some of them, as a loss of power would.
+    pub(super) async fn lose_some(&self, objects: &InMemory, numbers: &mut Numbers) -> u64 {
+        use object_store::ObjectStoreExt;
+        let mut lost = 0;
+        let all: Vec<Path> = self.0.lock().iter().cloned().collect();
+        for path in all {
+            if numbers.below(2) == 0 {
+                let _ = objects.delete(&path).await;
+                self.0.lock().remove(&path);
+                lost += 1;
+            }
+        }
+        lost
+    }
+}
+
+/// A put that fails and has taken place is visible but not durable; a sync of its directory, or a put that succeeds,
+/// makes it so.
+#[derive(Debug, Clone)]
 pub(super) struct FaultyStore {
     objects: Arc<InMemory>,
     fuse: Arc<Fuse>,
+    volatile: Volatile,
 }
 
 impl FaultyStore {
     pub(super) fn new(objects: Arc<InMemory>, fuse: Arc<Fuse>) -> Self {
-        Self { objects, fuse }
+        Self::with_volatile(objects, fuse, Volatile::default())
+    }
+
+    pub(super) fn with_volatile(
+        objects: Arc<InMemory>,
+        fuse: Arc<Fuse>,
+        volatile: Volatile,
+    ) -> Self {
+        Self {
+            objects,
+            fuse,
+            volatile,
+        }
+    }
+
+    async fn wait_if_told(&self) {
+        let stop = self.fuse.stop.lock().take();
+        if let Some(stop) = stop {
+            stop.reached.notify_one();
+            stop.go.notified().await;
+        }
     }
 
     fn alive(&self) -> Result<()> {
@@ -116,6 +184,21 @@ impl FaultyStore {
             Err(failure())
         } else {
             Ok(())
+        }
+    }
+}
+
+impl Settle for FaultyStore {
+    fn settle(&self, prefix: &str) -> std::io::Result<()> {
+        match self.fuse.fate() {
+            Fate::Good => {
+                let inside = |path: &Path| path.as_ref().starts_with(&format!("{prefix}/"));
+                self.volatile.0.lock().retain(|path| !inside(path));
+                Ok(())
+            }
+            Fate::Failed { .. } | Fate::Crashed { .. } => {
+                Err(std::io::Error::other("a fault was asked for"))
+            }
         }
     }
 }
@@ -153,10 +236,21 @@ impl ObjectStore for FaultyStore {
             }
         }
         match self.fuse.fate() {
-            Fate::Good => self.objects.put_opts(location, payload, opts).await,
+            Fate::Good => {
+                let put = self.objects.put_opts(location, payload, opts).await;
+                if put.is_ok() {
+                    self.volatile.0.lock().remove(location);
+                }
+                put
+            }
             Fate::Failed { done } | Fate::Crashed { done } => {
                 if done {
-                    let _ = self.objects.put_opts(location, payload, opts).await;
+                    use object_store::ObjectStoreExt;
+                    let is_new = self.objects.head(location).await.is_err();
+                    let put = self.objects.put_opts(location, payload, opts).await;
+                    if put.is_ok() && is_new {
+                        self.volatile.0.lock().insert(location.clone());
+                    }
                 }
                 Err(failure())
             }
@@ -173,6 +267,10 @@ impl ObjectStore for FaultyStore {
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> Result<GetResult> {
         self.alive()?;
+        let unreadable = *self.fuse.unreadable.lock();
+        if unreadable.is_some_and(|part| location.as_ref().contains(part)) {
+            return Err(failure());
+        }
         self.objects.get_opts(location, options).await
     }
 
@@ -185,19 +283,23 @@ impl ObjectStore for FaultyStore {
         &self,
         locations: BoxStream<'static, Result<Path>>,
     ) -> BoxStream<'static, Result<Path>> {
-        let objects = Arc::clone(&self.objects);
-        let fuse = Arc::clone(&self.fuse);
+        let store = self.clone();
         locations
             .then(move |location| {
-                let (objects, fuse) = (Arc::clone(&objects), Arc::clone(&fuse));
+                let store = store.clone();
                 async move {
                     use object_store::ObjectStoreExt;
                     let location = location?;
-                    match fuse.fate() {
-                        Fate::Good => objects.delete(&location).await.map(|()| location),
+                    store.wait_if_told().await;
+                    let delete = async || {
+                        store.volatile.0.lock().remove(&location);
+                        store.objects.delete(&location).await
+                    };
+                    match store.fuse.fate() {
+                        Fate::Good => delete().await.map(|()| location),
                         Fate::Failed { done } | Fate::Crashed { done } => {
                             if done {
-                                let _ = objects.delete(&location).await;
+                                let _ = delete().await;
                             }
                             Err(failure())
                         }

@@ -66,14 +66,14 @@ impl Turn {
     }
 }
 
-/// Which interval is being received, so that its parts aren't taken for garbage.
+/// Which interval is being received, so that its parts aren't taken for strays.
 #[derive(Debug, Default)]
 pub(crate) struct Receiving {
     interval: AsyncMutex<Option<IntervalId>>,
 }
 
 impl Receiving {
-    /// From now on the parts of `interval` are not garbage; those of the one before it may be.
+    /// From now on the parts of `interval` are no strays; those of the one before it may be.
     pub(crate) async fn begin(&self, interval: IntervalId) {
         *self.interval.lock().await = Some(interval);
     }

@@ -16,6 +16,12 @@ pub(super) struct LocalDir {
     _lock: FileLock,
 }
 
+/// What makes visible objects durable, where a put that failed may have left one visible.
+pub(crate) trait Settle: std::fmt::Debug + Send + Sync {
+    /// Makes what is visible in a directory durable. Blocks.
+    fn settle(&self, prefix: &str) -> io::Result<()>;
+}
+
 impl LocalDir {
     pub(super) fn open(root: &Path) -> Result<Self> {
         durable::create_dir(root)
@@ -29,9 +35,11 @@ impl LocalDir {
             _lock: lock,
         })
     }
+}
 
+impl Settle for LocalDir {
     /// Syncs the files of a directory, the directory, and those above it up to the root.
-    pub(super) fn settle(&self, prefix: &str) -> io::Result<()> {
+    fn settle(&self, prefix: &str) -> io::Result<()> {
         let mut dir = self.root.join(prefix);
         match fs::read_dir(&dir) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
