@@ -69,7 +69,7 @@ pub struct Config {
     pub volumes_max: u32,
     /// Length of a volume: bounds the time and memory that a digest takes. At most 1024 TiB.
     pub volume_bytes_max: ByteSize,
-    /// Memory for parsed segment indexes and for extent maps, each.
+    /// Memory for parsed segment indexes; a quarter as much again for pages of segment records.
     pub cache_bytes_max: ByteSize,
     /// Preallocated file that is released when the store is full, so that retire and reclaim still work. 0 = none.
     pub reserve_bytes: ByteSize,

@@ -10,7 +10,7 @@ use tidemark_block::{
 };
 use tidemark_proto::{Reason, RpcError};
 use vault_core::{
-    image::{overlay, window_of},
+    image::overlay,
     manifest::{Generation, Manifest},
 };
 
@@ -149,27 +149,12 @@ impl ImageReader {
         Ok(merged(spans))
     }
 
-    /// The runs of blocks with data in `range`, ascending and maximal.
-    ///
-    /// # Errors
-    /// The store can't be read, or is corrupt.
-    pub async fn data_extents(&self, range: Extent) -> Result<Vec<Extent>, RpcError> {
-        let mut found = Vec::new();
-        for window in vault_core::image::windows(self.geometry(), range) {
-            let pieces = self.window(window).await?;
-            found.extend(pieces.iter().map(|piece| piece.blocks.intersect(range)));
-        }
-        Ok(
-            tidemark_block::extent::coalesce(found.into_iter().filter(|extent| !extent.is_empty()))
-                .collect(),
-        )
-    }
-
     /// The bytes of `blocks`, all verified.
     ///
     /// # Errors
     /// The store can't be read, or is corrupt: nothing of it is given then.
-    pub async fn read(&self, blocks: Extent) -> Result<Vec<u8>, RpcError> {
+    #[cfg(test)]
+    pub(crate) async fn read(&self, blocks: Extent) -> Result<Vec<u8>, RpcError> {
         let geometry = self.geometry();
         let size = geometry.block_size().as_usize();
         let blocks = blocks.intersect(geometry.all());
@@ -177,7 +162,7 @@ impl ImageReader {
         let mut image = vec![0; count.saturating_mul(size)];
         let mut at = blocks.start();
         while at < blocks.end() {
-            let window = window_of(geometry, at);
+            let window = vault_core::image::window_of(geometry, at);
             let pieces: Vec<_> = self
                 .window(window)
                 .await?

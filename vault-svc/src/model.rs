@@ -12,6 +12,8 @@ mod faults;
 mod full;
 mod growth;
 mod leases;
+mod strays;
+mod tables;
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 

@@ -24,7 +24,10 @@ use tokio::{
     time::Instant,
 };
 use vault_core::{
-    ingest::{Admission, BATCH_BYTES_MAX, BatchError, DurablePrefix, IngestError, Interval, admit},
+    ingest::{
+        Admission, BATCH_BYTES_MAX, BatchError, DurablePrefix, IngestError, Interval, admit,
+        believed_cut_time,
+    },
     segment::SealedSegment,
 };
 
@@ -113,8 +116,9 @@ pub(crate) async fn begin(
             )
         })?;
     let turn = volume.shipping.take_turn().await.ok_or_else(superseded)?;
-    // Another interval may have been committed while this one waited.
-    let manifest = volume.manifest();
+    // Another interval, or this one, may have been committed while it waited, and the answer be lost. Only the newest
+    // manifest tells; no part that it names is taken up again.
+    let manifest = volume.edit(|_| Ok(None)).await?;
     let sequence = match admit(&manifest, &header).map_err(|e| of_ingest(&e))? {
         Admission::Committed(receipt) => return Ok(Begun::Committed(receipt)),
         Admission::Open(sequence) => sequence,
@@ -433,6 +437,11 @@ impl Session {
             )));
         };
         let receipt = recent.receipt(volume.id);
+        believed(
+            &volume,
+            finished.header.cut_time_ms,
+            recent.committed_time_ms,
+        );
         if let Some(overlay) = finished.overlay {
             volume.note_committed(finished.header.base, recent.generation, overlay);
         }
@@ -499,16 +508,29 @@ pub(crate) fn mark_current(
             vault_digest: head.digest,
         }));
     }
-    volume.mark_current(head.id, mark.cut_time_ms);
+    let cut_time_ms = believed(volume, mark.cut_time_ms, now_ms());
+    volume.mark_current(head.id, cut_time_ms);
     Ok(Receipt {
         interval: mark.interval,
         created: false,
         changed_blocks: tidemark_block::BlockCount::ZERO,
         frame_bytes: 0,
-        cut_time_ms: mark.cut_time_ms,
+        cut_time_ms,
         committed_time_ms: now_ms(),
         ..head.recent().receipt(volume.id)
     })
+}
+
+/// The time of a cut, as far as it is believed; says so where it isn't.
+fn believed(volume: &Volume, cut_time_ms: u64, now_ms: u64) -> u64 {
+    let believed = believed_cut_time(cut_time_ms, now_ms);
+    if believed < cut_time_ms {
+        tracing::warn!(
+            volume = %volume.id, cut_time_ms, ahead_ms = cut_time_ms - now_ms,
+            "the source's clock is ahead of the vault's: the cut is taken to be no later than now; set the clocks right"
+        );
+    }
+    believed
 }
 
 /// Refuses a stale term.

@@ -13,6 +13,7 @@ use std::{sync::Arc, time::Duration};
 use tidemark_proto::{Reason, RpcError, convert::volume_id_field, vault::v1::MaintainedVolume};
 use tokio::{sync::watch, time::Instant};
 use vault_core::{
+    manifest::CONDEMNED_MAX,
     reclaim::{Policy, SpaceEstimate, totals},
     retention::{self, RetentionPolicy},
 };
@@ -54,6 +55,9 @@ impl Vault {
             };
             if tick {
                 next_tick = Instant::now() + period;
+            }
+            if tick {
+                self.open_broken().await;
             }
             for volume in self.volumes() {
                 if *stopping.borrow() {
@@ -108,7 +112,8 @@ impl Vault {
         let after = retention::retire(&manifest, &retired, now_ms());
         let records = volume.all_segments(&after).await?;
         let swept = volume.sweep(&after, &records).await?;
-        let plan = vault_core::reclaim::plan_space(&swept, &self.policy());
+        let room = CONDEMNED_MAX.saturating_sub(after.condemned.len());
+        let plan = vault_core::reclaim::plan_space(&swept, &self.policy(), room);
         let (_, live_bytes) = totals(&swept);
         let deletable = volume.deletable(&manifest, self.config().reader_grace.get());
         Ok(MaintainedVolume {
@@ -173,6 +178,22 @@ impl Vault {
         policy: Policy,
         done: &mut MaintainedVolume,
     ) -> Result<(), RpcError> {
+        let reclaimed = self
+            .retire_and_reclaim(volume, upkeep, thorough, policy, done)
+            .await;
+        // Whatever became of that: this frees space too.
+        let pruned = self.prune(volume, upkeep, thorough).await;
+        reclaimed.and(pruned)
+    }
+
+    async fn retire_and_reclaim(
+        &self,
+        volume: &Arc<Volume>,
+        upkeep: &mut Upkeep,
+        thorough: bool,
+        policy: Policy,
+        done: &mut MaintainedVolume,
+    ) -> Result<(), RpcError> {
         self.retire(volume, upkeep, done).await?;
         // What can go at once makes room for what has to be rewritten.
         volume
@@ -188,7 +209,7 @@ impl Vault {
                 .delete_condemned(self.config().reader_grace.get(), done)
                 .await?;
         }
-        self.prune(volume, upkeep, thorough).await
+        Ok(())
     }
 
     async fn retire(

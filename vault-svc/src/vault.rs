@@ -114,20 +114,39 @@ impl Vault {
             .await
             .context("list the store's volumes")?
         {
-            let store = VolumeStore::new(vault.store.clone(), id);
-            match store.open().await {
-                Ok(Some(manifest)) => {
-                    let volume = vault.assemble(store, manifest).await;
-                    vault.volumes.write().insert(id, Arc::new(volume));
-                }
-                // Made in part when something crashed: its first StartTerm makes it whole.
-                Ok(None) => {}
-                Err(error) => {
-                    vault.broken.write().insert(id, of_store(&error));
-                }
-            }
+            vault.open_volume(id).await;
         }
         Ok(Arc::new(vault))
+    }
+
+    async fn open_volume(&self, id: VolumeId) {
+        let store = VolumeStore::new(self.store.clone(), id);
+        match store.open().await {
+            Ok(Some(manifest)) => {
+                let volume = self.assemble(store, manifest).await;
+                self.volumes.write().insert(id, Arc::new(volume));
+                self.broken.write().remove(&id);
+            }
+            // Made in part when something crashed: its first StartTerm makes it whole.
+            Ok(None) => {
+                self.broken.write().remove(&id);
+            }
+            Err(error) => {
+                self.broken.write().insert(id, of_store(&error));
+            }
+        }
+    }
+
+    /// Tries again to open the volumes that could not be: the store may have failed for a moment only.
+    pub(crate) async fn open_broken(&self) {
+        let _creating = self.creating.lock().await;
+        let broken: Vec<_> = self.broken.read().keys().copied().collect();
+        for id in broken {
+            self.open_volume(id).await;
+            if !self.broken.read().contains_key(&id) {
+                tracing::info!(volume = %id, "the volume can be opened again");
+            }
+        }
     }
 
     async fn assemble(&self, store: VolumeStore, manifest: Manifest) -> Volume {

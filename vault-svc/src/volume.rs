@@ -17,7 +17,7 @@ use tidemark_block::{Checksum128, Extent, GenerationId, VolumeId};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::Mutex;
 use vault_core::{
-    manifest::{Current, Manifest, NewPage, check_invariants},
+    manifest::{CondemnedObject, Current, Manifest, NewPage, check_invariants},
     segment::{SegmentIndex, SegmentRecord},
 };
 
@@ -174,6 +174,21 @@ impl Volume {
             format!("volume {}: others keep changing its manifest", self.id),
             "check that only one vault uses this store",
         ))
+    }
+
+    /// Deletes a page that the newest manifest neither names nor has condemned. A page is named by its content, so a
+    /// change of the manifest may put it again: none is made meanwhile.
+    pub(crate) async fn delete_stray_page(&self, name: Checksum128) -> Result<(), RpcError> {
+        let mut owner = self.owner.lock().await;
+        self.settle(&mut owner).await?;
+        let manifest = self.manifest();
+        let condemned = CondemnedObject::Page(name);
+        if manifest.pages.iter().any(|page| page.name == name)
+            || manifest.condemned.iter().any(|c| c.object == condemned)
+        {
+            return Ok(());
+        }
+        self.store.delete_page(name).await.map_err(|e| of_store(&e))
     }
 
     /// Makes sure that the visible manifest is the newest one, and durable: no answer may rest on one that a crash

@@ -22,6 +22,8 @@ use crate::{
 
 /// Checksums kept in memory for the table until the commit; an interval with more has them read back from its parts.
 const OVERLAY_BLOCKS_MAX: usize = 1 << 18;
+/// How far a source's clock may be ahead of the vault's before its times are not believed.
+pub const CLOCK_AHEAD_MAX_MS: u64 = 300_000;
 /// The most bytes of a batch's frames.
 pub const BATCH_BYTES_MAX: usize = 2 << 20;
 /// The most runs of adjacent blocks in a batch: bounds what it adds to an index.
@@ -599,6 +601,18 @@ impl Interval {
     }
 }
 
+/// The time of a cut as it is recorded at `now_ms`: a source whose clock is ahead must not make an image look more
+/// recent than it can be.
+#[must_use]
+pub const fn believed_cut_time(cut_time_ms: u64, now_ms: u64) -> u64 {
+    let latest = now_ms.saturating_add(CLOCK_AHEAD_MAX_MS);
+    if cut_time_ms > latest {
+        latest
+    } else {
+        cut_time_ms
+    }
+}
+
 impl Finished {
     /// The manifest that commits it, and the pages to put before; `None` where it has become stale meanwhile.
     ///
@@ -627,7 +641,7 @@ impl Finished {
             interval: self.header.interval,
             digest: self.digest,
             // Order is by number; a clock that was set back must not make it look otherwise.
-            cut_time_ms: self.header.cut_time_ms.max(older),
+            cut_time_ms: believed_cut_time(self.header.cut_time_ms, now_ms).max(older),
             committed_time_ms: next.written_ms,
             cut: CutKind {
                 coherence: self.header.coherence,

@@ -156,12 +156,20 @@ pub fn totals(segments: &[Liveness]) -> (u64, u64) {
     )
 }
 
-/// What to do about dead bytes; `None` where nothing is worth it.
+/// The most victims of a round, where the manifest's list of condemned objects has room for `room` more: each may
+/// cost its page as well.
+const fn victims_max(room: usize) -> usize {
+    room / 2
+}
+
+/// What to do about dead bytes, in a manifest that has room for `room` more condemned objects; `None` where nothing
+/// is worth it or there is no room.
 #[must_use]
-pub fn plan_space(segments: &[Liveness], policy: &Policy) -> Option<Plan> {
+pub fn plan_space(segments: &[Liveness], policy: &Policy, room: usize) -> Option<Plan> {
     let (mut dead, mut rest): (Vec<Liveness>, Vec<Liveness>) =
         segments.iter().partition(|segment| segment.live_bytes == 0);
-    dead.truncate(crate::manifest::CONDEMNED_MAX / 4);
+    dead.truncate(victims_max(room));
+    let rewrites = policy.round_segments.min(victims_max(room) - dead.len());
     let live: u64 = rest.iter().map(|segment| segment.live_bytes).sum();
     let mut stored: u64 = live + rest.iter().map(Liveness::dead_bytes).sum::<u64>();
     let mut rewrite = Vec::new();
@@ -173,7 +181,7 @@ pub fn plan_space(segments: &[Liveness], policy: &Policy) -> Option<Plan> {
         let mut bytes = 0;
         for segment in rest {
             let enough = stored * 100 <= live * policy.stop;
-            if enough || bytes >= policy.round_bytes || rewrite.len() >= policy.round_segments {
+            if enough || bytes >= policy.round_bytes || rewrite.len() >= rewrites {
                 break;
             }
             // Rewriting what is nearly all alive frees next to nothing.
@@ -193,9 +201,10 @@ pub fn plan_space(segments: &[Liveness], policy: &Policy) -> Option<Plan> {
     })
 }
 
-/// What to do about many segments over the same blocks, or many small ones; `None` where there are not.
+/// What to do about many segments over the same blocks, or many small ones; `None` where there are not. `room` is as
+/// for [`plan_space`].
 #[must_use]
-pub fn plan_merge(records: &[SegmentRecord], policy: &Policy) -> Option<Plan> {
+pub fn plan_merge(records: &[SegmentRecord], policy: &Policy, room: usize) -> Option<Plan> {
     let (reason, mut candidates) = match deepest(records) {
         Some((depth, at)) if depth > policy.depth_max => {
             let over: Vec<_> = records
@@ -226,7 +235,7 @@ pub fn plan_merge(records: &[SegmentRecord], policy: &Policy) -> Option<Plan> {
     let mut bytes = 0;
     let rewrite: Vec<_> = candidates
         .into_iter()
-        .take(most.min(policy.round_segments))
+        .take(most.min(policy.round_segments).min(victims_max(room)))
         .take_while(|record| {
             bytes += record.file_len;
             bytes <= policy.round_bytes
@@ -306,6 +315,7 @@ mod tests {
     use tidemark_block::{BlockCount, BlockIndex, Extent, IntervalId, Sequence};
 
     use super::*;
+    use crate::manifest::CONDEMNED_MAX;
     use crate::segment::{FOOTER_LEN, FRAMES_AT, SegmentKind};
 
     fn record(n: u8, blocks: (u64, u64), bytes: u64) -> SegmentRecord {
@@ -344,10 +354,10 @@ mod tests {
     fn dead_segments_go_and_the_deadest_are_rewritten_until_it_is_enough() {
         let policy = Policy::default();
         let none = [life(1, 100_000, 90_000), life(2, 100_000, 90_000)];
-        assert_eq!(plan_space(&none, &policy), None);
+        assert_eq!(plan_space(&none, &policy, CONDEMNED_MAX), None);
         let dead = [life(1, 100_000, 90_000), life(2, 100_000, 0)];
         assert_eq!(
-            names(&plan_space(&dead, &policy).unwrap()),
+            names(&plan_space(&dead, &policy, CONDEMNED_MAX).unwrap()),
             (vec![2], vec![])
         );
         let some = [
@@ -358,7 +368,7 @@ mod tests {
         ];
         // 400,000 stored, 250,000 live; without the dead of 3 and 2: 260,000.
         assert_eq!(
-            names(&plan_space(&some, &policy).unwrap()),
+            names(&plan_space(&some, &policy, CONDEMNED_MAX).unwrap()),
             (vec![], vec![3, 2])
         );
     }
@@ -370,7 +380,46 @@ mod tests {
             ..Policy::default()
         };
         let many: Vec<_> = (0..10).map(|n| life(n, 100_000, 10)).collect();
-        assert_eq!(plan_space(&many, &policy).unwrap().rewrite.len(), 3);
+        assert_eq!(
+            plan_space(&many, &policy, CONDEMNED_MAX)
+                .unwrap()
+                .rewrite
+                .len(),
+            3
+        );
+    }
+
+    #[test]
+    fn a_plan_condemns_no_more_than_the_manifest_has_room_for() {
+        let policy = Policy {
+            small_max: 3,
+            ..Policy::default()
+        };
+        let dead = |n: u16| Liveness {
+            record: SegmentRecord {
+                id: SegmentId {
+                    origin: IntervalId::from_bytes([7; 16]),
+                    part: n.into(),
+                },
+                ..record(7, (0, 10), 100_000)
+            },
+            live_bytes: u64::from(n >= 5000) * 10,
+        };
+        let many: Vec<_> = (0..6000).map(dead).collect();
+        let records: Vec<_> = many.iter().map(|segment| segment.record).collect();
+        for room in [0, 1, 2, 3, 40, 4000, CONDEMNED_MAX] {
+            let space = plan_space(&many, &policy, room);
+            let merge = plan_merge(&records, &policy, room);
+            for plan in space.iter().chain(&merge) {
+                // Each in a page of its own.
+                assert!(2 * plan.victims().count() <= room, "room for {room}");
+            }
+            assert_eq!(space.is_some(), room > 1);
+            assert_eq!(merge.is_some(), room > 3);
+        }
+        // What is dead goes first, then there is room for the others.
+        let few = plan_space(&many[4990..], &policy, 40).unwrap();
+        assert_eq!((few.dead.len(), few.rewrite.len()), (10, 10));
     }
 
     #[test]
@@ -384,8 +433,8 @@ mod tests {
                 .map(|n| record(n, (u64::from(n) * 10, u64::from(n) * 10 + 5), 1000))
                 .collect()
         };
-        assert_eq!(plan_merge(&apart(3), &policy), None);
-        let plan = plan_merge(&apart(4), &policy).unwrap();
+        assert_eq!(plan_merge(&apart(3), &policy, CONDEMNED_MAX), None);
+        let plan = plan_merge(&apart(4), &policy, CONDEMNED_MAX).unwrap();
         assert_eq!((plan.rewrite.len(), plan.reason), (4, Reason::Count));
     }
 
@@ -400,7 +449,7 @@ mod tests {
             .collect();
         records[5].file_len = 5 << 20;
         records.push(record(9, (200, 300), 8 << 20));
-        let plan = plan_merge(&records, &policy).unwrap();
+        let plan = plan_merge(&records, &policy, CONDEMNED_MAX).unwrap();
         assert_eq!(plan.reason, Reason::Depth);
         assert_eq!(names(&plan).1, [5, 0, 1, 2]);
     }

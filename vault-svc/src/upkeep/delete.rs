@@ -26,6 +26,15 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// Segments that are no strays, as of a manifest.
+#[derive(Debug)]
+struct Kept {
+    version: u64,
+    segments: HashSet<SegmentId>,
+    /// When its newest generation was.
+    committed_ms: u64,
+}
+
 impl Volume {
     /// The condemned objects that nobody can need any more.
     pub(super) fn deletable(&self, manifest: &Manifest, grace: Duration) -> Vec<Condemned> {
@@ -85,39 +94,58 @@ impl Volume {
         Ok(())
     }
 
+    /// What the newest manifest names or has condemned, where `known` is not that already.
+    async fn kept(&self, known: Option<Kept>) -> Result<Kept, RpcError> {
+        let manifest = self.edit(|_| Ok(None)).await?;
+        if let Some(known) = known
+            && known.version == manifest.version
+        {
+            return Ok(known);
+        }
+        let named = self.all_segments(&manifest).await?;
+        let mut segments: HashSet<SegmentId> = named.iter().map(|record| record.id).collect();
+        segments.extend(manifest.condemned.iter().filter_map(|c| match c.object {
+            CondemnedObject::Segment(id) => Some(id),
+            CondemnedObject::Page(_) => None,
+        }));
+        Ok(Kept {
+            version: manifest.version,
+            segments,
+            committed_ms: manifest.head().map_or(0, |head| head.committed_time_ms),
+        })
+    }
+
     /// Deletes segments and pages that no manifest names and that nobody will name any more.
+    ///
+    /// An interval may be taken up again, and a page be made again, while this goes on: each object is looked up in
+    /// the newest manifest once nobody can begin to name it.
     async fn delete_strays(&self, lease: Duration) -> Result<(), RpcError> {
-        // Listed before the manifest is read: what is named later was put later.
         let segments = self.store.segments().await.map_err(|e| of_store(&e))?;
         let pages = self.store.pages().await.map_err(|e| of_store(&e))?;
-        let manifest = self.manifest();
-        let named: HashSet<SegmentId> = self
-            .all_segments(&manifest)
-            .await?
-            .iter()
-            .map(|r| r.id)
-            .collect();
-        let condemned: HashSet<CondemnedObject> =
-            manifest.condemned.iter().map(|c| c.object).collect();
+        let mut kept = self.kept(None).await?;
         let now = now_ms();
         let mut newest: HashMap<IntervalId, u64> = HashMap::new();
         for found in &segments {
             let at = newest.entry(found.id.origin).or_insert(0);
             *at = found.modified_ms.max(*at);
         }
-        let committed = manifest.head().map_or(0, |head| head.committed_time_ms);
+        let committed = kept.committed_ms;
         let is_over = |modified: u64| {
             modified.saturating_add(millis(lease)) <= now
                 || modified.saturating_add(CLOCK_MARGIN_MS) <= committed
         };
         for found in segments {
             let modified = newest.get(&found.id.origin).copied().unwrap_or(now);
-            let stray = !named.contains(&found.id)
-                && !condemned.contains(&CondemnedObject::Segment(found.id));
-            if !stray || !is_over(modified) {
+            if kept.segments.contains(&found.id) || !is_over(modified) {
                 continue;
             }
             if let Some(_allowed) = self.receiving.allow_deletion(found.id.origin).await {
+                // Its interval may have been committed since. From here on it can't be: a stream begins only when
+                // this is let go.
+                kept = self.kept(Some(kept)).await?;
+                if kept.segments.contains(&found.id) {
+                    continue;
+                }
                 tracing::info!(volume = %self.id, segment = %found.id, bytes = found.length, "stray segment deleted");
                 self.store
                     .delete_segment(found.id)
@@ -126,13 +154,8 @@ impl Volume {
             }
         }
         for found in pages {
-            let stray = !manifest.pages.iter().any(|page| page.name == found.id)
-                && !condemned.contains(&CondemnedObject::Page(found.id));
-            if stray && found.modified_ms.saturating_add(millis(lease)) <= now {
-                self.store
-                    .delete_page(found.id)
-                    .await
-                    .map_err(|e| of_store(&e))?;
+            if found.modified_ms.saturating_add(millis(lease)) <= now {
+                self.delete_stray_page(found.id).await?;
             }
         }
         Ok(())

@@ -95,7 +95,9 @@ impl Volume {
         done: &mut MaintainedVolume,
     ) -> Result<bool, RpcError> {
         let manifest = self.manifest();
-        if manifest.condemned.len() + policy.round_segments * 2 > CONDEMNED_MAX {
+        let room = CONDEMNED_MAX.saturating_sub(manifest.condemned.len());
+        // So little room isn't worth a sweep: it is waited for until condemned objects have been deleted.
+        if room < policy.round_segments * 2 {
             return Ok(false);
         }
         let stored = manifest.named_bytes();
@@ -116,9 +118,9 @@ impl Volume {
             let (stored, live) = totals(&swept);
             upkeep.estimate = Some(SpaceEstimate::exact(stored, live));
             upkeep.unswept = false;
-            plan = plan_space(&swept, policy);
+            plan = plan_space(&swept, policy, room);
         }
-        let Some(plan) = plan.or_else(|| plan_merge(&records, policy)) else {
+        let Some(plan) = plan.or_else(|| plan_merge(&records, policy, room)) else {
             return Ok(false);
         };
         self.execute(&manifest, &records, plan, policy.segment_bytes, done)

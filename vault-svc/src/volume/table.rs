@@ -8,7 +8,9 @@
 use std::{collections::VecDeque, path::PathBuf, sync::Arc};
 
 use parking_lot::Mutex as SyncMutex;
-use tidemark_block::{BlockIndex, Checksum128, Extent, GenerationId, Sequence};
+use tidemark_block::{
+    BlockIndex, Checksum128, Extent, GenerationId, Sequence, TableView, digest, xxh3_128,
+};
 use tidemark_disk::checksum_table::{ChecksumTable, TableError};
 use tidemark_proto::RpcError;
 use tokio::sync::Mutex;
@@ -131,17 +133,21 @@ impl Volume {
             });
         }
         self.replay(manifest, &table, applied, false).await?;
-        Ok(Opened {
-            table,
-            applied: manifest.head_id(),
-        })
+        if self.matches_head(manifest, &table).await? {
+            return Ok(Opened {
+                table,
+                applied: manifest.head_id(),
+            });
+        }
+        tracing::error!(volume = %self.id, "the checksum table doesn't have the head's digest; it is made anew");
+        drop(table);
+        self.make_table(manifest).await
     }
 
     async fn open_table(&self, manifest: &Manifest) -> Result<Opened, RpcError> {
-        let path = self.table.files.dir.join(self.id.to_string());
+        let path = self.table_path();
         let (volume, geometry, head) = (self.id, manifest.geometry, manifest.head_id());
-        let at = path.clone();
-        let opened = blocking(move || Ok(ChecksumTable::open(&at, volume, geometry))).await?;
+        let opened = blocking(move || Ok(ChecksumTable::open(&path, volume, geometry))).await?;
         match opened {
             Ok(table) if table.stamp() <= head => {
                 let opened = Opened {
@@ -172,6 +178,17 @@ impl Volume {
                 tracing::warn!(volume = %self.id, %error, "the checksum table is made anew")
             }
         }
+        self.make_table(manifest).await
+    }
+
+    fn table_path(&self) -> PathBuf {
+        self.table.files.dir.join(self.id.to_string())
+    }
+
+    /// Makes the table anew from the segments.
+    async fn make_table(&self, manifest: &Manifest) -> Result<Opened, RpcError> {
+        let path = self.table_path();
+        let (volume, geometry, head) = (self.id, manifest.geometry, manifest.head_id());
         let table = blocking(move || {
             ChecksumTable::create(&path, volume, geometry).map_err(std::io::Error::other)
         })
@@ -266,14 +283,24 @@ impl Volume {
     /// the source's was our fault. Returns whether it was.
     pub(crate) async fn recheck_table(&self) -> Result<bool, RpcError> {
         let at = self.table_at_head().await?;
+        let was_right = self.matches_head(&self.manifest(), &at.table).await?;
         let table = Arc::clone(&at.table);
-        blocking(move || table.rebuild_upper_levels()).await?;
+        let was_whole = blocking(move || {
+            let before = upper_levels(&table)?;
+            table.rebuild_upper_levels()?;
+            Ok(before == upper_levels(&table)?)
+        })
+        .await?;
         if self.matches_head(&self.manifest(), &at.table).await? {
-            return Ok(false);
+            let was_ours = !(was_right && was_whole);
+            if was_ours {
+                tracing::error!(volume = %self.id, "the checksum table was damaged above its blocks; it has been mended");
+            }
+            return Ok(was_ours);
         }
         let mut slot = self.table.opened.lock().await;
         *slot = None;
-        let path = self.table.files.dir.join(self.id.to_string());
+        let path = self.table_path();
         blocking(move || ChecksumTable::remove(&path)).await?;
         drop(slot);
         self.table_at_head().await?;
@@ -291,6 +318,20 @@ impl Volume {
         }
         blocking(move || table.sync_and_stamp(applied)).await
     }
+}
+
+/// Sums up all groups.
+fn upper_levels(table: &ChecksumTable) -> std::io::Result<Checksum128> {
+    let mut sum = Checksum128::ZERO;
+    for leaf in 0..digest::leaf_count(table.geometry()) {
+        let children = table.groups(leaf)?;
+        let bytes: Vec<u8> = std::iter::once(&sum)
+            .chain(&children)
+            .flat_map(|checksum| *checksum.as_bytes())
+            .collect();
+        sum = xxh3_128(&bytes);
+    }
+    Ok(sum)
 }
 
 fn apply_overlay(table: &ChecksumTable, overlay: &Overlay) -> std::io::Result<()> {
