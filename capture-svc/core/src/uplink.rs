@@ -12,8 +12,9 @@
 //!                         AwaitCut ─▶ Ship (header, resume, batches, seal) ─▶ receipt
 //! ```
 //!
-//! Invariants: nothing ships before the vault's head is our base and the checksum table is that of the base; an
-//! interval whose cut was lost is never resumed; once fenced nothing is asked of the vault any more.
+//! Invariants: nothing ships before the vault's head is our base and the checksum table is that of the base; a table is
+//! compared only with that of the vault's head; an interval whose cut was lost is never resumed; once fenced nothing
+//! is asked of the vault any more.
 
 use std::time::Duration;
 
@@ -55,7 +56,7 @@ pub enum Action {
     AdoptHead {
         /// None: the vault has no generation.
         head: Option<Head>,
-        /// False where the head is our own interval, whose receipt was lost.
+        /// False where the head is our own interval, whose receipt was lost: what changed since its cut is tracked.
         doubt: bool,
     },
     /// Make the checksum table that of the base, by the vault's; differing blocks join the doubt.
@@ -246,9 +247,10 @@ impl Uplink {
         let own = head.map(|head| head.interval);
         self.foreign_head = match self.facts.own {
             _ if base => None,
-            // Sending its header again brings the receipt.
-            OwnInterval::Open(id) if own == Some(id) => None,
-            OwnInterval::Lost(id) if own == Some(id) => Some((head, false)),
+            // Sending its header again brings the receipt. But the interval goes with the table of the base that it was
+            // cut from, and the vault gives away that of its head only.
+            OwnInterval::Open(id) if own == Some(id) && self.facts.table_sound => None,
+            OwnInterval::Open(id) | OwnInterval::Lost(id) if own == Some(id) => Some((head, false)),
             _ => Some((head, true)),
         };
     }

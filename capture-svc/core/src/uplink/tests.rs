@@ -113,6 +113,35 @@ fn the_head_that_the_vault_names_decides_how_a_session_begins() {
 }
 
 #[test]
+fn a_lost_receipt_and_a_lost_table_end_in_the_table_of_the_head() {
+    let lost_table = Facts {
+        table_sound: false,
+        ..facts(3, OwnInterval::Open(id(9)))
+    };
+    let mut uplink = after(lost_table, &[Event::Granted { head: head(4, 9) }]);
+    assert_eq!(
+        uplink.next(NOW),
+        Action::AdoptHead {
+            head: head(4, 9),
+            doubt: false
+        },
+        "the vault has no digests of generation 3 to give"
+    );
+    uplink.on(NOW, Event::Adopted);
+    assert_eq!(uplink.facts().base, GenerationId::new(4));
+    assert_eq!(uplink.facts().own, OwnInterval::None);
+    assert_eq!(uplink.next(NOW), Action::RepairTable);
+    uplink.on(NOW, Event::TableRepaired);
+    assert_eq!(uplink.next(NOW), Action::AwaitCut);
+
+    // While the head is the base still, the table is fetched first and the interval goes on.
+    let mut uplink = after(lost_table, &[Event::Granted { head: head(3, 3) }]);
+    assert_eq!(uplink.next(NOW), Action::RepairTable);
+    uplink.on(NOW, Event::TableRepaired);
+    assert_eq!(uplink.next(NOW), Action::Ship(id(9)));
+}
+
+#[test]
 fn each_failure_has_its_way_on() {
     let wait = Action::Wait {
         until: NOW + Duration::from_secs(1),
@@ -279,6 +308,10 @@ proptest! {
                     let ours = head.map_or(GenerationId::ZERO, |h| h.generation) == facts.base
                         || head.map(|h| h.interval) == Some(interval);
                     prop_assert!(ours);
+                }
+                Action::RepairTable => {
+                    // The vault tells the digests of its head only.
+                    prop_assert_eq!(granted.unwrap().map_or(GenerationId::ZERO, |h| h.generation), facts.base);
                 }
                 Action::AwaitCut => {
                     prop_assert!(facts.table_sound && facts.own == OwnInterval::None);
