@@ -68,7 +68,7 @@ impl Ready {
             record.geometry,
             options(config),
         )?;
-        let opened = Opened::open(dir, record.id, &engine)?;
+        let opened = Opened::open(dir, record.id, &engine, true)?;
         Ok(Self { engine, opened })
     }
 
@@ -96,7 +96,8 @@ impl Ready {
                 tracing::warn!(volume = %record.name, reason, "opened in doubt: snapshots are gone, every block will be compared");
             }
         }
-        let opened = Opened::open(dir, record.id, &engine)?;
+        let stores_kept = matches!(trust, Trust::Clean | Trust::ProcessCrash);
+        let opened = Opened::open(dir, record.id, &engine, stores_kept)?;
         Ok(Self { engine, opened })
     }
 

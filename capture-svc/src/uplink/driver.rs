@@ -115,6 +115,10 @@ impl Driver {
     pub(super) async fn run(mut self) {
         while !*self.stop.borrow() {
             self.notice_requests();
+            if self.machine.facts().table_sound && !self.table.is_sound() {
+                // Its checksums were not all there, or couldn't be written: it is fetched from the vault.
+                self.machine.on(self.now(), Event::TableLost);
+            }
             let action = self.machine.next(self.now());
             self.show_action(action);
             let outcome = match action {
@@ -250,7 +254,7 @@ impl Driver {
     }
 
     async fn repair_table(&mut self) -> Outcome {
-        self.table.set_sound(false);
+        self.end_stamping().await;
         if !self.record.table_doubtful {
             let mut record = self.record.clone();
             record.table_doubtful = true;
@@ -268,7 +272,11 @@ impl Driver {
             generation: self.record.base,
             digest: self.record.base_digest,
         };
-        let table = Arc::clone(self.table.table());
+        let base_table = Arc::clone(&self.table);
+        let table = match blocking(move || base_table.to_repair()).await {
+            Ok(table) => table,
+            Err(error) => return self.failed_here("open the checksum table again", &error),
+        };
         let doubt = EngineDoubt(Arc::clone(&self.engine));
         let mut stop = self.stop.clone();
         let done = tokio::select! {
@@ -290,17 +298,19 @@ impl Driver {
         record.table_doubtful = false;
         let path = open::record_path(&self.settings.dir);
         let stored = record.clone();
+        let base_table = Arc::clone(&self.table);
         let stamped = blocking(move || {
             table
                 .sync_and_stamp(base)
                 .context("sync the checksum table")?;
-            stored.store(&path)
+            stored.store(&path)?;
+            base_table.set_sound(true);
+            Ok(())
         });
         if let Err(error) = stamped.await {
             return self.failed_here("record the compared table", &error);
         }
         self.record = record;
-        self.table.set_sound(true);
         tracing::info!(generation = %base, differing, "the checksum table is that of the vault");
         if differing > 0 {
             let now = self.now();
@@ -338,11 +348,14 @@ impl Driver {
         for (_, waiter) in self.waiters.drain() {
             let _ = waiter.send(Err(fenced.clone()));
         }
-        if let Some(IntervalCut { .. }) = self.cut.take() {
-            let engine = Arc::clone(&self.engine);
-            if let Err(error) = blocking(move || Ok(engine.give_up_interval()?)).await {
-                tracing::warn!(error = %format!("{error:#}"), "give up the interval");
-            }
+        // Also one that could not be let go of before.
+        let (engine, cut) = (Arc::clone(&self.engine), self.cut.take());
+        let given_up = blocking(move || {
+            drop(cut);
+            Ok(engine.give_up_interval()?)
+        });
+        if let Err(error) = given_up.await {
+            tracing::warn!(error = %format!("{error:#}"), "give up the interval");
         }
         let mut stop = self.stop.clone();
         tokio::select! {
@@ -407,6 +420,12 @@ impl Driver {
     }
 
     async fn cut(&mut self, trigger: Trigger) -> Outcome {
+        // What an earlier failure left open is in neither the record nor the hint.
+        let (engine, committed) = (Arc::clone(&self.engine), self.record.committed_epoch);
+        let released = blocking(move || open::release_unrecorded(&engine, committed));
+        if let Err(error) = released.await {
+            return self.cut_failed(&error);
+        }
         // Before the hint: what is counted as unchanged was so at this time.
         let cut_time_ms = now_ms().max(self.record.last_cut_ms + 1);
         let unchanged = self.engine.changed_hint() == 0 && self.record.base.get() > 0;
@@ -472,8 +491,15 @@ impl Driver {
         if self.cut.is_none() {
             // Its receipt could not be recorded: it is asked for again.
             let engine = Arc::clone(&self.engine);
-            let open = tokio::task::spawn_blocking(move || engine.open_interval()).await;
-            self.cut = open.ok().flatten();
+            let open = match blocking(move || Ok(engine.open_interval())).await {
+                Ok(open) => open,
+                Err(error) => return self.failed_here("ship", &error),
+            };
+            if open.is_none() {
+                // It was given up, and that could not be recorded.
+                return self.given_up().await;
+            }
+            self.cut = open;
         }
         let (Some(interval), Some(cut), Some(link)) =
             (self.record.interval, self.cut.clone(), self.link.clone())
@@ -502,7 +528,7 @@ impl Driver {
         let job = produce::Job {
             image: cut.reader,
             changed: Arc::clone(&cut.changed),
-            table: Arc::clone(self.table.table()),
+            table: self.table.table(),
             pending: pending::path_in(&self.settings.dir),
             key: self.pending_key(&interval),
             codec: self.settings.codec,

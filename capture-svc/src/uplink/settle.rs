@@ -114,12 +114,6 @@ impl Driver {
             status.last_receipt = Some(receipt);
             status.error = None;
         });
-        if !self.table.is_sound() {
-            // Its checksums were lost: the table is fetched from the vault before the next interval.
-            self.machine.on(now, Event::Settled { base, digest });
-            self.machine.on(now, Event::TableLost);
-            return Outcome::Again;
-        }
         Outcome::Event(Event::Settled { base, digest })
     }
 
@@ -189,10 +183,10 @@ impl Driver {
         record.interval = None;
         record.table_doubtful = true;
         self.cut = None;
-        self.table.set_sound(false);
-        let engine = Arc::clone(&self.engine);
+        let (engine, table) = (Arc::clone(&self.engine), Arc::clone(&self.table));
         let (path, stored) = (record_path(&self.settings.dir), record.clone());
         let adopted = blocking(move || {
+            table.set_sound(false);
             engine.give_up_interval().context("give the interval up")?;
             if doubt {
                 engine
@@ -215,7 +209,7 @@ impl Driver {
         let idle = self.stamping.as_ref().is_none_or(|task| task.is_finished());
         let base = self.record.base;
         if idle && self.table.is_sound() && self.table.table().stamp() != base {
-            let table = Arc::clone(self.table.table());
+            let table = self.table.table();
             self.stamping = Some(tokio::task::spawn_blocking(move || {
                 if let Err(error) = table.sync_and_stamp(base) {
                     tracing::error!(%error, "sync the checksum table");

@@ -3,11 +3,15 @@
 //! A cache of what the vault holds. It is changed only after "base = g" is durable, together with the release of the
 //! engine's interval, under the write lock: a reader that holds the read lock sees tracking and table fit together.
 
-use std::{io, path::Path, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
-use tidemark_block::{BlockIndex, Checksum128, Extent, Geometry, VolumeId};
+use tidemark_block::{BlockIndex, Checksum128, Extent, Geometry, ImageDigest, VolumeId};
 use tidemark_disk::{ChecksumTable, TableError};
 
 use super::pending::{Entry, PendingKey, PendingReader};
@@ -15,47 +19,47 @@ use super::pending::{Entry, PendingKey, PendingReader};
 /// The table, and whether it is known to be that of the base.
 #[derive(Debug)]
 pub(crate) struct BaseTable {
-    table: Arc<ChecksumTable>,
+    path: PathBuf,
+    volume: VolumeId,
+    geometry: Geometry,
+    /// Replaced only while it isn't sound.
+    table: RwLock<Arc<ChecksumTable>>,
     sound: RwLock<bool>,
 }
 
 impl BaseTable {
     /// Opens the table of a volume; makes a new one, that is not sound, where there is none to be used.
     pub(crate) fn open(path: &Path, volume: VolumeId, geometry: Geometry) -> Result<Self> {
-        let (table, found) = match ChecksumTable::open(path, volume, geometry) {
-            Ok(table) => (table, true),
-            Err(error) => {
-                if !matches!(error, TableError::Missing(_)) {
-                    tracing::warn!(%volume, %error, "the checksum table is made anew");
-                }
-                let table = ChecksumTable::create(path, volume, geometry)
-                    .with_context(|| format!("create the checksum table {}", path.display()))?;
-                (table, false)
-            }
-        };
+        let (table, found) = open_or_create(path, volume, geometry)?;
         Ok(Self {
-            table: Arc::new(table),
+            path: path.to_owned(),
+            volume,
+            geometry,
+            table: RwLock::new(Arc::new(table)),
             sound: RwLock::new(found),
         })
     }
 
-    /// Takes a table as that of the base.
-    #[cfg(test)]
-    pub(crate) const fn over(table: Arc<ChecksumTable>) -> Self {
-        Self {
-            table,
-            sound: RwLock::new(true),
-        }
-    }
-
     /// The table itself, for whoever knows that it doesn't change meanwhile.
-    pub(crate) const fn table(&self) -> &Arc<ChecksumTable> {
-        &self.table
+    pub(crate) fn table(&self) -> Arc<ChecksumTable> {
+        Arc::clone(&self.table.read())
     }
 
-    /// Whether the table is that of the base.
+    /// The table, to be compared and repaired: not sound until [`Self::set_sound`] says so. One that a failed write
+    /// has closed is opened again.
+    pub(crate) fn to_repair(&self) -> Result<Arc<ChecksumTable>> {
+        let mut sound = self.sound.write();
+        *sound = false;
+        let mut table = self.table.write();
+        if table.is_poisoned() {
+            *table = Arc::new(open_or_create(&self.path, self.volume, self.geometry)?.0);
+        }
+        Ok(Arc::clone(&table))
+    }
+
+    /// Whether the table is that of the base, and can be read.
     pub(crate) fn is_sound(&self) -> bool {
-        *self.sound.read()
+        *self.sound.read() && !self.table.read().is_poisoned()
     }
 
     /// Says whether the table is that of the base.
@@ -64,13 +68,13 @@ impl BaseTable {
     }
 
     /// Keeps the table, and the tracking it goes with, as they are until the guard is dropped. None where the table
-    /// isn't that of the base.
+    /// isn't that of the base, or can't be read.
     pub(crate) fn steady(&self) -> Option<RwLockReadGuard<'_, bool>> {
-        Some(self.sound.read()).filter(|sound| **sound)
+        Some(self.sound.read()).filter(|sound| **sound && !self.table.read().is_poisoned())
     }
 
     /// Releases an interval and applies its checksums, as one step for whoever holds [`Self::steady`]. The table is
-    /// not sound any more where its checksums are not all there.
+    /// not sound any more where its checksums are not all there; one that was not sound stays so.
     pub(crate) fn advance(
         &self,
         pending: Option<(&Path, PendingKey)>,
@@ -82,22 +86,33 @@ impl BaseTable {
             return released;
         };
         // The base is recorded: the table follows it, whatever became of the release.
-        *sound = match self.apply(path, key, false) {
-            Ok(complete) => complete,
-            Err(error) => {
-                tracing::error!(%error, "the interval's checksums can't be applied; the table will be fetched again");
-                false
-            }
-        };
+        *sound = *sound
+            && match self.apply(path, key, false) {
+                Ok(complete) => complete,
+                Err(error) => {
+                    tracing::error!(%error, "the interval's checksums can't be applied; the table will be fetched again");
+                    false
+                }
+            };
         released
     }
 
     /// Applies an interval's checksums again, after a crash that may have torn the first time. False where they are
-    /// not all there.
-    pub(crate) fn replay(&self, path: &Path, key: PendingKey) -> io::Result<bool> {
+    /// not all there, or the table doesn't have the image digest `expected` then.
+    pub(crate) fn replay(
+        &self,
+        path: &Path,
+        key: PendingKey,
+        expected: ImageDigest,
+    ) -> io::Result<bool> {
         let mut sound = self.sound.write();
         *sound = false;
-        *sound = super::pending::is_complete(path, key)? && self.apply(path, key, true)?;
+        if !super::pending::is_complete(path, key)? || !self.apply(path, key, true)? {
+            return Ok(false);
+        }
+        let table = self.table();
+        table.rebuild_upper_levels()?;
+        *sound = table.digest()? == expected;
         Ok(*sound)
     }
 
@@ -105,10 +120,11 @@ impl BaseTable {
         let Some(mut reader) = PendingReader::open(path, key)? else {
             return Ok(false);
         };
+        let table = self.table();
         let mut run: Vec<(BlockIndex, Checksum128)> = Vec::new();
         let apply = |run: &mut Vec<(BlockIndex, Checksum128)>| match again {
-            false => self.table.apply(run.drain(..)),
-            true => self.table.reapply(run.drain(..)),
+            false => table.apply(run.drain(..)),
+            true => table.reapply(run.drain(..)),
         };
         while let Some(entry) = reader.next()? {
             match entry {
@@ -122,8 +138,8 @@ impl BaseTable {
                     apply(&mut run)?;
                     for extent in extents {
                         match again {
-                            false => self.table.apply_zero(extent)?,
-                            true => self.table.reapply_zero(extent)?,
+                            false => table.apply_zero(extent)?,
+                            true => table.reapply_zero(extent)?,
                         }
                     }
                 }
@@ -138,5 +154,27 @@ impl BaseTable {
     }
 }
 
+/// The table in the files, or a new one, and whether it was found.
+fn open_or_create(
+    path: &Path,
+    volume: VolumeId,
+    geometry: Geometry,
+) -> Result<(ChecksumTable, bool)> {
+    match ChecksumTable::open(path, volume, geometry) {
+        Ok(table) => Ok((table, true)),
+        Err(error) => {
+            if !matches!(error, TableError::Missing(_)) {
+                tracing::warn!(%volume, %error, "the checksum table is made anew");
+            }
+            let table = ChecksumTable::create(path, volume, geometry)
+                .with_context(|| format!("create the checksum table {}", path.display()))?;
+            Ok((table, false))
+        }
+    }
+}
+
 /// Checksums gathered before they are applied.
 const RUN_BLOCKS: usize = 16 << 10;
+
+#[cfg(test)]
+mod tests;

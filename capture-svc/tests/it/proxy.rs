@@ -98,6 +98,11 @@ impl Proxy {
         self.shared.faults.lock().push(fault);
     }
 
+    /// What was to go wrong doesn't any more.
+    pub(crate) fn forgive(&self) {
+        self.shared.faults.lock().clear();
+    }
+
     /// Faults that have not happened yet.
     pub(crate) fn faults_left(&self) -> usize {
         self.shared.faults.lock().len()

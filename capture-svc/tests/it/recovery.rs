@@ -13,12 +13,16 @@ use std::{
 };
 
 use capture_svc::config::{ByteSize, Span};
-use tidemark_proto::capture::v1::{self as pb, capture_client::CaptureClient};
+use tidemark_proto::{
+    Reason,
+    capture::v1::{self as pb, capture_client::CaptureClient},
+};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::{
     nbd::Nbd,
-    rig::{Rig, eventually, noise, vault_config},
+    proxy::Fault,
+    rig::{PATIENCE, Rig, eventually, noise, vault_config},
 };
 
 const BLOCK: usize = 4096;
@@ -71,6 +75,93 @@ async fn a_lost_checksum_table_is_fetched_and_only_differences_are_shipped() {
         rig.proxy.frame_bytes() < 10 << 20,
         "the volume was not sent again"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_receipt_and_a_table_lost_together_are_made_good_by_the_vault() {
+    let mut rig = Rig::new().await;
+    rig.add("data", 1024).await;
+    rig.nbd("data").write(0, &noise(1, 1 << 20)).unwrap();
+    let dir = state_dir(&rig, "data").await;
+    rig.proxy.fail(Fault::LoseReceipt);
+    for _ in 0..10_000 {
+        rig.proxy.fail(Fault::RefuseTerm(Reason::Unreachable));
+    }
+    let request = pb::TriggerIntervalRequest {
+        volume: "data".into(),
+    };
+    let answers = rig.client().await.trigger_interval(request).await.unwrap();
+    eventually("the vault has committed", || async {
+        (rig.generations("data").await.len() == 2).then_some(())
+    })
+    .await;
+    drop(answers);
+    rig.stop_capture().await;
+    std::fs::remove_file(dir.join("table")).unwrap();
+    rig.proxy.forgive();
+    let sent = rig.proxy.frame_bytes();
+    rig.start_capture().await;
+    rig.nbd("data").write(4096, &[1; BLOCK]).unwrap();
+    rig.ship("data").await;
+    assert!(rig.proxy.digest_calls() > 0);
+    assert!(
+        rig.proxy.frame_bytes() - sent < 1 << 19,
+        "only what differed"
+    );
+    assert!(rig.restore("data", 0).await == std::fs::read(rig.path("data.img")).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_could_not_be_written_is_opened_again_and_compared() {
+    let rig = Rig::new().await;
+    rig.add("data", 1024).await;
+    rig.nbd("data").write(0, &noise(1, 1 << 20)).unwrap();
+    let in_the_way = state_dir(&rig, "data").await.join("table.stamp.tmp");
+    std::fs::create_dir(&in_the_way).unwrap();
+    rig.ship("data").await;
+    rig.nbd("data").write(4096, &[1; BLOCK]).unwrap();
+    let clearing = async {
+        eventually("the status says so", || async {
+            let uplink = rig.volume("data").await.uplink.unwrap();
+            (!uplink.error.is_empty()).then_some(())
+        })
+        .await;
+        std::fs::remove_dir(&in_the_way).unwrap();
+    };
+    let (receipt, ()) = tokio::join!(rig.try_ship("data"), clearing);
+    receipt.unwrap();
+    rig.nbd("data").write(8192, &[2; BLOCK]).unwrap();
+    rig.ship("data").await;
+    assert!(rig.proxy.digest_calls() > 0);
+    assert!(rig.restore("data", 0).await == std::fs::read(rig.path("data.img")).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_that_could_neither_be_recorded_nor_given_up_is_let_go_of_later() {
+    let rig = Rig::new().await;
+    rig.add("data", 1024).await;
+    rig.ship("data").await;
+    let dir = state_dir(&rig, "data").await;
+    let in_the_way = [dir.join("uplink.tmp"), dir.join("carry.tmp")];
+    for path in &in_the_way {
+        std::fs::create_dir(path).unwrap();
+    }
+    rig.nbd("data").write(0, &noise(1, 1 << 20)).unwrap();
+    let clearing = async {
+        eventually("the cut", || async {
+            dir.join("interval").exists().then_some(())
+        })
+        .await;
+        // Some more attempts.
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        for path in &in_the_way {
+            std::fs::remove_dir(path).unwrap();
+        }
+    };
+    let shipping = tokio::time::timeout(PATIENCE, rig.try_ship("data"));
+    let (receipt, ()) = tokio::join!(shipping, clearing);
+    assert!(receipt.unwrap().unwrap().created);
+    assert!(rig.restore("data", 0).await == std::fs::read(rig.path("data.img")).unwrap());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -176,18 +267,27 @@ async fn an_interval_that_the_spool_has_no_room_for_folds_into_the_next_one() {
     let content = noise(1, 12 << 20);
     rig.nbd("data").write(0, &content).unwrap();
     rig.proxy.set_delay(Duration::from_millis(100));
-    let shipping = rig.try_ship("data");
+    let in_the_way = state_dir(&rig, "data").await.join("uplink.tmp");
+    let shipping = tokio::time::timeout(PATIENCE, rig.try_ship("data"));
     let overwriting = async {
         eventually("shipping has begun", || async {
             (rig.proxy.frame_bytes() > 1 << 20).then_some(())
         })
         .await;
+        // That it was given up can't be recorded at once.
+        std::fs::create_dir(&in_the_way).unwrap();
         let other = noise(2, 8 << 20);
         rig.nbd("data").write(4 << 20, &other).unwrap();
+        eventually("the status says so", || async {
+            let uplink = rig.volume("data").await.uplink.unwrap();
+            (!uplink.error.is_empty()).then_some(())
+        })
+        .await;
+        std::fs::remove_dir(&in_the_way).unwrap();
         rig.proxy.set_delay(Duration::ZERO);
     };
     let (receipt, ()) = tokio::join!(shipping, overwriting);
-    receipt.unwrap();
+    receipt.unwrap().unwrap();
     assert!(rig.proxy.headers() >= 2, "the first cut was given up");
     // The cut that replaced it may have been made amid the overwriting.
     rig.ship("data").await;

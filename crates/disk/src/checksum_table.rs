@@ -203,6 +203,12 @@ impl ChecksumTable {
         GenerationId::new(self.stamp.load(Ordering::Acquire))
     }
 
+    /// Whether a failed write has made it refuse all use: open it again.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
     /// The digest of the image that the table describes.
     ///
     /// # Errors
@@ -426,7 +432,7 @@ impl ChecksumTable {
     }
 
     fn check(&self) -> io::Result<()> {
-        if self.poisoned.load(Ordering::Acquire) {
+        if self.is_poisoned() {
             return Err(io::Error::other(
                 "the checksum table refuses use after a failed write until it is opened again",
             ));

@@ -1,6 +1,6 @@
 use capture_core::codec::CodecRule;
 use proptest::prelude::*;
-use tidemark_block::{GenerationId, IntervalId, VolumeId};
+use tidemark_block::{GenerationId, ImageDigest, IntervalId, VolumeId};
 
 use super::*;
 use crate::uplink::walk::tests::{MemoryImage, apply, geometry, image_of, table_of};
@@ -75,10 +75,13 @@ proptest! {
             apply(g, &mut image, &prefix);
             apply(g, &mut image, &rest);
             prop_assert!(image == image_of(&after));
-            let table = job(dir.path(), &base, &after, false).table;
-            let base_table = crate::uplink::BaseTable::over(table);
             let key = job(dir.path(), &base, &after, false).key;
-            prop_assert!(base_table.replay(&dir.path().join("pending"), key).unwrap());
+            let base_table = crate::uplink::BaseTable::open(&dir.path().join("table"), key.volume, g).unwrap();
+            let pending = dir.path().join("pending");
+            prop_assert!(!base_table.replay(&pending, key, ImageDigest::from_bytes([9; 16])).unwrap());
+            prop_assert!(!base_table.is_sound());
+            prop_assert!(base_table.replay(&pending, key, total.image_digest).unwrap());
+            prop_assert!(base_table.is_sound());
             prop_assert_eq!(base_table.table().digest().unwrap(), total.image_digest);
         }
     }
