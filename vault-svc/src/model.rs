@@ -431,6 +431,10 @@ fn run(seed: u64, steps: u64) -> (u64, u64) {
                 panic!("step {step}: {} {error}", error.reason);
             }
             if world.fuse.burnt() || step % 8 == 0 {
+                if world.numbers.below(2) == 0 {
+                    // Before anything else is put: what the answer rested on has to be durable by itself.
+                    world.fuse.blow();
+                }
                 world.check().await;
                 world.start_term().await.unwrap();
             }
