@@ -173,6 +173,8 @@ pub struct Engine {
     cutting: Mutex<()>,
     /// One makes room in the spool, the others wait for it.
     relieving: Mutex<()>,
+    /// It was said that the disk is full, and nothing could be given up since.
+    disk_full_told: AtomicBool,
     settled: Signal,
     intent: Signal,
     room: Signal,
@@ -229,11 +231,13 @@ impl Engine {
     /// # Errors
     /// Where a sync fails: the next open recovers as after a crash.
     pub fn close(&self) -> Result<(), EngineError> {
+        // First, and without the lock: a cut that holds it may be waiting for a writer that waits for room.
+        let closed_before = self.closed.swap(true, SeqCst);
+        self.room.notify();
         let _cutting = self.cutting.lock();
-        if self.closed.swap(true, SeqCst) {
+        if closed_before {
             return Ok(());
         }
-        self.room.notify();
         while !self.capture.is_idle() {
             self.settled
                 .wait(Duration::from_millis(1), || self.capture.is_idle());

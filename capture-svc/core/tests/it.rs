@@ -10,3 +10,5 @@ mod model;
 mod rules;
 #[path = "it/sim.rs"]
 mod sim;
+#[path = "it/syncs.rs"]
+mod syncs;

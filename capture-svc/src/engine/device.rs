@@ -3,11 +3,11 @@
 //! The thread that brings a request performs it. A write of one block to a region that is set already costs two
 //! counters, a lock, a few loads and one `pwrite`.
 
-use std::{cell::RefCell, io, time::Duration};
+use std::{cell::RefCell, io, sync::atomic::Ordering::SeqCst, time::Duration};
 
 use capture_core::engine::{
     capture::CaptureError,
-    media::Media,
+    media::{Media, MediaError},
     write::{Change, Step, WriteOp},
 };
 use tidemark_export::{AllocationExtent, BlockDevice, Durability, ZeroFlags};
@@ -107,11 +107,20 @@ impl Engine {
     fn await_spool(&self) -> io::Result<()> {
         match self.options.spool_policy {
             SpoolPolicy::GiveUp => {
-                let _relieving = self.relieving.lock();
+                self.refuse_when_closed()?;
+                let relieving = self.relieving.lock();
                 if self.capture.spool().has_room() {
                     return Ok(());
                 }
-                let given_up = self.capture.relieve().map_err(|error| refused(&error))?;
+                let given_up = match self.capture.relieve() {
+                    Err(CaptureError::Media(error)) if is_no_space(error) => {
+                        drop(relieving);
+                        self.await_disk_space();
+                        return Ok(());
+                    }
+                    other => other.map_err(|error| refused(&error))?,
+                };
+                self.disk_full_told.store(false, SeqCst);
                 for cut in given_up {
                     tracing::error!(
                         volume = %self.capture.volume(),
@@ -129,6 +138,25 @@ impl Engine {
             }
         }
     }
+}
+
+impl Engine {
+    /// No room even for the record that would give up a cut: writers wait, as with a full spool that stalls.
+    fn await_disk_space(&self) {
+        if !self.disk_full_told.swap(true, SeqCst) {
+            tracing::error!(
+                volume = %self.capture.volume(),
+                dir = %self.dir.display(),
+                "the disk of the state is full: writers wait; make room on it"
+            );
+        }
+        self.room
+            .wait(STALL_WAIT_MAX, || self.capture.spool().has_room());
+    }
+}
+
+fn is_no_space(error: MediaError) -> bool {
+    matches!(error.0, libc::ENOSPC | libc::EDQUOT)
 }
 
 impl BlockDevice for Engine {

@@ -289,7 +289,11 @@ impl Files {
         }
         let most = self.slots_max * self.block_len;
         let length = (wanted.div_ceil(SPOOL_STEP) * SPOOL_STEP).min(most);
-        fallocate(&self.spool, FallocateFlags::empty(), now, length - now)?;
+        if let Err(error) = fallocate(&self.spool, FallocateFlags::empty(), now, length - now) {
+            // What it got before the disk was full is of no use here, but to the records that make room.
+            self.spool.set_len(now)?;
+            return Err(error.into());
+        }
         self.spool_len.store(length, SeqCst);
         Ok(length / self.block_len)
     }

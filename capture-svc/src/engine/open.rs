@@ -204,6 +204,7 @@ fn start(
         closed: AtomicBool::new(false),
         cutting: parking_lot::Mutex::default(),
         relieving: parking_lot::Mutex::default(),
+        disk_full_told: AtomicBool::new(false),
         settled: super::Signal::default(),
         intent: super::Signal::default(),
         room: super::Signal::default(),

@@ -179,6 +179,11 @@ pub struct Capture<M> {
     pub(super) dirty_count: [AtomicU64; 2],
     pub(super) carry_count: AtomicU64,
     poisoned: AtomicBool,
+    /// One syncs the volume at a time: a failure is reported to one sync only, and must stop the engine before
+    /// another one counts as good.
+    syncing: Mutex<()>,
+    /// Syncs of the volume that have begun.
+    syncs_begun: AtomicU64,
     /// All requests of the epochs up to this one have ended.
     pub(super) settled_through: AtomicU64,
     /// A sync of the volume that began after this epoch had settled has succeeded.
@@ -221,6 +226,8 @@ impl<M: Media> Capture<M> {
             carry_count: AtomicU64::new(table.carry.len().get()),
             table: Mutex::new(table),
             poisoned: AtomicBool::new(false),
+            syncing: Mutex::default(),
+            syncs_begun: AtomicU64::new(0),
             settled_through: AtomicU64::new(settled),
             synced_through: AtomicU64::new(settled),
             counters: Counters::default(),
@@ -335,10 +342,18 @@ impl<M: Media> Capture<M> {
     /// # Errors
     /// Where the sync fails; all further work is refused then.
     pub fn sync(&self) -> Result<(), CaptureError> {
+        let begun = self.syncs_begun.load(SeqCst);
+        let _syncing = self.syncing.lock();
         self.check()?;
+        if self.syncs_begun.load(SeqCst) != begun {
+            // One has begun since the call, and has ended well.
+            return Ok(());
+        }
+        self.syncs_begun.fetch_add(1, SeqCst);
         let through = self.settled_through.load(SeqCst);
         match self.media.sync_volume() {
             Ok(()) => {
+                self.check()?;
                 self.synced_through.fetch_max(through, SeqCst);
                 Ok(())
             }

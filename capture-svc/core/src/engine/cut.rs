@@ -241,6 +241,8 @@ impl<M: Media> Capture<M> {
         let Some(interval) = interval else {
             return Err(CaptureError::NoInterval(cut));
         };
+        // Another sync may have failed meanwhile.
+        self.check()?;
         if interval.recorded {
             self.put(Record::Interval, None)?;
         }
@@ -250,6 +252,7 @@ impl<M: Media> Capture<M> {
         self.publish_cuts(&table, self.epoch());
         drop(table);
         self.sweep();
+        self.check()?;
         self.intent
             .clear(cut, committed_before, self.tuning.hot_regions_max);
         self.write_intent()

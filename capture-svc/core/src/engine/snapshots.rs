@@ -173,7 +173,8 @@ impl<M: Media> Capture<M> {
     /// room or nothing is open. Returns the cuts given up.
     ///
     /// # Errors
-    /// Where a record can't be written; all work is refused then.
+    /// Where a record can't be written and nothing was given up. The caller may come again, unless all work is
+    /// refused.
     pub fn relieve(&self) -> Result<Vec<u64>, CaptureError> {
         let mut given_up = Vec::new();
         loop {
@@ -186,8 +187,13 @@ impl<M: Media> Capture<M> {
             let exclusive = self.spool.exclusive(&cuts);
             let victim = cuts[exclusive.iter().position(|&count| count > 0).unwrap_or(0)];
             if let Err(error) = self.give_up(&mut table, victim) {
-                self.poison();
-                return Err(error);
+                // What could not be replaced still stands, and so does the cut.
+                self.check()?;
+                return if given_up.is_empty() {
+                    Err(error)
+                } else {
+                    Ok(given_up)
+                };
             }
             self.publish_cuts(&table, self.epoch());
             drop(table);

@@ -290,9 +290,11 @@ impl World {
 
     fn relieve(&mut self) {
         let Some(given_up) = self.accept(self.capture.relieve()) else {
-            // The crash came on the way: what has been given up is seen at the opening.
-            self.snapshots.clear();
-            self.interval = None;
+            if self.sim.has_crashed() || self.capture.is_poisoned() {
+                // The crash came on the way: what has been given up is seen at the opening.
+                self.snapshots.clear();
+                self.interval = None;
+            }
             return;
         };
         for cut in given_up {

@@ -761,6 +761,32 @@ fn a_full_spool_costs_recovery_point_not_data() {
 }
 
 #[test]
+fn a_record_that_finds_no_room_gives_up_nothing_and_stops_nothing() {
+    let bench = Bench::with(|tuning| tuning.spool.slots_max = 1);
+    (0..3).for_each(|block| bench.write(block, 1));
+    let interval = bench.cut(Purpose::Interval);
+    let snapshot = bench.cut(snapshot());
+    bench.write(0, 2);
+    bench.sim.set_faults(Faults {
+        put: Some(1),
+        ..Faults::default()
+    });
+    let full = bench.capture.relieve().unwrap_err();
+    assert!(matches!(full, CaptureError::Media(_)), "{full}");
+    assert!(!bench.capture.is_poisoned());
+    assert_eq!(
+        [interval, snapshot].map(|cut| bench.read(cut, 0)),
+        [1, 1],
+        "both are still there"
+    );
+    bench.sim.set_faults(Faults::default());
+    bench.write(1, 2);
+    assert!(bench.capture.counters.give_ups.load(SeqCst) > 0);
+    assert!(!bench.capture.is_poisoned());
+    assert_eq!(bench.tracked(), [0, 1, 2]);
+}
+
+#[test]
 fn opening_may_be_repeated() {
     let base = Bench::new().sim.volume();
     for (first, second) in [(false, false), (false, true), (true, false), (true, true)] {

@@ -5,6 +5,8 @@ use std::{
     thread,
 };
 
+use capture_svc::engine::SpoolPolicy;
+
 use super::*;
 
 const BLOCKS: u64 = 512;
@@ -117,4 +119,73 @@ fn stalled_writers_go_on_when_there_is_room() {
     engine.delete_snapshot(id).unwrap();
     writer.join().unwrap();
     assert_eq!(engine.stats().give_ups, 0);
+}
+
+/// A snapshot, a spool of one block that is used, and a writer that has found it full.
+fn with_a_waiting_writer(
+    policy: SpoolPolicy,
+    prepare: impl Fn(&Setup),
+) -> (Setup, Arc<Engine>, thread::JoinHandle<std::io::Result<()>>) {
+    let mut setup = Setup::new(16);
+    setup.options.spool_bytes_max = BLOCK;
+    setup.options.spool_policy = policy;
+    let engine = setup.create();
+    write(&engine, 1, 1);
+    write(&engine, 5, 1);
+    engine.create_snapshot("", 0).unwrap();
+    write(&engine, 1, 2);
+    prepare(&setup);
+    let copied = engine.stats().blocks_copied;
+    let writer = Arc::clone(&engine);
+    // Of its two blocks the first has been zero and needs no room.
+    let writer = thread::spawn(move || writer.write(4 * BLOCK, &[2; 8192], Durability::Volatile));
+    while engine.stats().blocks_copied == copied {
+        thread::yield_now();
+    }
+    (setup, engine, writer)
+}
+
+fn fill_the_disk(setup: &Setup) {
+    let temporary = setup.state().join("snapshots.tmp");
+    std::os::unix::fs::symlink("/dev/full", temporary).unwrap();
+}
+
+#[test]
+fn a_close_ends_a_cut_that_waits_for_a_stalled_writer() {
+    let (setup, engine, writer) = with_a_waiting_writer(SpoolPolicy::Stall, |_| {});
+    let epoch = engine.epoch();
+    let cutter = Arc::clone(&engine);
+    let cutter = thread::spawn(move || cutter.create_snapshot("", 1));
+    while engine.epoch() == epoch {
+        thread::yield_now();
+    }
+    let (done, closed) = std::sync::mpsc::channel();
+    let closer = Arc::clone(&engine);
+    let closer = thread::spawn(move || done.send(closer.close()).unwrap());
+    closed
+        .recv_timeout(std::time::Duration::from_secs(30))
+        .expect("the close ends")
+        .unwrap();
+    let refused = writer.join().unwrap().unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::ESHUTDOWN));
+    closer.join().unwrap();
+    cutter.join().unwrap().unwrap();
+    drop(engine);
+    assert_eq!(setup.open().1, Trust::Clean);
+}
+
+#[test]
+fn writers_wait_while_there_is_no_disk_space_to_give_up_a_cut() {
+    let (setup, engine, writer) = with_a_waiting_writer(SpoolPolicy::GiveUp, fill_the_disk);
+    assert!(!writer.is_finished());
+    assert_eq!(engine.list_snapshots().len(), 1);
+    fs::remove_file(setup.state().join("snapshots.tmp")).unwrap();
+    writer.join().unwrap().unwrap();
+    assert_eq!(engine.stats().give_ups, 1);
+    assert!(!engine.stats().poisoned);
+
+    let (_setup, engine, writer) = with_a_waiting_writer(SpoolPolicy::GiveUp, fill_the_disk);
+    engine.close().unwrap();
+    let refused = writer.join().unwrap().unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::ESHUTDOWN));
 }

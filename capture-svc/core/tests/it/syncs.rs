@@ -1,0 +1,168 @@
+//! Syncs of the volume at the same time, on a medium that reports a failure as the kernel does: to one of them only.
+
+use std::{
+    sync::{
+        Condvar, Mutex,
+        atomic::{AtomicU64, Ordering::SeqCst},
+    },
+    thread,
+    time::Duration,
+};
+
+use capture_core::engine::{
+    capture::{Capture, CaptureError, TRACKING_WORDS, Tuning},
+    cut::Purpose,
+    dirty::DirtyLayout,
+    intent::{PAGE_LEN, encode_page, place_of},
+    media::{Map, Media, MediaError, MediaResult, Record},
+    spool::SpoolLimits,
+    trust::Judgement,
+    write::{Change, Step, WriteOp},
+};
+use tidemark_block::{BlockSize, Geometry, VolumeId};
+
+const BLOCK: usize = 4096;
+
+/// Nothing but words, and a sync that fails once when it is told to.
+struct Reporting {
+    words: [Vec<AtomicU64>; 4],
+    syncs: Mutex<Syncs>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Syncs {
+    fail_next: bool,
+    failing: bool,
+    /// Syncs that ended while another one was failing.
+    passed: u64,
+}
+
+fn geometry() -> Geometry {
+    Geometry::new(16 * BLOCK as u64, BlockSize::MIN).unwrap()
+}
+
+fn volume() -> VolumeId {
+    VolumeId::from_bytes([1; 16])
+}
+
+impl Media for Reporting {
+    fn read_volume(&self, _: u64, buffer: &mut [u8]) -> MediaResult {
+        buffer.fill(0);
+        Ok(())
+    }
+    fn write_volume(&self, _: u64, _: &[u8]) -> MediaResult {
+        Ok(())
+    }
+    fn zero_volume(&self, _: u64, _: u64, _: bool) -> MediaResult {
+        Ok(())
+    }
+    fn sync_volume(&self) -> MediaResult {
+        let mut syncs = self.syncs.lock().unwrap();
+        if !std::mem::take(&mut syncs.fail_next) {
+            syncs.passed += u64::from(syncs.failing);
+            self.changed.notify_all();
+            return Ok(());
+        }
+        syncs.failing = true;
+        self.changed.notify_all();
+        // Gives another one time to come and end well.
+        let waited = self
+            .changed
+            .wait_timeout_while(syncs, Duration::from_millis(200), |syncs| syncs.passed == 0);
+        waited.unwrap().0.failing = false;
+        Err(MediaError(5))
+    }
+    fn read_before(&self, _: u64, _: &mut [u8]) -> MediaResult {
+        Ok(())
+    }
+    fn write_before(&self, _: u64, _: &[u8]) -> MediaResult {
+        Ok(())
+    }
+    fn reserve(&self, _: u64, _: u64) -> MediaResult<(u64, u64)> {
+        Ok((0, 0))
+    }
+    fn read_intent(&self, place: u64, page: &mut [u8]) -> MediaResult {
+        if place == place_of(0, 1) {
+            page.copy_from_slice(&encode_page(volume(), 0, 1, &[0; _])[..]);
+        } else {
+            page.copy_from_slice(&[0; PAGE_LEN]);
+        }
+        Ok(())
+    }
+    fn write_intent(&self, _: u64, _: &[u8]) -> MediaResult {
+        Ok(())
+    }
+    fn sync_intent(&self) -> MediaResult {
+        Ok(())
+    }
+    fn put(&self, _: Record, _: Option<&[u8]>) -> MediaResult {
+        Ok(())
+    }
+    fn get(&self, _: Record) -> MediaResult<Option<Vec<u8>>> {
+        Ok(None)
+    }
+    fn changes(&self) -> MediaResult<Vec<u64>> {
+        Ok(Vec::new())
+    }
+    fn words(&self, map: Map) -> &[AtomicU64] {
+        match map {
+            Map::Tracking => &self.words[0],
+            Map::Dirty(parity) => &self.words[1 + usize::from(parity)],
+            Map::Slots => &self.words[3],
+        }
+    }
+    fn reset(&self, _: Map) -> MediaResult {
+        Ok(())
+    }
+    fn lock(&self, _: u64, _: u64) -> bool {
+        true
+    }
+    fn unlock(&self, _: u64, _: u64) {}
+}
+
+#[test]
+fn a_sync_that_fails_is_heard_by_a_commit_at_the_same_time() {
+    let words = |n: usize| std::iter::repeat_with(AtomicU64::default).take(n).collect();
+    let dirty = DirtyLayout::new(16).total();
+    let media = Reporting {
+        words: [words(TRACKING_WORDS), words(dirty), words(dirty), words(0)],
+        syncs: Mutex::default(),
+        changed: Condvar::new(),
+    };
+    let tuning = Tuning {
+        region_bytes: 4 * BLOCK as u64,
+        stripe_blocks: 1,
+        spool: SpoolLimits {
+            entries_max: 0,
+            slots_max: 0,
+        },
+        hot_regions_max: 0,
+        snapshots_max: 1,
+        changes_max: 1,
+    };
+    let exact = Judgement::Exact { clean: true };
+    let (capture, _) = Capture::recover(media, volume(), geometry(), tuning, exact, 1).unwrap();
+    let epoch = capture.enter().unwrap();
+    let mut write = WriteOp::new(&capture, epoch, 0, Change::Data(&[1; BLOCK]));
+    while write.step(&capture, &mut [0; BLOCK]).unwrap() != Step::Done {}
+    capture.exit(epoch);
+    let cut = capture.begin_cut(Purpose::Interval).unwrap();
+    capture.finish_cut(cut).unwrap();
+
+    capture.media().syncs.lock().unwrap().fail_next = true;
+    thread::scope(|scope| {
+        let flush = scope.spawn(|| capture.sync());
+        let syncs = capture.media().syncs.lock().unwrap();
+        let waiting = capture
+            .media()
+            .changed
+            .wait_while(syncs, |syncs| !syncs.failing);
+        drop(waiting.unwrap());
+        assert_eq!(capture.commit_interval(epoch), Err(CaptureError::Poisoned));
+        assert!(matches!(flush.join().unwrap(), Err(CaptureError::Media(_))));
+    });
+    assert!(capture.open_interval().is_some(), "it is not dropped");
+    assert_eq!(capture.intent().set_regions(), [0], "and no intent cleared");
+    assert_eq!(capture.media().words(Map::Tracking)[1].load(SeqCst), 1);
+}
