@@ -144,7 +144,10 @@ pub(super) fn open(
     let (files, wholeness) = Files::open(dir, volume, geometry, tuning.spool, opened)
         .map_err(failed("open the volume's state", dir))?;
     let judgement = match wholeness {
-        Wholeness::Whole => judge(&recorded, &identity),
+        Wholeness::Whole => {
+            let place = volume_file::place(dir).map_err(failed("identify the state", dir))?;
+            heard(judge(&recorded, &identity, &place), &files, dir, &recorded)?
+        }
         Wholeness::Lost(name) => {
             tracing::error!(%volume, file = name, "a file of the volume's state was lost or damaged");
             Judgement::Everything("a file of the volume's state was lost or damaged")
@@ -164,6 +167,35 @@ pub(super) fn open(
         options,
     )?;
     Ok((engine, trust(outcome)))
+}
+
+/// Syncs the state before it is trusted. A failure that the last process has not heard of is told once, so it is
+/// noted durably before anything else.
+fn heard(
+    judgement: Judgement,
+    files: &Files,
+    dir: &Path,
+    recorded: &Identity,
+) -> Result<Judgement, EngineError> {
+    let Err(error) = files.sync_state() else {
+        return Ok(judgement);
+    };
+    tracing::error!(
+        volume = %recorded.volume,
+        %error,
+        "a file of the volume's state could not be written to the disk: its tracking is not trusted"
+    );
+    let noted = Identity {
+        clean: false,
+        failed: true,
+        ..*recorded
+    };
+    durable::write_file(&dir.join("identity"), &noted.encode())
+        .map_err(failed("write the identity", dir))?;
+    Ok(match judgement {
+        Judgement::Exact { .. } => Judgement::PowerLoss,
+        worse => worse,
+    })
 }
 
 fn trust(outcome: Outcome) -> Trust {
@@ -212,18 +244,30 @@ fn start(
         _volume_lock: volume_lock,
         _state_lock: state_lock,
     };
-    write_identity(&engine, file, false)?;
+    write_identity(&engine, file, Left::Running)?;
     engine.capture.confirm();
     Ok((engine, outcome))
 }
 
-fn write_identity(engine: &Engine, file: FileIdentity, clean: bool) -> Result<(), EngineError> {
+/// How the state is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Left {
+    Running,
+    Clean,
+    Failed,
+}
+
+fn write_identity(engine: &Engine, file: FileIdentity, left: Left) -> Result<(), EngineError> {
+    let state =
+        volume_file::place(&engine.dir).map_err(failed("identify the state", &engine.dir))?;
     let identity = Identity {
         volume: engine.capture.volume(),
         geometry: engine.geometry(),
-        clean,
+        clean: left == Left::Clean,
+        failed: left == Left::Failed,
         epoch_limit: engine.capture.epoch() + EPOCHS_RESERVED,
         file,
+        state,
     };
     durable::write_file(&engine.dir.join("identity"), &identity.encode())
         .map_err(failed("write the identity", &engine.dir))
@@ -232,10 +276,19 @@ fn write_identity(engine: &Engine, file: FileIdentity, clean: bool) -> Result<()
 /// Marks the state clean, after everything it stands for is durable. No request is in flight, the volume is synced.
 pub(super) fn mark_clean(engine: &Engine) -> Result<(), EngineError> {
     let files = engine.capture.media();
-    files
+    let synced = files
         .sync_state()
-        .map_err(failed("sync the volume's state", &engine.dir))?;
+        .map_err(failed("sync the volume's state", &engine.dir));
+    if synced.is_err() {
+        engine.capture.fail();
+    }
     let file = volume_file::identity(files.volume())
         .map_err(failed("identify the volume", &engine.dir))?;
-    write_identity(engine, file, true)
+    let left = if synced.is_ok() {
+        Left::Clean
+    } else {
+        Left::Failed
+    };
+    write_identity(engine, file, left)?;
+    synced
 }

@@ -10,7 +10,7 @@ use std::{
     path::Path,
 };
 
-use capture_core::engine::records::FileIdentity;
+use capture_core::engine::records::{FileIdentity, Place};
 use rustix::{
     fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, fallocate, fstatvfs, seek, statx},
     io::Errno,
@@ -85,16 +85,33 @@ pub(super) fn open(path: &Path, geometry: Geometry) -> Result<(File, FileLock), 
 /// What tells the file from every other.
 pub(super) fn identity(file: &File) -> io::Result<FileIdentity> {
     let metadata = file.metadata()?;
-    let mount = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?.stx_mnt_id;
     Ok(FileIdentity {
         boot: boot_id()?,
-        mount,
+        mount: mount_id(file)?,
         filesystem: filesystem_id(file)?,
         device: metadata.dev(),
         inode: metadata.ino(),
         modified_s: metadata.mtime(),
         modified_ns: u32::try_from(metadata.mtime_nsec()).unwrap_or(0),
     })
+}
+
+/// Where a directory lies.
+pub(super) fn place(dir: &Path) -> io::Result<Place> {
+    let dir = File::open(dir)?;
+    Ok(Place {
+        mount: mount_id(&dir)?,
+        filesystem: filesystem_id(&dir)?,
+        device: dir.metadata()?.dev(),
+    })
+}
+
+/// The mount's number: one that never comes back in the same boot, where the kernel has it (since 6.8).
+fn mount_id(file: &File) -> io::Result<u64> {
+    /// `STATX_MNT_ID_UNIQUE` of linux/stat.h.
+    const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+    let flags = StatxFlags::MNT_ID | UNIQUE;
+    Ok(statx(file, c"", AtFlags::EMPTY_PATH, flags)?.stx_mnt_id)
 }
 
 fn boot_id() -> io::Result<[u8; 16]> {

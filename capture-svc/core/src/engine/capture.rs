@@ -322,6 +322,12 @@ impl<M: Media> Capture<M> {
         self.poisoned.store(true, SeqCst);
     }
 
+    /// A sync failed: as [`Self::poison`], and the next opening does as after a power loss.
+    pub fn fail(&self) {
+        self.media.words(Map::Tracking)[MARKS_WORD].fetch_or(MARK_SYNC_FAILED, SeqCst);
+        self.poison();
+    }
+
     /// Whether work is refused.
     pub fn is_poisoned(&self) -> bool {
         self.poisoned.load(SeqCst)
@@ -358,8 +364,7 @@ impl<M: Media> Capture<M> {
                 Ok(())
             }
             Err(error) => {
-                self.media.words(Map::Tracking)[MARKS_WORD].fetch_or(MARK_SYNC_FAILED, SeqCst);
-                self.poison();
+                self.fail();
                 Err(error.into())
             }
         }

@@ -268,7 +268,7 @@ impl<M: Media> Capture<M> {
             .try_for_each(|(place, page)| self.media.write_intent(place, &page[..]))
             .and_then(|()| self.media.sync_intent());
         if written.is_err() {
-            self.poison();
+            self.fail();
         }
         self.intent.complete(batch, written.is_ok());
         Ok(written?)

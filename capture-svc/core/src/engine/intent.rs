@@ -215,6 +215,14 @@ impl IntentMap {
         map
     }
 
+    /// What was read of the file may not be on the disk: a region counts as durable only once its page has been
+    /// written again.
+    pub fn distrust(&self) {
+        let mut state = self.state.lock();
+        state.pages.iter_mut().for_each(|page| page.changed = true);
+        self.durable.iter().for_each(|word| word.store(0, SeqCst));
+    }
+
     /// Announces a write of an epoch to a region. Must come before [`Self::is_durable`] is asked.
     pub fn announce(&self, region: u64, epoch: u64) {
         let last = &self.last_epoch[index(region)];

@@ -171,6 +171,17 @@ pub struct FileIdentity {
     pub modified_ns: u32,
 }
 
+/// What tells one life of the filesystem that holds the state from the next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Place {
+    /// Of the mount through which it is reached.
+    pub mount: u64,
+    /// UUID of the filesystem, or what stands for it.
+    pub filesystem: [u8; 16],
+    /// Number of the device; may change with a boot.
+    pub device: u64,
+}
+
 /// Who owns the state, and how it was left.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
@@ -180,10 +191,14 @@ pub struct Identity {
     pub geometry: Geometry,
     /// Closed cleanly: all of the state is durable.
     pub clean: bool,
+    /// A sync of the state's files failed: what is read of them now may not last.
+    pub failed: bool,
     /// Every epoch used so far is below it.
     pub epoch_limit: u64,
     /// The volume's file.
     pub file: FileIdentity,
+    /// The state's directory.
+    pub state: Place,
 }
 
 impl Identity {
@@ -193,7 +208,9 @@ impl Identity {
         let mut payload = self.volume.as_bytes().to_vec();
         payload.extend_from_slice(&self.geometry.length().to_le_bytes());
         payload.extend_from_slice(&self.geometry.block_size().get().to_le_bytes());
-        payload.extend_from_slice(&u32::from(self.clean).to_le_bytes());
+        payload.extend_from_slice(
+            &(u32::from(self.clean) | u32::from(self.failed) << 1).to_le_bytes(),
+        );
         payload.extend_from_slice(&self.epoch_limit.to_le_bytes());
         payload.extend_from_slice(&self.file.boot);
         payload.extend_from_slice(&self.file.mount.to_le_bytes());
@@ -202,6 +219,9 @@ impl Identity {
         payload.extend_from_slice(&self.file.inode.to_le_bytes());
         payload.extend_from_slice(&self.file.modified_s.to_le_bytes());
         payload.extend_from_slice(&self.file.modified_ns.to_le_bytes());
+        payload.extend_from_slice(&self.state.mount.to_le_bytes());
+        payload.extend_from_slice(&self.state.filesystem);
+        payload.extend_from_slice(&self.state.device.to_le_bytes());
         seal(IDENTITY_MAGIC, VERSION, &payload)
     }
 
@@ -215,9 +235,10 @@ impl Identity {
         let volume = VolumeId::from_bytes(reader.array()?);
         let length = reader.u64()?;
         let geometry = Geometry::new(length, BlockSize::new(reader.u32()?)?)?;
-        let clean = match reader.u32()? {
-            0 => false,
-            1 => true,
+        let (clean, failed) = match reader.u32()? {
+            0 => (false, false),
+            1 => (true, false),
+            2 => (false, true),
             _ => return Err(WireError::Range("clean mark").into()),
         };
         let epoch_limit = reader.u64()?;
@@ -230,13 +251,20 @@ impl Identity {
             modified_s: i64::from_le_bytes(reader.array()?),
             modified_ns: reader.u32()?,
         };
+        let state = Place {
+            mount: reader.u64()?,
+            filesystem: reader.array()?,
+            device: reader.u64()?,
+        };
         reader.end()?;
         Ok(Self {
             volume,
             geometry,
             clean,
+            failed,
             epoch_limit,
             file,
+            state,
         })
     }
 }

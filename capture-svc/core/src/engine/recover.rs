@@ -118,6 +118,7 @@ impl<M: Media> Capture<M> {
             }
             other => {
                 let intent = restore(epoch_limit - 1);
+                intent.distrust();
                 let mut doubt = BlockSet::new();
                 let outcome = match other {
                     Ok(Judgement::Everything(reason)) => Err(reason.to_owned()),

@@ -1,6 +1,6 @@
 //! How far the tracking can be trusted when a volume is opened: the part that needs no reading of the volume.
 
-use super::records::{FileIdentity, Identity};
+use super::records::{FileIdentity, Identity, Place};
 
 /// What the identities tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,9 +16,9 @@ pub enum Judgement {
     Everything(&'static str),
 }
 
-/// Compares the identity that was recorded with the file that was found.
+/// Compares the identity that was recorded with the file and the state directory that were found.
 #[must_use]
-pub fn judge(recorded: &Identity, found: &FileIdentity) -> Judgement {
+pub fn judge(recorded: &Identity, found: &FileIdentity, state: &Place) -> Judgement {
     let was = &recorded.file;
     if was.filesystem != found.filesystem {
         return Judgement::Everything("the volume file lies on another filesystem than before");
@@ -40,6 +40,9 @@ pub fn judge(recorded: &Identity, found: &FileIdentity) -> Judgement {
     if was.device != found.device {
         return Judgement::Everything("the volume file lies on another device than before");
     }
+    if recorded.failed || recorded.state != *state {
+        return Judgement::PowerLoss;
+    }
     Judgement::Exact { clean: false }
 }
 
@@ -60,12 +63,20 @@ mod tests {
             modified_s: 6,
             modified_ns: 7,
         };
+        let state = Place {
+            mount: 8,
+            filesystem: [9; 16],
+            device: 10,
+        };
+        let judge = |recorded: &Identity, found: &FileIdentity| judge(recorded, found, &state);
         let running = Identity {
             volume: VolumeId::from_bytes([9; 16]),
             geometry: Geometry::new(1 << 20, BlockSize::MIN).unwrap(),
             clean: false,
+            failed: false,
             epoch_limit: 8,
             file,
+            state,
         };
         let clean = Identity {
             clean: true,
@@ -124,5 +135,22 @@ mod tests {
             ..file
         };
         assert_eq!(judge(&running, &rebooted), Judgement::PowerLoss);
+        let failed = Identity {
+            failed: true,
+            ..running
+        };
+        assert_eq!(judge(&failed, &file), Judgement::PowerLoss);
+        for elsewhere in [
+            Place { mount: 1, ..state },
+            Place {
+                filesystem: [1; 16],
+                ..state
+            },
+            Place { device: 1, ..state },
+        ] {
+            let judge = |recorded| super::judge(recorded, &file, &elsewhere);
+            assert_eq!(judge(&running), Judgement::PowerLoss);
+            assert_eq!(judge(&clean), exact(true));
+        }
     }
 }

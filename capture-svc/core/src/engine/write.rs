@@ -373,7 +373,7 @@ impl<'d> WriteOp<'d> {
 }
 
 fn fail_intent<M: Media>(capture: &Capture<M>, batch: Batch, error: CaptureError) -> CaptureError {
-    capture.poison();
+    capture.fail();
     capture.intent.complete(batch, false);
     error
 }

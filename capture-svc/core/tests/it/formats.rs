@@ -8,9 +8,9 @@ use capture_core::engine::{
     intent::{HEADER_LEN, PAGE_LEN, PAGE_REGIONS, decode_page, encode_page},
     media::{Map, Media},
     records::{
-        CARRY_MAGIC, CUT_MAGIC, DIRTY_MAGIC, FileIdentity, IDENTITY_MAGIC, Identity, SLOTS_MAGIC,
-        SNAPSHOTS_MAGIC, Snapshot, SnapshotTable, TRACKING_MAGIC, decode_carry, decode_cut,
-        encode_carry, encode_cut, encode_map_header,
+        CARRY_MAGIC, CUT_MAGIC, DIRTY_MAGIC, FileIdentity, IDENTITY_MAGIC, Identity, Place,
+        SLOTS_MAGIC, SNAPSHOTS_MAGIC, Snapshot, SnapshotTable, TRACKING_MAGIC, decode_carry,
+        decode_cut, encode_carry, encode_cut, encode_map_header,
     },
     spool::{ENTRY_WORDS, Spool, SpoolLimits},
 };
@@ -37,6 +37,7 @@ fn identity() -> Identity {
         volume: volume(),
         geometry: geometry(),
         clean: true,
+        failed: false,
         epoch_limit: 0x1_0000_0007,
         file: FileIdentity {
             boot: [1; 16],
@@ -46,6 +47,11 @@ fn identity() -> Identity {
             inode: 5,
             modified_s: -6,
             modified_ns: 7,
+        },
+        state: Place {
+            mount: 8,
+            filesystem: [9; 16],
+            device: 10,
         },
     }
 }
@@ -214,5 +220,5 @@ fn the_format_page_states_the_constants() {
         DirtyLayout::new(64 * 64 * 64 + 1).total(),
         2 + (64 + 1) + (64 * 64 + 1)
     );
-    assert_eq!(identity().encode().len(), 40 + 108);
+    assert_eq!(identity().encode().len(), 40 + 140);
 }

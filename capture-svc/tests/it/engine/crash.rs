@@ -73,6 +73,34 @@ fn after_a_power_loss_the_intent_regions_are_in_doubt_and_snapshots_are_gone() {
 }
 
 #[test]
+fn a_state_on_another_mount_or_with_a_failed_sync_is_as_after_a_power_loss() {
+    use capture_core::engine::records::Identity;
+    let changes: [fn(&mut Identity); 3] = [
+        |identity| identity.state.mount ^= 1,
+        |identity| identity.state.device ^= 1,
+        |identity| identity.failed = true,
+    ];
+    for change in changes {
+        let setup = Setup::new(16);
+        let engine = setup.create();
+        write(&engine, 1, 1);
+        drop(engine);
+        let path = setup.state().join("identity");
+        let mut identity = Identity::decode(&fs::read(&path).unwrap()).unwrap();
+        assert!(!identity.clean && !identity.failed);
+        change(&mut identity);
+        fs::write(&path, identity.encode()).unwrap();
+        let (engine, trust) = setup.open();
+        assert!(matches!(trust, Trust::PowerLoss { .. }), "{trust:?}");
+        assert_eq!(engine.tracked(extent(0, 16)), set(&[(0, 16)]));
+        // Intent read from a doubtful file is written again before it counts.
+        write(&engine, 2, 1);
+        drop(engine);
+        assert_eq!(setup.open().1, Trust::ProcessCrash);
+    }
+}
+
+#[test]
 fn a_clean_mark_follows_the_syncs() {
     for close in [true, false] {
         let setup = Setup::new(64);
