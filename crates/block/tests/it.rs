@@ -1,5 +1,7 @@
 //! Binds `docs/FORMAT.md` to the code.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 use tidemark_block::{
     BlockCount, BlockIndex, BlockSize, CodecChoice, Extent, FrameEncoder, Geometry, MemoryTable,
     block_checksum,
