@@ -33,7 +33,7 @@ fmt-check: ## fail where a source is not formatted
 	$(CARGO) fmt --all --check
 
 doc: ## build the API documentation, warnings are errors
-	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private_intra_doc_links" $(CARGO) doc --workspace --no-deps --document-private-items
 
 deny: ## check licences, sources and duplicate versions of the dependencies (installs cargo-deny)
 	@integration/setup.sh --deny

@@ -1,6 +1,6 @@
 //! What the capture service can be told: defaults → TOML file → `CAPTURE_…` environment → flags.
 //!
-//! Each key is listed once, in [`settings!`]: field, flag, environment variable and `--print-config` follow from it.
+//! Each key is listed once, in `settings!`: field, flag, environment variable and `--print-config` follow from it.
 //! The whole is validated before anything starts, and every error is named, not only the first.
 
 mod values;

@@ -1,7 +1,7 @@
 //! Protobuf messages to domain types and back: the only place where a field can be missing.
 //!
 //! Requests are parsed once, at the edge; what lies behind it has no `Option` that isn't optional. A message that
-//! can't be one of ours is [`WireError`], which is a [`Reason::RequestInvalid`](crate::Reason::RequestInvalid).
+//! can't be one of ours is [`WireError`], which is a [`Reason::RequestInvalid`].
 
 mod digests;
 mod ship;

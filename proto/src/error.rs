@@ -1,7 +1,7 @@
 //! Errors of both services as they cross the wire: a coarse kind, a stable reason, what happened and what to do.
 //!
 //! The kind decides the gRPC code; the reason and the action travel as an encoded
-//! [`ErrorDetail`](crate::common::v1::ErrorDetail) in the status details. `docs/PROTOCOL.md` lists every reason; a
+//! [`ErrorDetail`] in the status details. `docs/PROTOCOL.md` lists every reason; a
 //! test holds the two together. A peer's reason that this build doesn't know becomes [`Reason::Unknown`], with the
 //! kind that its gRPC code stands for.
 

@@ -1,6 +1,6 @@
 //! The `intercept` engine's decisions: which blocks changed, what they were before, what is durable before what.
 //!
-//! In the order in which a write meets them: the request's steps ([`write`]), the intent map ([`intent`]), the spool
+//! In the order in which a write meets them: the request's steps ([`mod@write`]), the intent map ([`intent`]), the spool
 //! of before-images ([`spool`]), the dirty map ([`dirty`]), the recorded blocks ([`ring`]). Then what ends an epoch
 //! ([`cut`]), what reads an old one ([`read`], [`snapshots`]), and what opens a volume ([`trust`], [`recover`]).
 //! [`capture`] holds it together; [`media`] is all it stands on. `docs/CRASH-RULES.md` has the rules.

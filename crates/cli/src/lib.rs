@@ -1,7 +1,7 @@
 //! The `tidemark` command: what people and scripts drive both services with.
 //!
 //! [`args`] says what can be asked for, [`command`] does it, one module per family of subcommands, [`report`] and
-//! [`format`] decide what programs and people see, [`failure`] what they see when it did not work. Images on their
+//! [`mod@format`] decide what programs and people see, [`failure`] what they see when it did not work. Images on their
 //! way into a file are verified in [`image`].
 
 pub mod args;
