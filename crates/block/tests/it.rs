@@ -134,7 +134,7 @@ fn the_root_of_the_digest_is_as_documented() {
 
 #[test]
 fn the_table_stamp_is_as_documented() {
-    // Its writer lies in another crate; here the table itself is checked, there its golden file.
+    // The page's own arithmetic; the bytes are held by `a_stamp_is_as_documented` beside their writer.
     assert_eq!(table("table stamp").len(), 4);
 }
 

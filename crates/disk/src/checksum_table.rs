@@ -772,6 +772,23 @@ mod tests {
         assert_eq!(table.digest().unwrap(), model_digest(&empty));
     }
 
+    /// Field by field as in the table of `docs/FORMAT.md`.
+    #[test]
+    fn a_stamp_is_as_documented() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("table");
+        let g = geometry(5);
+        let table = ChecksumTable::create(&path, VOLUME, g).unwrap();
+        table.sync_and_stamp(GenerationId::new(9)).unwrap();
+        let mut payload = VOLUME.as_bytes().to_vec();
+        payload.extend_from_slice(&(5u64 * 4096).to_le_bytes());
+        payload.extend_from_slice(&4096u32.to_le_bytes());
+        payload.extend_from_slice(&9u64.to_le_bytes());
+        assert_eq!(payload.len(), 36);
+        let sealed = tidemark_block::wire::seal(*b"TMTABSTP", 1, &payload);
+        assert_eq!(fs::read(dir.path().join("table.stamp")).unwrap(), sealed);
+    }
+
     #[test]
     fn the_table_of_a_sparse_tebibyte_takes_little_space() {
         let dir = tempfile::tempdir().unwrap();
