@@ -29,6 +29,11 @@ needed=(
     cmp:diffutils
 )
 
+# Python modules of Debian's own interpreter, which tests drive: module → package
+needed_modules=(
+    nbd:python3-libnbd
+)
+
 # e2fsprogs lives in sbin, which is not on the path of every user.
 PATH="$PATH:/usr/sbin:/sbin"
 
@@ -47,11 +52,18 @@ for entry in "${needed[@]}"; do
         [[ " ${missing_packages[*]:-} " == *" $package "* ]] || missing_packages+=("$package")
     fi
 done
+has_module() { [[ -x /usr/bin/python3 ]] && /usr/bin/python3 -c "import $1" 2>/dev/null; }
+for entry in "${needed_modules[@]}"; do
+    if ! has_module "${entry%%:*}"; then
+        missing_programs+=("${entry#*:}")
+        missing_packages+=("${entry#*:}")
+    fi
+done
 [[ ${#missing_programs[@]} -eq 0 ]] && exit 0
 
 install="apt-get install -y --no-install-recommends ${missing_packages[*]}"
 by_hand() {
-    echo "setup: these programs are missing: ${missing_programs[*]}" >&2
+    echo "setup: missing: ${missing_programs[*]}" >&2
     echo "setup: $1" >&2
     exit 1
 }
@@ -72,6 +84,10 @@ export DEBIAN_FRONTEND=noninteractive
 "${as_root[@]}" apt-get update -qq || by_hand "apt-get update failed: mend that, then run: $install"
 # shellcheck disable=SC2086
 "${as_root[@]}" $install >/dev/null || by_hand "this failed: $install"
-for program in "${missing_programs[@]}"; do
+for entry in "${needed_modules[@]}"; do
+    has_module "${entry%%:*}" || by_hand "installed ${missing_packages[*]}, but Python finds no module ${entry%%:*}"
+done
+for entry in "${needed[@]}"; do
+    program="${entry%%:*}"
     command -v "$program" >/dev/null || by_hand "installed ${missing_packages[*]}, but there is still no $program"
 done
