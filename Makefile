@@ -1,7 +1,7 @@
 # Tidemark: `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint fmt fmt-check doc deny clean
+.PHONY: help setup build demo test bench lint fmt fmt-check doc deny clean
 
 CARGO ?= cargo
 
@@ -22,6 +22,11 @@ demo: ## the whole round trip on real files: protect, write, kill, restore, comp
 test: ## every test (cargo-nextest where it is installed, else cargo test)
 	@integration/setup.sh
 	@integration/test.sh
+
+bench: ## figures, as ratios to peers in the same run (BENCH="interval nbd --rounds 3" for some of them)
+	@integration/setup.sh --bench
+	$(CARGO) build --release --bins -p tidemark-cli -p capture-svc -p vault-svc
+	$(CARGO) bench -p tidemark-integration --bench figures -- $(BENCH)
 
 lint: ## clippy on everything, warnings are errors
 	$(CARGO) clippy --workspace --all-targets -- -D warnings

@@ -3,14 +3,15 @@
 # well under a second, where all of them are.
 #
 #   integration/setup.sh          programs for tests and demo
+#   integration/setup.sh --bench  these, and the peers that figures are compared with
 #   integration/setup.sh --deny   cargo-deny, built from source where it is missing (some minutes)
 set -euo pipefail
 
 if [[ "${1:-}" == "--deny" ]]; then
     command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
     exit 0
-elif [[ $# -gt 0 ]]; then
-    echo "setup: unknown argument '$1'; the only one is --deny" >&2
+elif [[ $# -gt 0 && "$1" != "--bench" ]]; then
+    echo "setup: unknown argument '$1'; there are --bench and --deny" >&2
     exit 2
 fi
 

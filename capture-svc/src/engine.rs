@@ -22,7 +22,7 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use capture_core::engine::{
@@ -123,6 +123,8 @@ pub struct EngineStats {
     pub blocks_copied: u64,
     /// Regions set in the intent map: what would be in doubt if the power were lost now.
     pub intent_regions: u64,
+    /// How long the last flip took: what a cut can cost a writer. Zero before the first one.
+    pub last_flip: Duration,
     /// Whether the engine refuses work after a failed write or sync.
     pub poisoned: bool,
 }
@@ -171,6 +173,7 @@ pub struct Engine {
     closed: AtomicBool,
     /// One cut after the other.
     cutting: Mutex<()>,
+    last_flip: Mutex<Duration>,
     /// One makes room in the spool, the others wait for it.
     relieving: Mutex<()>,
     /// It was said that the disk is full, and nothing could be given up since.
@@ -280,6 +283,7 @@ impl Engine {
             trims_ignored: counters.trims_ignored.load(SeqCst),
             blocks_copied: counters.copied.load(SeqCst),
             intent_regions: self.capture.intent().set_regions().len() as u64,
+            last_flip: *self.last_flip.lock(),
             poisoned: self.capture.is_poisoned(),
         }
     }
@@ -326,10 +330,12 @@ impl Engine {
     fn cut(&self, purpose: Purpose) -> Result<Epoch, EngineError> {
         let _cutting = self.cutting.lock();
         self.check_open()?;
+        let begun = Instant::now();
         let cut = self
             .capture
             .begin_cut(purpose)
             .map_err(|error| self.explain(error))?;
+        *self.last_flip.lock() = begun.elapsed();
         self.settle(&cut);
         let epoch = Epoch::new(cut.epoch());
         self.capture

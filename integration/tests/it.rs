@@ -1,6 +1,8 @@
 //! End to end: the real programs, killed and asked for nonsense, with real clients.
 #![allow(clippy::unwrap_used)]
 
+use tidemark_integration::{nbd, programs};
+
 #[path = "it/bad_input.rs"]
 mod bad_input;
 #[path = "it/crash.rs"]
@@ -11,10 +13,6 @@ mod demo;
 mod docs;
 #[path = "it/first_use.rs"]
 mod first_use;
-#[path = "it/nbd.rs"]
-mod nbd;
-#[path = "it/programs.rs"]
-mod programs;
 #[path = "it/real_clients.rs"]
 mod real_clients;
 #[path = "it/snapshots.rs"]

@@ -235,6 +235,7 @@ fn start(
         dir: dir.to_owned(),
         closed: AtomicBool::new(false),
         cutting: parking_lot::Mutex::default(),
+        last_flip: parking_lot::Mutex::default(),
         relieving: parking_lot::Mutex::default(),
         disk_full_told: AtomicBool::new(false),
         settled: super::Signal::default(),

@@ -17,7 +17,7 @@ use serde_json::Value;
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Where the programs are: `TIDEMARK_BIN_DIR`, else beside this test, built where they are missing.
-pub(crate) fn bin_dir() -> &'static Path {
+pub fn bin_dir() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
         if let Some(dir) = std::env::var_os("TIDEMARK_BIN_DIR") {
@@ -41,7 +41,7 @@ pub(crate) fn bin_dir() -> &'static Path {
 }
 
 /// One of our programs, with nothing of this machine's environment that it heeds.
-pub(crate) fn program(name: &str) -> Command {
+pub fn program(name: &str) -> Command {
     let mut command = Command::new(bin_dir().join(name));
     for (key, _) in std::env::vars_os() {
         let key_text = key.to_string_lossy();
@@ -56,7 +56,7 @@ pub(crate) fn program(name: &str) -> Command {
 }
 
 /// Whether these programs of other people are there; a test without them is skipped, and fails in CI.
-pub(crate) fn have(programs: &[&str]) -> bool {
+pub fn have(programs: &[&str]) -> bool {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let missing: Vec<_> = programs
         .iter()
@@ -78,7 +78,7 @@ pub(crate) fn have(programs: &[&str]) -> bool {
 }
 
 /// One of other people's programs, wherever Debian has it; it must succeed.
-pub(crate) fn run(program: &str, args: &[&OsStr]) -> String {
+pub fn run(program: &str, args: &[&OsStr]) -> String {
     let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
     let output = Command::new(program)
         .args(args)
@@ -97,20 +97,21 @@ pub(crate) fn run(program: &str, args: &[&OsStr]) -> String {
 }
 
 /// Builds an argument list out of anything that is text or a path.
+#[macro_export]
 macro_rules! args {
     ($($arg:expr),* $(,)?) => { &[$(std::ffi::OsStr::new(&$arg)),*] };
 }
-pub(crate) use args;
+pub use args;
 
 /// A process that ends with the test.
 #[derive(Debug)]
-pub(crate) struct Process {
+pub struct Process {
     child: Child,
     name: String,
 }
 
 impl Process {
-    pub(crate) fn spawn(command: &mut Command, name: &str) -> Self {
+    pub fn spawn(command: &mut Command, name: &str) -> Self {
         let child = command.stdin(Stdio::null()).spawn().unwrap();
         Self {
             child,
@@ -119,20 +120,20 @@ impl Process {
     }
 
     /// `kill -9`.
-    pub(crate) fn kill(mut self) {
+    pub fn kill(mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// SIGTERM, and waits for the end, which must be a clean one.
-    pub(crate) fn terminate(mut self) {
+    pub fn terminate(mut self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         let status = wait_for("the end after SIGTERM", || self.child.try_wait().unwrap());
         assert!(status.success(), "{} ended with {status}", self.name);
     }
 
-    pub(crate) fn assert_runs(&mut self) {
+    pub fn assert_runs(&mut self) {
         if let Some(status) = self.child.try_wait().unwrap() {
             panic!("{} ended with {status}", self.name);
         }
@@ -148,7 +149,7 @@ impl Drop for Process {
 }
 
 /// Asks again and again until there is an answer.
-pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     let end = Instant::now() + PATIENCE;
     loop {
         if let Some(answer) = ask() {
@@ -160,7 +161,7 @@ pub(crate) fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
 }
 
 /// An address that nothing listens on.
-pub(crate) fn free_addr() -> SocketAddr {
+pub fn free_addr() -> SocketAddr {
     TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
@@ -169,13 +170,13 @@ pub(crate) fn free_addr() -> SocketAddr {
 
 /// The `tidemark` command against one pair of services.
 #[derive(Debug, Clone)]
-pub(crate) struct Cli {
+pub struct Cli {
     pub capture: String,
     pub vault: String,
 }
 
 impl Cli {
-    pub(crate) fn command(&self, args: &[&OsStr]) -> Command {
+    pub fn command(&self, args: &[&OsStr]) -> Command {
         let mut command = program("tidemark");
         command
             .args(args)
@@ -183,12 +184,12 @@ impl Cli {
         command
     }
 
-    pub(crate) fn output(&self, args: &[&OsStr]) -> Output {
+    pub fn output(&self, args: &[&OsStr]) -> Output {
         self.command(args).output().unwrap()
     }
 
     /// Succeeds and prints JSON.
-    pub(crate) fn json(&self, args: &[&OsStr]) -> Value {
+    pub fn json(&self, args: &[&OsStr]) -> Value {
         let output = self.command(args).arg("--json").output().unwrap();
         assert!(
             output.status.success(),
@@ -200,7 +201,7 @@ impl Cli {
     }
 
     /// Fails with this exit code and reason; gives message and action.
-    pub(crate) fn fails(&self, args: &[&OsStr], code: i32, reason: &str) -> String {
+    pub fn fails(&self, args: &[&OsStr], code: i32, reason: &str) -> String {
         let output = self.command(args).arg("--json").output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr);
         assert_eq!(
@@ -224,7 +225,7 @@ impl Cli {
         )
     }
 
-    pub(crate) fn generations(&self, volume: &str) -> Vec<Value> {
+    pub fn generations(&self, volume: &str) -> Vec<Value> {
         self.json(args!["generation", "list", volume])
             .as_array()
             .unwrap()
@@ -232,7 +233,7 @@ impl Cli {
     }
 
     /// Restores a generation into a file and gives its path.
-    pub(crate) fn restore(&self, volume: &str, generation: u64, dir: &Path) -> PathBuf {
+    pub fn restore(&self, volume: &str, generation: u64, dir: &Path) -> PathBuf {
         let output = dir.join(format!("{volume}-{generation}.restored"));
         let told = self.json(args![
             "restore",
@@ -245,7 +246,7 @@ impl Cli {
     }
 
     /// Waits until a whole pass of the source scrub, begun after this call, has found nothing.
-    pub(crate) fn assert_scrub_is_clean(&self, volume: &str) {
+    pub fn assert_scrub_is_clean(&self, volume: &str) {
         let passes = |shown: &Value| shown["scrub"]["passes"].as_u64().unwrap();
         let show = || self.json(args!["volume", "show", volume]);
         let begun = passes(&show());
@@ -260,14 +261,14 @@ impl Cli {
 
 /// `tidemark up` on a fresh folder.
 #[derive(Debug)]
-pub(crate) struct Up {
+pub struct Up {
     pub process: Process,
     pub cli: Cli,
     pub socket: PathBuf,
 }
 
 impl Up {
-    pub(crate) fn start(state: &Path, more: &[&str]) -> Self {
+    pub fn start(state: &Path, more: &[&str]) -> Self {
         let mut child = program("tidemark")
             .args(["up", "--json", "--log", "info"])
             .args([
@@ -306,7 +307,7 @@ impl Up {
 
 /// Both services as programs of their own, so that each can be killed alone.
 #[derive(Debug)]
-pub(crate) struct Split {
+pub struct Split {
     dir: PathBuf,
     capture_addr: SocketAddr,
     vault_addr: SocketAddr,
@@ -324,7 +325,7 @@ pub(crate) struct Split {
 
 impl Split {
     /// Not started yet.
-    pub(crate) fn new(dir: &Path) -> Self {
+    pub fn new(dir: &Path) -> Self {
         let (capture_addr, vault_addr) = (free_addr(), free_addr());
         Self {
             dir: dir.to_owned(),
@@ -343,7 +344,7 @@ impl Split {
         }
     }
 
-    pub(crate) fn start_vault(&mut self) {
+    pub fn start_vault(&mut self) {
         let mut command = program("vault-svc");
         command
             .args(["--listen", &self.vault_addr.to_string()])
@@ -357,7 +358,7 @@ impl Split {
         self.vault = Some(process);
     }
 
-    pub(crate) fn start_capture(&mut self) {
+    pub fn start_capture(&mut self) {
         let mut command = match self.capture_wrapper.split_first() {
             None => program("capture-svc"),
             Some((wrapper, rest)) => {
@@ -382,20 +383,28 @@ impl Split {
         self.capture = Some(process);
     }
 
-    pub(crate) fn kill_vault(&mut self) {
+    pub fn capture_pid(&self) -> u32 {
+        self.capture.as_ref().unwrap().child.id()
+    }
+
+    pub fn vault_pid(&self) -> u32 {
+        self.vault.as_ref().unwrap().child.id()
+    }
+
+    pub fn kill_vault(&mut self) {
         self.vault.take().unwrap().kill();
     }
 
-    pub(crate) fn kill_capture(&mut self) {
+    pub fn kill_capture(&mut self) {
         self.capture.take().unwrap().kill();
     }
 
     /// SIGTERM, and waits for the end.
-    pub(crate) fn stop_capture(&mut self) {
+    pub fn stop_capture(&mut self) {
         self.capture.take().unwrap().terminate();
     }
 
-    pub(crate) fn stop(mut self) {
+    pub fn stop(mut self) {
         self.stop_capture();
         self.vault.take().unwrap().terminate();
     }

@@ -29,14 +29,14 @@ const WRITE_ZEROES: u16 = 6;
 const ANSWER_MAX: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
-pub(crate) struct Client {
+pub struct Client {
     stream: UnixStream,
     pub size: u64,
     cookie: u64,
 }
 
 impl Client {
-    pub(crate) fn connect(socket: &Path, export: &str) -> io::Result<Self> {
+    pub fn connect(socket: &Path, export: &str) -> io::Result<Self> {
         let mut stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(ANSWER_MAX))?;
         stream.set_write_timeout(Some(ANSWER_MAX))?;
@@ -89,22 +89,22 @@ impl Client {
         })
     }
 
-    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+    pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.request(WRITE, offset, data.len() as u64, data)?;
         self.answer(&mut [])
     }
 
-    pub(crate) fn write_zeroes(&mut self, offset: u64, length: u64) -> io::Result<()> {
+    pub fn write_zeroes(&mut self, offset: u64, length: u64) -> io::Result<()> {
         self.request(WRITE_ZEROES, offset, length, &[])?;
         self.answer(&mut [])
     }
 
-    pub(crate) fn read(&mut self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+    pub fn read(&mut self, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.request(READ, offset, into.len() as u64, &[])?;
         self.answer(into)
     }
 
-    pub(crate) fn flush(&mut self) -> io::Result<()> {
+    pub fn flush(&mut self) -> io::Result<()> {
         self.request(FLUSH, 0, 0, &[])?;
         self.answer(&mut [])
     }
