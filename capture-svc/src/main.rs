@@ -3,7 +3,7 @@
 use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::{Context, Result};
-use capture_svc::config::{Config, Flags};
+use capture_svc::config::{Config, Flags, Settings};
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -36,9 +36,11 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let arguments = Arguments::parse();
-    let environment = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)));
-    let config = Config::load(arguments.config.as_deref(), environment, arguments.flags)?;
+    let config = Config::load(
+        arguments.config.as_deref(),
+        std::env::vars_os(),
+        arguments.flags,
+    )?;
     if arguments.print_config {
         print!("{}", config.to_toml());
         return Ok(());

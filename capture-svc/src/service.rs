@@ -14,7 +14,7 @@ use tokio::{
 use tonic::transport::{Server, server::TcpIncoming};
 
 use crate::{
-    config::{Config, NbdListen},
+    config::{Config, NbdListen, Settings},
     registry::Registry,
     rpc::CaptureService,
     uplink::stopped,

@@ -39,7 +39,7 @@ use tonic_health::ServingStatus;
 pub use config::Config;
 pub use vault::Vault;
 
-use crate::rpc::Service;
+use crate::{config::Settings, rpc::Service};
 
 /// How long calls may take to end once the service stops.
 const DRAIN_MAX: Duration = Duration::from_secs(10);

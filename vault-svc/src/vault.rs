@@ -19,6 +19,7 @@ use vault_core::{
 use crate::{
     Config,
     cache::Cache,
+    config::Settings,
     error::{no_volume, of_store, of_term},
     ship::{self, Begun, IngestLimits},
     store::{Reserve, Store, VolumeStore},

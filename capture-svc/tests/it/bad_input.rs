@@ -420,7 +420,8 @@ fn the_program_names_what_is_wrong_with_its_settings() {
     let (code, _, err) = program(&["--print-config"], &bad);
     assert_eq!(code, 1);
     assert!(
-        err.contains("speed: no such key") && err.contains("listen: "),
+        err.contains("speed = \"9\" (CAPTURE_SPEED): no such key")
+            && err.contains("listen = \"nowhere\" (CAPTURE_LISTEN): "),
         "{err}"
     );
     let (code, _, err) = program(&["--config", "/no/such/file.toml"], &[]);
