@@ -32,6 +32,7 @@ use capture_core::engine::{
 };
 pub use error::EngineError;
 use files::Files;
+use open::Taken;
 use parking_lot::{Condvar, Mutex};
 pub use reader::SnapshotReader;
 use tidemark_block::{BlockCount, BlockSet, Epoch, Extent, Geometry, VolumeId};
@@ -224,7 +225,23 @@ impl Engine {
         geometry: Geometry,
         options: EngineOptions,
     ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options)?;
+        let (engine, trust) = open::open(dir, volume, file, geometry, options, Taken::AsRecorded)?;
+        Ok((Arc::new(engine), trust))
+    }
+
+    /// As [`Self::open`], whatever file is found: it is the volume's from now on, every block is in doubt, and
+    /// snapshots are gone. A crash in the middle leaves it refused as before, or all of that done.
+    ///
+    /// # Errors
+    /// As [`Self::open`], save for [`EngineError::VolumeReplaced`].
+    pub fn readopt(
+        dir: &Path,
+        volume: VolumeId,
+        file: &Path,
+        geometry: Geometry,
+        options: EngineOptions,
+    ) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(dir, volume, file, geometry, options, Taken::Anew)?;
         Ok((Arc::new(engine), trust))
     }
 
@@ -292,6 +309,18 @@ impl Engine {
     #[must_use]
     pub fn changed_hint(&self) -> u64 {
         self.capture.changed_bound().get()
+    }
+
+    /// Whether the file at the path is the one that is open.
+    ///
+    /// # Errors
+    /// What the system says to a look at either.
+    pub fn has_open(&self, path: &Path) -> Result<bool, EngineError> {
+        use std::os::unix::fs::MetadataExt;
+        let open = self.capture.media().volume().metadata();
+        let open = open.map_err(|error| EngineError::io("look at the open volume file", error))?;
+        let found = file_key(path)?;
+        Ok((found.device, found.inode) == (open.dev(), open.ino()))
     }
 
     /// Puts every block into the next interval, durably.

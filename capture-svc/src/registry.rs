@@ -5,6 +5,7 @@
 //! problem and tried again; it doesn't stop the others.
 
 mod add;
+mod readopt;
 
 use std::{
     collections::BTreeMap,
@@ -125,20 +126,21 @@ impl Registry {
             .collect();
         stream::iter(failed)
             .for_each_concurrent(OPENING_AT_ONCE, |volume| async move {
-                if let Err(error) = self.try_open(&volume).await {
+                if let Err(error) = self.try_open(&volume, false).await {
                     volume.set_problem(format!("{error:#}"));
                 }
             })
             .await;
     }
 
-    async fn try_open(&self, volume: &Arc<Volume>) -> Result<()> {
+    /// Opens a volume and serves it.
+    async fn try_open(&self, volume: &Arc<Volume>, readopt: bool) -> Result<()> {
         let (config, tried) = (Arc::clone(&self.config), Arc::clone(volume));
         let opened = blocking(move || {
             // Read again: it is what was damaged, perhaps.
             let record = read_record(&tried.dir, tried.record.id)?
                 .context("the volume's record is gone: remove the volume")?;
-            let ready = Ready::open(&record, &tried.dir, &config)?;
+            let ready = Ready::open(&record, &tried.dir, &config, readopt)?;
             Ok((record, ready))
         });
         let (record, ready) = opened.await?;
@@ -279,6 +281,7 @@ pub(crate) fn engine_error(error: &EngineError) -> RpcError {
         | EngineError::OutOfRange => Reason::RequestInvalid,
         EngineError::Poisoned
         | EngineError::Closed
+        | EngineError::VolumeReplaced { .. }
         | EngineError::StateLocked { .. }
         | EngineError::OtherVolume { .. }
         | EngineError::OtherGeometry { .. }

@@ -131,6 +131,20 @@ impl Capture for CaptureService {
         Ok(Response::new(pb::RemoveVolumeResponse {}))
     }
 
+    async fn readopt_volume(
+        &self,
+        request: Request<pb::ReadoptVolumeRequest>,
+    ) -> Reply<pb::Volume> {
+        let name = request.into_inner().volume;
+        let id = self.registry.find(&name)?.record.id.to_string();
+        // On a task of its own: a caller who hangs up doesn't leave half of it.
+        let (registry, readopted) = (Arc::clone(&self.registry), id.clone());
+        let done = tokio::spawn(async move { registry.readopt(&readopted).await });
+        done.await
+            .map_err(|error| RpcError::internal(format!("readopt the volume: {error}")))??;
+        Ok(Response::new(self.volume(&id).await?))
+    }
+
     async fn create_snapshot(
         &self,
         request: Request<pb::CreateSnapshotRequest>,

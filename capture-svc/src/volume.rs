@@ -72,13 +72,19 @@ impl Ready {
         Ok(Self { engine, opened })
     }
 
-    /// Opens a volume's state, recovering it.
+    /// Opens a volume's state, recovering it. `readopt`: whatever its file is now, with every block in doubt.
     pub(crate) fn open(
         record: &VolumeRecord,
         dir: &std::path::Path,
         config: &Config,
+        readopt: bool,
     ) -> Result<Self> {
-        let (engine, trust) = Engine::open(
+        let open = if readopt {
+            Engine::readopt
+        } else {
+            Engine::open
+        };
+        let (engine, trust) = open(
             dir,
             record.id,
             &record.file,

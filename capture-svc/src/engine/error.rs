@@ -2,6 +2,7 @@
 
 use std::{io, path::PathBuf};
 
+use capture_core::engine::trust::Replacement;
 use thiserror::Error;
 use tidemark_block::{Epoch, Geometry, VolumeId};
 
@@ -12,7 +13,7 @@ use super::SnapshotId;
 pub enum EngineError {
     /// The volume file is not there.
     #[error(
-        "volume file {path} is missing: restore it from the vault, or correct the path of the volume"
+        "volume file {path} is missing: put it back, or restore it from the vault and readopt the volume"
     )]
     VolumeMissing {
         /// Where it should be.
@@ -30,6 +31,17 @@ pub enum EngineError {
         found: u64,
         /// The length recorded for the volume, in bytes.
         recorded: u64,
+    },
+    /// The volume file is not the one that was recorded.
+    #[error(
+        "volume file {path} was replaced by another file ({what}): put the recorded file back, or, where this one is \
+         meant, use `tidemark volume readopt` (every block is compared then, and the snapshots are gone)"
+    )]
+    VolumeReplaced {
+        /// The file.
+        path: PathBuf,
+        /// What tells it from the recorded one.
+        what: Replacement,
     },
     /// What lies at the path is not a regular file.
     #[error("{path} is not a regular file: name the file that holds the volume")]

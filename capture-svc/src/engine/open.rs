@@ -8,7 +8,7 @@ use capture_core::engine::{
     records::{FileIdentity, Identity, encode_carry},
     recover::{EPOCHS_RESERVED, Outcome},
     spool::INDEX_BYTES_PER_ENTRY,
-    trust::{Judgement, judge},
+    trust::{Judgement, judge, replaced},
 };
 use tidemark_block::{Geometry, VolumeId};
 use tidemark_disk::{
@@ -102,14 +102,21 @@ pub(super) fn create(
     Ok(engine)
 }
 
-/// Opens a volume's state and recovers it.
-pub(super) fn open(
+/// As what a volume file is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Taken {
+    /// As the recorded one, or not at all.
+    AsRecorded,
+    /// As the volume's from now on, whatever it is: every block is in doubt.
+    Anew,
+}
+
+/// The identity in a state directory, which must be of this volume.
+fn read_identity(
     dir: &Path,
     volume: VolumeId,
-    file: &Path,
     geometry: Geometry,
-    options: EngineOptions,
-) -> Result<(Engine, Trust), EngineError> {
+) -> Result<(Identity, FileLock), EngineError> {
     let identity_path = dir.join("identity");
     if !identity_path.exists() {
         return Err(EngineError::StateMissing {
@@ -138,15 +145,41 @@ pub(super) fn open(
             expected,
         });
     }
+    Ok((recorded, state_lock))
+}
+
+/// Opens a volume's state and recovers it.
+///
+/// The identity is written last: until then another opening finds the recorded one, and refuses the file again.
+pub(super) fn open(
+    dir: &Path,
+    volume: VolumeId,
+    file: &Path,
+    geometry: Geometry,
+    options: EngineOptions,
+    taken: Taken,
+) -> Result<(Engine, Trust), EngineError> {
+    let (recorded, state_lock) = read_identity(dir, volume, geometry)?;
     let (opened, volume_lock) = volume_file::open(file, geometry)?;
     let identity = volume_file::identity(&opened).map_err(failed("identify the volume", dir))?;
+    // Before anything of the state is touched: the recorded file may come back.
+    if let (Taken::AsRecorded, Some(what)) = (taken, replaced(&recorded.file, &identity)) {
+        return Err(EngineError::VolumeReplaced {
+            path: file.to_owned(),
+            what,
+        });
+    }
     let tuning = tuning(&options, geometry);
     let (files, wholeness) = Files::open(dir, volume, geometry, tuning.spool, opened)
         .map_err(failed("open the volume's state", dir))?;
     let judgement = match wholeness {
         Wholeness::Whole => {
             let place = volume_file::place(dir).map_err(failed("identify the state", dir))?;
-            heard(judge(&recorded, &identity, &place), &files, dir, &recorded)?
+            let judgement = match taken {
+                Taken::AsRecorded => judge(&recorded, &identity, &place),
+                Taken::Anew => Judgement::Everything("the volume was readopted"),
+            };
+            heard(judgement, &files, dir, &recorded)?
         }
         Wholeness::Lost(name) => {
             tracing::error!(%volume, file = name, "a file of the volume's state was lost or damaged");

@@ -85,6 +85,7 @@ pub(super) fn open(path: &Path, geometry: Geometry) -> Result<(File, FileLock), 
 /// What tells the file from every other.
 pub(super) fn identity(file: &File) -> io::Result<FileIdentity> {
     let metadata = file.metadata()?;
+    let (born_s, born_ns) = born(file)?;
     Ok(FileIdentity {
         boot: boot_id()?,
         mount: mount_id(file)?,
@@ -93,6 +94,20 @@ pub(super) fn identity(file: &File) -> io::Result<FileIdentity> {
         inode: metadata.ino(),
         modified_s: metadata.mtime(),
         modified_ns: u32::try_from(metadata.mtime_nsec()).unwrap_or(0),
+        born_s,
+        born_ns,
+    })
+}
+
+/// When the file was created, which nobody can set: seconds and nanoseconds; zeroes where the filesystem doesn't tell.
+fn born(file: &File) -> io::Result<(i64, u32)> {
+    let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME)?;
+    let told = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::BTIME);
+    let time = found.stx_btime;
+    Ok(if told {
+        (time.tv_sec, time.tv_nsec)
+    } else {
+        (0, 0)
     })
 }
 

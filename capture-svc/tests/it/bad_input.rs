@@ -187,6 +187,12 @@ async fn an_unknown_volume_is_named_in_every_call() {
             .await
             .unwrap_err(),
         client
+            .readopt_volume(pb::ReadoptVolumeRequest {
+                volume: volume.clone(),
+            })
+            .await
+            .unwrap_err(),
+        client
             .create_snapshot(pb::CreateSnapshotRequest {
                 volume: volume.clone(),
                 label: String::new(),
@@ -336,6 +342,91 @@ async fn a_spoilt_volume_stops_no_other_and_recovers_by_itself() {
         rig.ship("data").await;
         assert!(rig.restore("data", 0).await == content, "{what}");
     }
+}
+
+async fn readopt(rig: &Rig, name: &str) -> Result<pb::Volume, RpcError> {
+    let request = pb::ReadoptVolumeRequest {
+        volume: name.to_owned(),
+    };
+    let answer = rig.client().await.readopt_volume(request).await;
+    answer
+        .map(tonic::Response::into_inner)
+        .map_err(RpcError::from)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replaced_file_is_not_served_until_it_is_readopted_and_then_only_differences_are_shipped()
+{
+    let mut rig = Rig::new().await;
+    rig.add("data", 1024).await;
+    let image = rig.path("data.img");
+    let mut content = noise(1, 1024 * 4096);
+    rig.nbd("data").write(0, &content).unwrap();
+    let generation = rig.ship("data").await.generation.get();
+    rig.snapshot("data", "").await;
+    rig.stop_capture().await;
+
+    content[5 * 4096..7 * 4096].fill(9);
+    let copy = rig.path("copy.img");
+    std::fs::write(&copy, &content).unwrap();
+    std::fs::rename(&copy, &image).unwrap();
+    rig.start_capture().await;
+    let (state, problem) = state_of(&rig, "data").await;
+    assert_eq!(state, VolumeState::Failed);
+    assert!(problem.contains("readopt"), "{problem}");
+    let refused = rig.try_ship("data").await.unwrap_err();
+    assert_eq!(refused.reason, Reason::VolumeFailed);
+    assert!(crate::nbd::Nbd::connect(&rig.path("nbd.sock"), "data").is_err());
+
+    // While it is missing, readopting says so, and decides nothing.
+    std::fs::rename(&image, &copy).unwrap();
+    let missing = readopt(&rig, "data").await.unwrap_err();
+    assert_eq!(missing.reason, Reason::VolumeFileInvalid, "{missing}");
+    std::fs::rename(&copy, &image).unwrap();
+    eventually("the replaced file is seen again", || async {
+        let (state, problem) = state_of(&rig, "data").await;
+        assert_eq!(state, VolumeState::Failed);
+        problem.contains("replaced").then_some(())
+    })
+    .await;
+
+    let volume = readopt(&rig, "data").await.unwrap();
+    assert_eq!(volume.state(), VolumeState::Serving);
+    assert_eq!(volume.snapshots, 0, "those of the other file are gone");
+    let receipt = rig.ship("data").await;
+    assert_eq!(receipt.generation.get(), generation + 1);
+    assert!(rig.restore("data", generation + 1).await == content);
+    let generations = rig.generations("data").await;
+    assert_eq!(generations.last().unwrap().changed_blocks, 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn readopting_a_served_volume_finds_what_was_written_past_it() {
+    let rig = Rig::new().await;
+    rig.add("data", 256).await;
+    let image = rig.path("data.img");
+    rig.nbd("data").write(0, &noise(1, 256 * 4096)).unwrap();
+    rig.ship("data").await;
+    rig.snapshot("data", "").await;
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&image)
+        .unwrap();
+    file.write_all_at(&[7; 4096], 100 * 4096).unwrap();
+    let mut nbd = rig.nbd("data");
+    let volume = readopt(&rig, "data").await.unwrap();
+    assert_eq!(volume.state(), VolumeState::Serving);
+    assert_eq!((volume.snapshots, volume.clients), (1, 1));
+    nbd.write(0, &[3; 4096]).unwrap();
+    rig.ship("data").await;
+    assert!(rig.restore("data", 0).await == std::fs::read(&image).unwrap());
+
+    // The file that is open is not the one at the path any more: that one can't be meant.
+    let aside = rig.path("aside.img");
+    std::fs::rename(&image, &aside).unwrap();
+    std::fs::copy(&aside, &image).unwrap();
+    let refused = readopt(&rig, "data").await.unwrap_err();
+    assert_eq!(refused.reason, Reason::VolumeFileInUse, "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -82,6 +82,17 @@ impl Setup {
             self.options.clone(),
         )
     }
+
+    fn readopt(&self) -> Result<(Arc<Engine>, Trust), EngineError> {
+        let (state, file) = (self.state(), self.file());
+        Engine::readopt(
+            &state,
+            volume(),
+            &file,
+            self.geometry(),
+            self.options.clone(),
+        )
+    }
 }
 
 fn volume() -> VolumeId {

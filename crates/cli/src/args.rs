@@ -156,6 +156,20 @@ Examples:
         #[arg(long)]
         force: bool,
     },
+    /// Take a volume's file as it is now: compare every block with the vault, ship what differs
+    #[command(after_help = "\
+For a volume whose file is not the recorded one any more: restored, or copied back to another disk. It is not served
+until this says that the file is meant. Nothing is sent but blocks that differ from the newest generation. The
+snapshots of the file that was there before are gone.
+
+A volume that is served goes on and keeps its snapshots; only every block is compared once more.
+
+Example:
+  tidemark volume readopt data")]
+    Readopt {
+        /// Name or UUID
+        volume: String,
+    },
 }
 
 /// `tidemark snapshot …`.

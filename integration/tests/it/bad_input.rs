@@ -21,7 +21,6 @@ struct Stopped {
     services: Option<Split>,
     file: PathBuf,
     generations: usize,
-    newest: u64,
 }
 
 impl Stopped {
@@ -51,9 +50,7 @@ impl Stopped {
             .unwrap()
             .write(0, &[1; 8192])
             .unwrap();
-        let newest = cli.json(args!["ship", "data"])["generation"]
-            .as_u64()
-            .unwrap();
+        cli.json(args!["ship", "data"]);
         let generations = cli.generations("data").len();
         services.stop_capture();
         Self {
@@ -61,7 +58,6 @@ impl Stopped {
             services: Some(services),
             file,
             generations,
-            newest,
         }
     }
 
@@ -161,23 +157,111 @@ fn a_read_only_volume_file_is_told() {
     stopped.serves_again();
 }
 
-#[test]
-fn a_volume_file_that_was_replaced_by_another_is_not_taken_for_it() {
-    let mut stopped = Stopped::new();
+/// Writes a file like the volume's, but for its second half, beside it.
+fn other_file(stopped: &Stopped) -> (PathBuf, Vec<u8>) {
+    let mut content = fs::read(&stopped.file).unwrap();
+    let half = content.len() / 2;
+    content[half..half + 8192].fill(9);
     let other = stopped.dir.path().join("other");
-    let content = vec![9; usize::try_from(SIZE).unwrap()];
     fs::write(&other, &content).unwrap();
-    fs::rename(&other, &stopped.file).unwrap();
+    (other, content)
+}
+
+#[test]
+fn a_volume_file_that_was_replaced_by_another_is_told_and_left_alone_until_it_is_readopted() {
+    let mut stopped = Stopped::new();
     stopped.services().start_capture();
     let cli = stopped.services().cli.clone();
-    // Whatever it is now is compared with the vault as a whole: the next generation is exactly that, and the one before
-    // is what it was.
-    let receipt = cli.json(args!["ship", "data"]);
-    assert_eq!(receipt["generation"], stopped.newest + 1);
-    let newest = cli.restore("data", stopped.newest + 1, stopped.dir.path());
-    assert!(fs::read(newest).unwrap() == content);
-    let old = fs::read(cli.restore("data", stopped.newest, stopped.dir.path())).unwrap();
-    assert!(old[..8192].iter().all(|&b| b == 1) && old[8192..].iter().all(|&b| b == 0));
+    cli.json(args!["snapshot", "create", "data"]);
+    stopped.services().stop_capture();
+    let aside = stopped.dir.path().join("aside");
+    let (other, content) = other_file(&stopped);
+    fs::rename(&stopped.file, &aside).unwrap();
+    fs::rename(&other, &stopped.file).unwrap();
+    stopped.fails_with(&["data.img", "replaced", "inode", "tidemark volume readopt"]);
+    assert!(fs::read(&stopped.file).unwrap() == content, "left alone");
+
+    // With the recorded file all is as it was, the snapshot included.
+    fs::rename(&stopped.file, &other).unwrap();
+    fs::rename(&aside, &stopped.file).unwrap();
+    stopped.serves_again();
+    let snapshots = |cli: &crate::programs::Cli| {
+        let listed = cli.json(args!["snapshot", "list", "data"]);
+        listed.as_array().unwrap().len()
+    };
+    assert_eq!(snapshots(&cli), 1);
+    stopped.generations = cli.generations("data").len();
+    stopped.services().stop_capture();
+
+    fs::rename(&other, &stopped.file).unwrap();
+    stopped.fails_with(&["replaced"]);
+    let shown = cli.json(args!["volume", "readopt", "data"]);
+    assert_eq!(shown["state"], "serving", "{shown}");
+    assert_eq!(snapshots(&cli), 0, "it was of the other file");
+    cli.json(args!["ship", "data"]);
+    let newest = cli.generations("data").last().unwrap().clone();
+    // Two blocks that differ since the copy was made, one that was written meanwhile.
+    assert_eq!(newest["changed_blocks"], 3, "{newest}");
+    let number = newest["generation"].as_u64().unwrap();
+    let restored = cli.restore("data", number, stopped.dir.path());
+    assert!(fs::read(restored).unwrap() == content);
+}
+
+/// A backup copied to the old path after the file was lost: filesystems give the inode's number again.
+#[test]
+fn a_volume_file_that_was_removed_and_copied_back_is_not_taken_for_the_recorded_one() {
+    for kill in [false, true] {
+        let mut stopped = Stopped::new();
+        if kill {
+            stopped.services().start_capture();
+            stopped.services().kill_capture();
+        }
+        let (other, content) = other_file(&stopped);
+        fs::remove_file(&stopped.file).unwrap();
+        fs::copy(&other, &stopped.file).unwrap();
+        stopped.fails_with(&["data.img", "replaced"]);
+        assert!(fs::read(&stopped.file).unwrap() == content, "left alone");
+        let cli = stopped.services().cli.clone();
+        cli.json(args!["volume", "readopt", "data"]);
+        stopped.serves_again();
+    }
+}
+
+/// kill -9 at any moment of a readoption: the file is refused as before, or every block is compared.
+#[test]
+fn a_readoption_that_is_killed_is_done_whole_or_not_at_all() {
+    let mut stopped = Stopped::new();
+    for round in 0..8 {
+        let (other, content) = other_file(&stopped);
+        fs::rename(&other, &stopped.file).unwrap();
+        stopped.services().start_capture();
+        let cli = stopped.services().cli.clone();
+        let mut asked = cli
+            .command(args!["volume", "readopt", "data"])
+            .stderr(std::process::Stdio::null())
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(4 * round));
+        stopped.services().kill_capture();
+        asked.wait().unwrap();
+        stopped.services().start_capture();
+        let shown = cli.json(args!["volume", "show", "data"]);
+        if shown["state"] == "failed" {
+            assert!(shown["problem"].as_str().unwrap().contains("replaced"));
+            cli.json(args!["volume", "readopt", "data"]);
+        }
+        let receipt = cli.json(args!["ship", "data"]);
+        let number = receipt["generation"].as_u64().unwrap();
+        let restored = cli.restore("data", number, stopped.dir.path());
+        assert!(fs::read(restored).unwrap() == content, "round {round}");
+        // So that the next file differs from the vault's again.
+        let mut client = Client::connect(&stopped.services().socket, "data").unwrap();
+        client.write(SIZE / 2, &[1; 8192]).unwrap();
+        drop(client);
+        cli.json(args!["ship", "data"]);
+        stopped.services().stop_capture();
+    }
 }
 
 #[test]
@@ -308,6 +392,7 @@ fn names_and_numbers_that_are_not_there_are_told() {
     for arguments in [
         args!["volume", "show", "none"] as &[_],
         args!["volume", "remove", "none"],
+        args!["volume", "readopt", "none"],
         args!["snapshot", "create", "none"],
         args!["snapshot", "list", "none"],
         args!["snapshot", "read", "none", "1", "--output", output],

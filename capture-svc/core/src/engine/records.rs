@@ -169,6 +169,10 @@ pub struct FileIdentity {
     pub modified_s: i64,
     /// And nanoseconds.
     pub modified_ns: u32,
+    /// Time at which it was created: seconds since 1970; with `born_ns` 0 where the filesystem doesn't tell.
+    pub born_s: i64,
+    /// And nanoseconds.
+    pub born_ns: u32,
 }
 
 /// What tells one life of the filesystem that holds the state from the next.
@@ -222,6 +226,8 @@ impl Identity {
         payload.extend_from_slice(&self.state.mount.to_le_bytes());
         payload.extend_from_slice(&self.state.filesystem);
         payload.extend_from_slice(&self.state.device.to_le_bytes());
+        payload.extend_from_slice(&self.file.born_s.to_le_bytes());
+        payload.extend_from_slice(&self.file.born_ns.to_le_bytes());
         seal(IDENTITY_MAGIC, VERSION, &payload)
     }
 
@@ -242,7 +248,7 @@ impl Identity {
             _ => return Err(WireError::Range("clean mark").into()),
         };
         let epoch_limit = reader.u64()?;
-        let file = FileIdentity {
+        let mut file = FileIdentity {
             boot: reader.array()?,
             mount: reader.u64()?,
             filesystem: reader.array()?,
@@ -250,12 +256,15 @@ impl Identity {
             inode: reader.u64()?,
             modified_s: i64::from_le_bytes(reader.array()?),
             modified_ns: reader.u32()?,
+            ..FileIdentity::default()
         };
         let state = Place {
             mount: reader.u64()?,
             filesystem: reader.array()?,
             device: reader.u64()?,
         };
+        file.born_s = i64::from_le_bytes(reader.array()?);
+        file.born_ns = reader.u32()?;
         reader.end()?;
         Ok(Self {
             volume,

@@ -1,5 +1,7 @@
 //! How far the tracking can be trusted when a volume is opened: the part that needs no reading of the volume.
 
+use thiserror::Error;
+
 use super::records::{FileIdentity, Identity, Place};
 
 /// What the identities tell.
@@ -16,15 +18,58 @@ pub enum Judgement {
     Everything(&'static str),
 }
 
+/// In what a file differs from the recorded one, so that it can't be the same file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum Replacement {
+    /// The filesystems' UUIDs differ.
+    #[error("it lies on another filesystem")]
+    Filesystem,
+    /// The inodes' numbers differ.
+    #[error("it has inode {found}, the recorded one had {recorded}")]
+    Inode {
+        /// The number recorded.
+        recorded: u64,
+        /// The number found.
+        found: u64,
+    },
+    /// The inode has the same number, which filesystems give again once a file is removed.
+    #[error("it was created at another time than the recorded one")]
+    Birth,
+}
+
+/// Whether a file is another one than the recorded. Boot, mount and device tell nothing about that: they change when a
+/// filesystem is mounted again.
+#[must_use]
+pub fn replaced(recorded: &FileIdentity, found: &FileIdentity) -> Option<Replacement> {
+    // What stands for a missing UUID is made from the device's number by some filesystems.
+    let uuids = has_uuid(recorded) && has_uuid(found);
+    if uuids && recorded.filesystem != found.filesystem {
+        return Some(Replacement::Filesystem);
+    }
+    if recorded.inode != found.inode {
+        return Some(Replacement::Inode {
+            recorded: recorded.inode,
+            found: found.inode,
+        });
+    }
+    let born = [recorded, found].map(|file| (file.born_s, file.born_ns));
+    (!born.contains(&(0, 0)) && born[0] != born[1]).then_some(Replacement::Birth)
+}
+
+/// Whether the filesystem is known by a UUID. What stands for a missing one has 8 bytes.
+fn has_uuid(file: &FileIdentity) -> bool {
+    file.filesystem[8..] != [0; 8]
+}
+
 /// Compares the identity that was recorded with the file and the state directory that were found.
 #[must_use]
 pub fn judge(recorded: &Identity, found: &FileIdentity, state: &Place) -> Judgement {
     let was = &recorded.file;
-    if was.filesystem != found.filesystem {
-        return Judgement::Everything("the volume file lies on another filesystem than before");
-    }
-    if was.inode != found.inode {
+    if replaced(was, found).is_some() {
         return Judgement::Everything("the volume file was replaced by another file");
+    }
+    if was.filesystem != found.filesystem {
+        return Judgement::Everything("the volume file may lie on another filesystem than before");
     }
     if recorded.clean {
         let untouched = (was.modified_s, was.modified_ns) == (found.modified_s, found.modified_ns);
@@ -62,6 +107,8 @@ mod tests {
             inode: 5,
             modified_s: 6,
             modified_ns: 7,
+            born_s: 1,
+            born_ns: 2,
         };
         let state = Place {
             mount: 8,
@@ -117,8 +164,13 @@ mod tests {
         }
         for found in [
             FileIdentity { inode: 6, ..file },
+            FileIdentity { born_s: 2, ..file },
             FileIdentity {
                 filesystem: [4; 16],
+                ..file
+            },
+            FileIdentity {
+                filesystem: [0; 16],
                 ..file
             },
         ] {
@@ -152,5 +204,68 @@ mod tests {
             assert_eq!(judge(&running), Judgement::PowerLoss);
             assert_eq!(judge(&clean), exact(true));
         }
+    }
+
+    #[test]
+    fn a_file_is_another_one_by_inode_birth_or_uuid_and_never_by_where_it_is_mounted() {
+        let file = FileIdentity {
+            boot: [1; 16],
+            mount: 2,
+            filesystem: [3; 16],
+            device: 4,
+            inode: 5,
+            modified_s: 6,
+            modified_ns: 7,
+            born_s: 8,
+            born_ns: 9,
+        };
+        let weak = |byte| {
+            let mut filesystem = [0; 16];
+            filesystem[..8].fill(byte);
+            FileIdentity { filesystem, ..file }
+        };
+        let untold = FileIdentity {
+            born_s: 0,
+            born_ns: 0,
+            ..file
+        };
+        let elsewhere = FileIdentity {
+            boot: [2; 16],
+            mount: 3,
+            device: 5,
+            modified_s: 9,
+            ..file
+        };
+        for (recorded, found) in [
+            (file, file),
+            (file, elsewhere),
+            (file, untold),
+            (untold, file),
+            (weak(1), weak(2)),
+            (weak(1), file),
+            (file, weak(1)),
+        ] {
+            assert_eq!(replaced(&recorded, &found), None, "{recorded:?} {found:?}");
+        }
+        let inode = |inode| FileIdentity { inode, ..elsewhere };
+        let found = Replacement::Inode {
+            recorded: 5,
+            found: 6,
+        };
+        assert_eq!(replaced(&file, &inode(6)), Some(found));
+        for born in [(8, 10), (10, 9)] {
+            let (born_s, born_ns) = born;
+            let later = FileIdentity {
+                born_s,
+                born_ns,
+                ..elsewhere
+            };
+            assert_eq!(replaced(&file, &later), Some(Replacement::Birth));
+        }
+        let copied = FileIdentity {
+            filesystem: [4; 16],
+            ..elsewhere
+        };
+        assert_eq!(replaced(&file, &copied), Some(Replacement::Filesystem));
     }
 }

@@ -47,6 +47,8 @@ fn identity() -> Identity {
             inode: 5,
             modified_s: -6,
             modified_ns: 7,
+            born_s: 11,
+            born_ns: 12,
         },
         state: Place {
             mount: 8,
@@ -220,5 +222,5 @@ fn the_format_page_states_the_constants() {
         DirtyLayout::new(64 * 64 * 64 + 1).total(),
         2 + (64 + 1) + (64 * 64 + 1)
     );
-    assert_eq!(identity().encode().len(), 40 + 140);
+    assert_eq!(identity().encode().len(), 40 + 152);
 }

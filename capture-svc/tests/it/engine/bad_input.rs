@@ -50,16 +50,181 @@ fn a_volume_file_that_is_not_as_recorded_is_refused_and_comes_back_when_it_is() 
     assert_eq!(engine.tracked(extent(0, 16)), set(&[(1, 1)]));
 }
 
-#[test]
-fn a_replaced_volume_file_is_compared_whole() {
+/// A volume with a snapshot, a committed base and an uncommitted write, that was left by a crash or closed.
+fn left(clean: bool) -> Setup {
     let setup = Setup::new(16);
-    drop(setup.create());
-    let copy = setup.dir.path().join("copy");
+    let engine = setup.create();
+    let interval = engine.begin_interval().unwrap();
+    engine.commit_interval(interval.epoch).unwrap();
+    write(&engine, 1, 1);
+    engine.create_snapshot("", 0).unwrap();
+    write(&engine, 2, 1);
+    if clean {
+        engine.close().unwrap();
+    }
+    setup
+}
+
+/// Puts a copy into the file's place, and keeps the file itself aside.
+fn replace_by_copy(setup: &Setup) -> PathBuf {
+    let (aside, copy) = (
+        setup.dir.path().join("aside"),
+        setup.dir.path().join("copy"),
+    );
     fs::copy(setup.file(), &copy).unwrap();
+    fs::rename(setup.file(), &aside).unwrap();
     fs::rename(&copy, setup.file()).unwrap();
+    aside
+}
+
+fn assert_refused(setup: &Setup, case: &str) {
+    let refused = setup.try_open();
+    let Err(EngineError::VolumeReplaced { .. }) = refused else {
+        panic!("{case}: {refused:?}");
+    };
+}
+
+fn assert_all_in_doubt(engine: &Arc<Engine>, case: &str) {
+    assert_eq!(engine.tracked(extent(0, 16)).len().get(), 16, "{case}");
+    assert!(engine.list_snapshots().is_empty(), "{case}");
+    assert!(engine.open_interval().is_none(), "{case}");
+}
+
+#[test]
+fn a_replaced_file_is_refused_until_it_is_readopted() {
+    for clean in [true, false] {
+        for lost in [None, Some("tracking"), Some("intent")] {
+            let case = format!("{clean} {lost:?}");
+            let setup = left(clean);
+            let aside = replace_by_copy(&setup);
+            assert_refused(&setup, &case);
+            // Nothing was changed by that: the recorded file is taken back as it was left.
+            let copy = setup.dir.path().join("copy");
+            fs::rename(setup.file(), &copy).unwrap();
+            fs::rename(&aside, setup.file()).unwrap();
+            let (engine, trust) = setup.open();
+            let expected = if clean {
+                Trust::Clean
+            } else {
+                Trust::ProcessCrash
+            };
+            assert_eq!(trust, expected, "{case}");
+            assert_eq!(engine.tracked(extent(0, 16)), set(&[(1, 2)]), "{case}");
+            assert_eq!(engine.list_snapshots().len(), 1, "{case}");
+            if clean {
+                engine.close().unwrap();
+            }
+            drop(engine);
+
+            fs::rename(&copy, setup.file()).unwrap();
+            if let Some(lost) = lost {
+                fs::remove_file(setup.state().join(lost)).unwrap();
+            }
+            assert_refused(&setup, &case);
+            if let Some(lost) = lost {
+                assert!(!setup.state().join(lost).exists(), "{case}: left alone");
+            }
+            let (engine, trust) = setup.readopt().unwrap();
+            assert!(matches!(trust, Trust::Everything { .. }), "{case}");
+            assert_all_in_doubt(&engine, &case);
+            drop(engine);
+            let (engine, trust) = setup.open();
+            assert_eq!(trust, Trust::ProcessCrash, "{case}");
+            assert_all_in_doubt(&engine, &case);
+        }
+    }
+}
+
+/// The inode of a file that was removed is given to the next one.
+#[test]
+fn a_file_made_anew_with_the_inode_of_the_recorded_one_is_refused() {
+    use capture_core::engine::records::Identity;
+    let setup = left(false);
+    let path = setup.state().join("identity");
+    let mut identity = Identity::decode(&fs::read(&path).unwrap()).unwrap();
+    assert!(
+        identity.file.born_s > 0,
+        "the filesystem of the temporary directory tells it"
+    );
+    identity.file.born_ns ^= 1;
+    fs::write(&path, identity.encode()).unwrap();
+    assert_refused(&setup, "another time of creation");
+    assert_all_in_doubt(&setup.readopt().unwrap().0, "readopted");
+}
+
+#[test]
+fn readopting_the_recorded_file_puts_everything_in_doubt() {
+    for clean in [true, false] {
+        let setup = left(clean);
+        let (engine, trust) = setup.readopt().unwrap();
+        assert!(matches!(trust, Trust::Everything { .. }), "{trust:?}");
+        assert_all_in_doubt(&engine, "readopted");
+    }
+}
+
+#[test]
+fn a_file_that_cannot_be_a_volume_is_not_readopted() {
+    let setup = left(true);
+    let aside = replace_by_copy(&setup);
+    let file = File::options().write(true).open(setup.file()).unwrap();
+    file.set_len(15 * BLOCK).unwrap();
+    assert!(matches!(
+        setup.readopt(),
+        Err(EngineError::VolumeLength { .. })
+    ));
+    fs::remove_file(setup.file()).unwrap();
+    assert!(matches!(
+        setup.readopt(),
+        Err(EngineError::VolumeMissing { .. })
+    ));
+    fs::rename(&aside, setup.file()).unwrap();
     let (engine, trust) = setup.open();
-    assert!(matches!(trust, Trust::Everything { .. }), "{trust:?}");
-    assert_eq!(engine.tracked(extent(0, 16)).len().get(), 16);
+    assert_eq!(trust, Trust::Clean, "nothing was decided by that");
+    assert_eq!(engine.list_snapshots().len(), 1);
+}
+
+/// A readoption that ends at each of its steps, where something stands in the way, leaves the file refused; once it is
+/// through, a crash at once leaves everything in doubt.
+#[test]
+fn a_readoption_that_ends_early_leaves_the_file_refused() {
+    let lost = [None, Some("tracking"), Some("dirty.1"), Some("intent")];
+    let obstacles = [
+        "carry.tmp",
+        "snapshots.tmp",
+        "interval",
+        "spool.data",
+        "identity.tmp",
+    ];
+    for (lost, obstacle) in lost
+        .iter()
+        .flat_map(|lost| obstacles.map(|obstacle| (lost, obstacle)))
+    {
+        for reboot in [false, true] {
+            let case = format!("{lost:?} {obstacle} {reboot}");
+            let setup = left(false);
+            replace_by_copy(&setup);
+            if let Some(lost) = lost {
+                fs::remove_file(setup.state().join(lost)).unwrap();
+            }
+            let (path, aside) = (setup.state().join(obstacle), setup.dir.path().join("moved"));
+            let moved = fs::rename(&path, &aside).is_ok();
+            fs::create_dir(&path).unwrap();
+            setup.readopt().unwrap_err();
+            fs::remove_dir(&path).unwrap();
+            if moved {
+                fs::rename(&aside, &path).unwrap();
+            }
+            if reboot {
+                super::crash::pretend_reboot(&setup);
+            }
+            assert_refused(&setup, &case);
+            drop(setup.readopt().unwrap());
+            if reboot {
+                super::crash::pretend_reboot(&setup);
+            }
+            assert_all_in_doubt(&setup.open().0, &case);
+        }
+    }
 }
 
 #[test]

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use tidemark_proto::capture::v1::{
-    AddVolumeRequest, GetVolumeRequest, ListVolumesRequest, RemoveVolumeRequest,
+    AddVolumeRequest, GetVolumeRequest, ListVolumesRequest, ReadoptVolumeRequest,
+    RemoveVolumeRequest,
 };
 
 use crate::{
@@ -53,6 +54,12 @@ pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), F
                 &serde_json::json!({ "removed": volume }),
                 &format!("{volume} is no longer protected; its file and its generations stay\n"),
             )
+        }
+        VolumeCommand::Readopt { volume } => {
+            let mut capture = global.capture().await?;
+            let request = ReadoptVolumeRequest { volume };
+            let volume = capture.readopt_volume(request).await?;
+            show(global, &report::Volume::new(volume.into_inner())?)
         }
     }
 }

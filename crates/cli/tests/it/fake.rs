@@ -316,6 +316,13 @@ impl Capture for Service {
         none()
     }
 
+    async fn readopt_volume(
+        &self,
+        _: Request<capture::ReadoptVolumeRequest>,
+    ) -> Result<Response<capture::Volume>, Status> {
+        none()
+    }
+
     async fn create_snapshot(
         &self,
         _: Request<capture::CreateSnapshotRequest>,

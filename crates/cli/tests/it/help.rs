@@ -9,6 +9,7 @@ pub(crate) const COMMANDS: &[&[&str]] = &[
     &["volume", "list"],
     &["volume", "show"],
     &["volume", "remove"],
+    &["volume", "readopt"],
     &["snapshot", "create"],
     &["snapshot", "list"],
     &["snapshot", "read"],
