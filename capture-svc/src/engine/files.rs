@@ -339,6 +339,10 @@ impl Media for Files {
         done(self.volume.sync_data())
     }
 
+    fn drop_volume_cache(&self) -> MediaResult {
+        done(volume_file::drop_cache(&self.volume))
+    }
+
     fn read_before(&self, slot: u64, buffer: &mut [u8]) -> MediaResult {
         done(self.spool.read_exact_at(buffer, slot * self.block_len))
     }

@@ -12,7 +12,10 @@ use std::{
 
 use capture_core::engine::records::{FileIdentity, Place};
 use rustix::{
-    fs::{AtFlags, FallocateFlags, SeekFrom, StatxFlags, fallocate, fstatvfs, seek, statx},
+    fs::{
+        Advice, AtFlags, FallocateFlags, SeekFrom, StatxFlags, fadvise, fallocate, fstatvfs, seek,
+        statx,
+    },
     io::Errno,
 };
 use tidemark_block::{BlockSet, Extent, Geometry};
@@ -169,6 +172,12 @@ fn filesystem_id(file: &File) -> io::Result<[u8; 16]> {
     let mut id = [0; 16];
     id[..8].copy_from_slice(&fstatvfs(file)?.f_fsid.to_le_bytes());
     Ok(id)
+}
+
+/// Has later reads come from the disk, where nothing was written since a sync and nothing is mapped. Pages that the
+/// kernel failed to write are marked clean, so that it drops them like any other.
+pub(super) fn drop_cache(file: &File) -> io::Result<()> {
+    Ok(fadvise(file, 0, None, Advice::DontNeed)?)
 }
 
 /// Zeroes a range: as a hole, or keeping it allocated.

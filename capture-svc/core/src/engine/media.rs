@@ -47,6 +47,9 @@ pub trait Media {
     fn zero_volume(&self, offset: u64, length: u64, allocated: bool) -> MediaResult;
     /// Makes durable what was written to the volume before the call.
     fn sync_volume(&self) -> MediaResult;
+    /// Drops what memory holds of the volume and takes for written: later reads come from the disk. Nothing has been
+    /// written since the last sync.
+    fn drop_volume_cache(&self) -> MediaResult;
 
     /// Reads the before-image in a slot of the spool.
     fn read_before(&self, slot: u64, buffer: &mut [u8]) -> MediaResult;

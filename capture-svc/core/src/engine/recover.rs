@@ -63,106 +63,126 @@ impl<M: Media> Capture<M> {
         epoch_limit: u64,
     ) -> Result<(Self, Outcome), CaptureError> {
         let (found, damage) = read_records(&media, geometry)?;
+        let examined = examine(&media, geometry, judgement)?;
         let judgement = match damage {
             Some(record) => Err(format!("the {record} is damaged")),
-            None => examine(&media, geometry, judgement)?,
+            None => examined,
         };
         // What is found must be durable before it counts as such: it may come out of the page cache.
         media.sync_intent()?;
         let pages = read_intent(&media, &tuning, geometry)?;
-        let regions = geometry.length().div_ceil(tuning.region_bytes);
-        let restore = |epoch: u64| IntentMap::restore(volume, regions, epoch, &pages);
+        let opening = Opening {
+            media,
+            volume,
+            geometry,
+            tuning,
+            pages,
+            epoch_limit,
+        };
         match judgement {
-            Ok(Judgement::Exact { clean }) => {
-                let (table, epoch) = resume(&media, geometry, found, epoch_limit)?;
-                let spool = Spool::new(tuning.spool);
-                if !spool.rebuild(&media)? {
-                    // Before-images are lost: so are the snapshots, and an interval is no longer readable.
-                    let table = forget(&media, geometry, table)?;
-                    let epoch = begin(&media, epoch);
-                    let spool = Spool::new(tuning.spool);
-                    let whole = spool.rebuild(&media)?;
-                    debug_assert!(whole, "an empty spool is whole");
-                    let capture = Self::assemble(
-                        media,
-                        volume,
-                        geometry,
-                        tuning,
-                        restore(epoch - 1),
-                        spool,
-                        table,
-                        epoch - 1,
-                    );
-                    return Ok((capture, Outcome::ProcessCrash));
-                }
-                let epoch = begin(&media, epoch);
-                let capture = Self::assemble(
-                    media,
-                    volume,
-                    geometry,
-                    tuning,
-                    restore(epoch - 1),
-                    spool,
-                    table,
-                    epoch - 1,
-                );
-                capture.sweep();
-                Ok((
-                    capture,
-                    if clean {
-                        Outcome::Clean
-                    } else {
-                        Outcome::ProcessCrash
-                    },
-                ))
-            }
-            other => {
-                let intent = restore(epoch_limit - 1);
-                intent.distrust();
-                let mut doubt = BlockSet::new();
-                let outcome = match other {
-                    Ok(Judgement::Everything(reason)) => Err(reason.to_owned()),
-                    Err(reason) => Err(reason),
-                    Ok(_) => Ok(()),
-                };
-                match outcome {
-                    Ok(()) => {
-                        let doubtful = intent.set_regions();
-                        doubt.extend(
-                            doubtful
-                                .into_iter()
-                                .map(|r| region_blocks(geometry, &tuning, r)),
-                        );
-                        doubt.union_with(&found.carry);
-                        if let Some((_, changed)) = &found.interval {
-                            doubt.union_with(changed);
-                        }
-                    }
-                    Err(_) => doubt.insert(geometry.all()),
-                }
-                let doubtful = doubt.len();
-                let last_id = found.snapshots.last_id;
-                let table = start_over(&media, doubt, last_id)?;
-                let epoch = begin(&media, epoch_limit);
-                let spool = Spool::new(tuning.spool);
-                spool.rebuild(&media)?;
-                let capture = Self::assemble(
-                    media,
-                    volume,
-                    geometry,
-                    tuning,
-                    intent,
-                    spool,
-                    table,
-                    epoch - 1,
-                );
-                let outcome = match outcome {
-                    Ok(()) => Outcome::PowerLoss(doubtful),
-                    Err(reason) => Outcome::Everything(reason),
-                };
-                Ok((capture, outcome))
-            }
+            Ok(Judgement::Exact { clean }) => opening.take_up(found, clean),
+            Ok(Judgement::PowerLoss) => opening.doubt_regions(found),
+            Ok(Judgement::Everything(reason)) => opening.doubt_all(&found, reason.to_owned()),
+            Err(reason) => opening.doubt_all(&found, reason),
         }
+    }
+}
+
+/// An opening, once it is known how far the tracking can be trusted.
+struct Opening<M> {
+    media: M,
+    volume: VolumeId,
+    geometry: Geometry,
+    tuning: Tuning,
+    /// Of the intent map.
+    pages: Vec<[Vec<u8>; 2]>,
+    epoch_limit: u64,
+}
+
+impl<M: Media> Opening<M> {
+    /// Everything is as it was left: goes on from there.
+    fn take_up(self, found: Found, clean: bool) -> Result<(Capture<M>, Outcome), CaptureError> {
+        let (table, epoch) = resume(&self.media, self.geometry, found, self.epoch_limit)?;
+        let intent = self.intent(epoch);
+        let spool = Spool::new(self.tuning.spool);
+        if spool.rebuild(&self.media)? {
+            let capture = self.assemble(intent, spool, table, epoch);
+            capture.sweep();
+            let outcome = if clean {
+                Outcome::Clean
+            } else {
+                Outcome::ProcessCrash
+            };
+            return Ok((capture, outcome));
+        }
+        // Before-images are lost: so are the snapshots, and an interval is no longer readable.
+        let table = forget(&self.media, self.geometry, table)?;
+        let spool = self.empty_spool()?;
+        let capture = self.assemble(intent, spool, table, epoch);
+        Ok((capture, Outcome::ProcessCrash))
+    }
+
+    /// What was not synced may be lost: only the regions that the intent map bounds are in doubt.
+    fn doubt_regions(self, found: Found) -> Result<(Capture<M>, Outcome), CaptureError> {
+        let regions = self.intent(self.epoch_limit).set_regions();
+        let mut doubt: BlockSet = regions
+            .into_iter()
+            .map(|region| region_blocks(self.geometry, &self.tuning, region))
+            .collect();
+        doubt.union_with(&found.carry);
+        if let Some((_, changed)) = &found.interval {
+            doubt.union_with(changed);
+        }
+        let outcome = Outcome::PowerLoss(doubt.len());
+        Ok((self.begin_with(doubt, &found)?, outcome))
+    }
+
+    /// Nothing can be trusted, because of `reason`.
+    fn doubt_all(
+        self,
+        found: &Found,
+        reason: String,
+    ) -> Result<(Capture<M>, Outcome), CaptureError> {
+        let all = std::iter::once(self.geometry.all()).collect();
+        Ok((self.begin_with(all, found)?, Outcome::Everything(reason)))
+    }
+
+    /// Begins with nothing but these blocks in doubt; of what was found only the last snapshot's number is kept.
+    fn begin_with(self, doubt: BlockSet, found: &Found) -> Result<Capture<M>, CaptureError> {
+        let intent = self.intent(self.epoch_limit);
+        intent.distrust();
+        let table = start_over(&self.media, doubt, found.snapshots.last_id)?;
+        let spool = self.empty_spool()?;
+        let epoch = self.epoch_limit;
+        Ok(self.assemble(intent, spool, table, epoch))
+    }
+
+    /// The intent map as of the opening that begins this epoch.
+    fn intent(&self, epoch: u64) -> IntentMap {
+        let regions = self.geometry.length().div_ceil(self.tuning.region_bytes);
+        IntentMap::restore(self.volume, regions, epoch - 1, &self.pages)
+    }
+
+    fn empty_spool(&self) -> Result<Spool, CaptureError> {
+        let spool = Spool::new(self.tuning.spool);
+        let whole = spool.rebuild(&self.media)?;
+        debug_assert!(whole, "an empty spool is whole");
+        Ok(spool)
+    }
+
+    /// Begins the epoch.
+    fn assemble(self, intent: IntentMap, spool: Spool, table: Table, epoch: u64) -> Capture<M> {
+        self.media.words(Map::Tracking)[EPOCH_WORD].store(epoch, SeqCst);
+        Capture::assemble(
+            self.media,
+            self.volume,
+            self.geometry,
+            self.tuning,
+            intent,
+            spool,
+            table,
+            epoch - 1,
+        )
     }
 }
 
@@ -217,17 +237,24 @@ fn examine<M: Media>(
     judgement: Judgement,
 ) -> Result<Result<Judgement, String>, CaptureError> {
     let words = media.words(Map::Tracking);
-    let Judgement::Exact { clean } = judgement else {
-        media.sync_volume()?;
-        return Ok(Ok(judgement));
-    };
     let failed_before = words[MARKS_WORD].load(SeqCst) & MARK_SYNC_FAILED != 0;
     // The first sync may report a failure that nobody has heard of; the second one must succeed.
-    if failed_before || media.sync_volume().is_err() {
+    let failed = failed_before || media.sync_volume().is_err();
+    if failed {
         words[MARKS_WORD].fetch_or(MARK_SYNC_FAILED, SeqCst);
         media.sync_volume()?;
-        return Ok(Ok(Judgement::PowerLoss));
     }
+    if failed || matches!(judgement, Judgement::Everything(_)) {
+        // Pages that could not be written stay in memory, marked clean, and no later sync writes them: what they show
+        // must not be compared, let alone shipped, since the disk has something else. Where everything is in doubt the
+        // mark may be lost with its file.
+        media.drop_volume_cache()?;
+    }
+    let clean = match judgement {
+        Judgement::Exact { .. } if failed => return Ok(Ok(Judgement::PowerLoss)),
+        Judgement::Exact { clean } => clean,
+        other => return Ok(Ok(other)),
+    };
     let mut block_bytes = vec![0; geometry.block_size().as_usize()];
     for (block, checksum) in Ring::records(&words[RING_WORD..]) {
         if !geometry.all().contains(block) {
@@ -361,12 +388,6 @@ fn start_over<M: Media>(media: &M, carry: BlockSet, last_id: u64) -> Result<Tabl
         snapshots,
         ..Table::default()
     })
-}
-
-/// Begins an epoch.
-fn begin<M: Media>(media: &M, epoch: u64) -> u64 {
-    media.words(Map::Tracking)[EPOCH_WORD].store(epoch, SeqCst);
-    epoch
 }
 
 fn region_blocks(geometry: Geometry, tuning: &Tuning, region: u64) -> Extent {

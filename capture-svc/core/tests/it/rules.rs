@@ -538,6 +538,43 @@ fn a_failed_sync_puts_everything_since_the_last_good_one_in_doubt() {
 }
 
 #[test]
+fn after_a_failed_sync_the_disk_is_compared_not_the_cache() {
+    let judgements = [
+        Judgement::Exact { clean: false },
+        Judgement::PowerLoss,
+        Judgement::Everything("a reason"),
+    ];
+    for (seed, judgement) in (0..16).flat_map(|seed| judgements.clone().map(|j| (seed, j))) {
+        // Heard of by the process that wrote, or only by the opening, which is then repeated.
+        for heard in [true, false] {
+            SEED.set(seed);
+            let bench = Bench::new();
+            bench.write(9, 1);
+            bench.sim.set_faults(Faults {
+                sync: Some(1),
+                ..Faults::default()
+            });
+            if heard {
+                assert!(bench.capture.sync().is_err());
+            }
+            let Bench {
+                sim, tuning, limit, ..
+            } = bench;
+            sim.restart_process();
+            let recover = || Bench::recovered(sim.clone(), tuning, judgement.clone(), limit);
+            if !heard {
+                assert!(recover().is_err());
+            }
+            sim.set_faults(Faults::default());
+            recover().unwrap();
+            let seen = sim.volume();
+            sim.restart_machine();
+            assert!(sim.volume() == seen, "{judgement:?} {heard}");
+        }
+    }
+}
+
+#[test]
 fn a_torn_intent_page_leaves_its_predecessor() {
     let base = Bench::new().sim.volume();
     let prepare = || {

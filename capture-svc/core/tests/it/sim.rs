@@ -6,7 +6,9 @@
 //! - **Power loss**: each 512-byte sector of the volume and of the intent file is what was last synced or any later
 //!   version of it, each sector by itself. Mapped words and the spool hold anything. Records are replaced
 //!   atomically and durably.
-//! - **Failed sync**: reported once; sectors that were not synced take any of their versions at once.
+//! - **Failed sync**: reported once; sectors that were not synced are any of their versions on the disk. Readers see
+//!   that at once, or still the last version, which counts as synced and is never written, until the cache is dropped
+//!   or the power is lost.
 //! - **No room**: replacing a record, and growing the spool, may fail with nothing changed.
 //!
 //! A crash may be set for any future operation that changes something; from there on each operation fails, and the
@@ -65,6 +67,8 @@ struct Sectors {
     now: Vec<u8>,
     /// By sector: the synced version, then the later ones but the last.
     before: BTreeMap<usize, Vec<[u8; SECTOR]>>,
+    /// By sector: what the disk has, where the cache shows something else and takes it for synced.
+    on_disk: BTreeMap<usize, [u8; SECTOR]>,
 }
 
 impl Sectors {
@@ -72,13 +76,15 @@ impl Sectors {
         Self {
             now: vec![0; length],
             before: BTreeMap::new(),
+            on_disk: BTreeMap::new(),
         }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         let offset = usize::try_from(offset).unwrap();
         for sector in offset / SECTOR..=(offset + data.len() - 1) / SECTOR {
-            let old = self.now[sector * SECTOR..][..SECTOR].try_into().unwrap();
+            let now = self.now[sector * SECTOR..][..SECTOR].try_into().unwrap();
+            let old = self.on_disk.remove(&sector).unwrap_or(now);
             self.before.entry(sector).or_default().push(old);
         }
         self.now[offset..offset + data.len()].copy_from_slice(data);
@@ -88,8 +94,36 @@ impl Sectors {
         self.before.clear();
     }
 
-    /// What was not synced becomes any version of it.
+    /// What was not synced becomes any version of it on the disk, and the cache may go on showing the last one.
+    fn fail(&mut self, random: &mut Random) {
+        let shown = self.now.clone();
+        let sectors: Vec<_> = self.before.keys().copied().collect();
+        self.scatter(random);
+        for sector in sectors {
+            let bytes = sector * SECTOR..(sector + 1) * SECTOR;
+            if random.one_in(2) {
+                let disk = self.now[bytes.clone()].try_into().unwrap();
+                self.on_disk.insert(sector, disk);
+                self.now[bytes.clone()].copy_from_slice(&shown[bytes]);
+            }
+        }
+    }
+
+    /// The cache forgets what it takes for synced.
+    fn drop_cache(&mut self) {
+        for (sector, disk) in std::mem::take(&mut self.on_disk) {
+            self.now[sector * SECTOR..][..SECTOR].copy_from_slice(&disk);
+        }
+    }
+
+    /// The power is gone: the cache too, and what was not synced becomes any version of it.
     fn lose(&mut self, random: &mut Random) {
+        self.drop_cache();
+        self.scatter(random);
+    }
+
+    /// What was not synced becomes any version of it.
+    fn scatter(&mut self, random: &mut Random) {
         for (sector, versions) in std::mem::take(&mut self.before) {
             let choice = random.index(versions.len() + 1);
             if let Some(version) = versions.get(choice) {
@@ -330,11 +364,20 @@ impl Media for Sim {
             return Err(CRASHED);
         }
         if self.fails(&mut inner.random, |faults| faults.sync) {
-            inner.volume.lose(&mut inner.random);
+            inner.volume.fail(&mut inner.random);
             return Err(EIO);
         }
         inner.volume.sync();
         self.0.syncs.fetch_add(1, SeqCst);
+        Ok(())
+    }
+
+    fn drop_volume_cache(&self) -> MediaResult {
+        let inner = &mut *self.0.inner.borrow_mut();
+        if self.tick(inner, 6)? {
+            return Err(CRASHED);
+        }
+        inner.volume.drop_cache();
         Ok(())
     }
 

@@ -73,6 +73,9 @@ impl Media for Reporting {
         waited.unwrap().0.failing = false;
         Err(MediaError(5))
     }
+    fn drop_volume_cache(&self) -> MediaResult {
+        Ok(())
+    }
     fn read_before(&self, _: u64, _: &mut [u8]) -> MediaResult {
         Ok(())
     }
