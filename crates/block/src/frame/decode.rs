@@ -93,12 +93,6 @@ impl UnverifiedFrame {
         &self.extents
     }
 
-    /// How many bytes it has.
-    #[must_use]
-    pub fn encoded_len(&self) -> usize {
-        self.encoded.len()
-    }
-
     /// Checks the encoded bytes, decodes them, and checks every block.
     ///
     /// # Errors
