@@ -115,87 +115,94 @@ pub struct Terms {
 /// The error to reply with. The payload of a refused write must be read and dropped, except that one longer than
 /// [`REQUEST_PAYLOAD_MAX`] is answered by closing.
 pub fn check(header: &RequestHeader, terms: &Terms) -> Result<Command, NbdError> {
-    let fua = header.flags & NBD_CMD_FLAG_FUA != 0;
-    // FUA is valid on every command, and without meaning where nothing is written.
-    let allowed = |flags: u16| {
-        if header.flags & !(flags | NBD_CMD_FLAG_FUA) == 0 {
-            Ok(())
-        } else {
-            Err(NbdError::Inval)
-        }
-    };
-    let within = |error| {
-        let end = header.offset.checked_add(u64::from(header.length));
-        if end.is_some_and(|end| end <= terms.length) {
-            Ok(())
-        } else {
-            Err(error)
-        }
-    };
-    let writable = || {
-        if terms.read_only {
-            Err(NbdError::Perm)
-        } else {
-            Ok(())
-        }
-    };
+    let has = |flag: u16| header.flags & flag != 0;
+    let fua = has(NBD_CMD_FLAG_FUA);
     match header.command {
         NBD_CMD_READ => {
-            allowed(if terms.structured_replies {
+            let flags = if terms.structured_replies {
                 NBD_CMD_FLAG_DF
             } else {
                 0
-            })?;
+            };
+            allowed(header, flags)?;
             if header.length > REQUEST_PAYLOAD_MAX {
                 return Err(NbdError::Inval);
             }
-            within(NbdError::Inval)?;
+            within(header, terms, NbdError::Inval)?;
             Ok(Command::Read {
-                unfragmented: header.flags & NBD_CMD_FLAG_DF != 0,
+                unfragmented: has(NBD_CMD_FLAG_DF),
             })
         }
         NBD_CMD_WRITE => {
-            allowed(0)?;
-            writable()?;
-            within(NbdError::NoSpc)?;
+            changes(header, terms, 0, NbdError::NoSpc)?;
             Ok(Command::Write { fua })
         }
         NBD_CMD_DISC => Ok(Command::Disconnect),
         NBD_CMD_FLUSH => {
-            allowed(0)?;
+            allowed(header, 0)?;
             Ok(Command::Flush)
         }
         NBD_CMD_TRIM => {
-            allowed(0)?;
-            writable()?;
-            within(NbdError::Inval)?;
+            changes(header, terms, 0, NbdError::Inval)?;
             Ok(Command::Trim { fua })
         }
         NBD_CMD_CACHE => {
-            allowed(0)?;
-            within(NbdError::Inval)?;
+            allowed(header, 0)?;
+            within(header, terms, NbdError::Inval)?;
             Ok(Command::Cache)
         }
         NBD_CMD_WRITE_ZEROES => {
-            allowed(NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO)?;
-            writable()?;
-            within(NbdError::NoSpc)?;
+            let flags = NBD_CMD_FLAG_NO_HOLE | NBD_CMD_FLAG_FAST_ZERO;
+            changes(header, terms, flags, NbdError::NoSpc)?;
             Ok(Command::WriteZeroes(ZeroFlags {
-                may_punch: header.flags & NBD_CMD_FLAG_NO_HOLE == 0,
-                fast_only: header.flags & NBD_CMD_FLAG_FAST_ZERO != 0,
+                may_punch: !has(NBD_CMD_FLAG_NO_HOLE),
+                fast_only: has(NBD_CMD_FLAG_FAST_ZERO),
                 fua,
             }))
         }
         NBD_CMD_BLOCK_STATUS => {
-            allowed(NBD_CMD_FLAG_REQ_ONE)?;
+            allowed(header, NBD_CMD_FLAG_REQ_ONE)?;
             if !terms.base_allocation || header.length == 0 {
                 return Err(NbdError::Inval);
             }
-            within(NbdError::Inval)?;
+            within(header, terms, NbdError::Inval)?;
             Ok(Command::BlockStatus {
-                one: header.flags & NBD_CMD_FLAG_REQ_ONE != 0,
+                one: has(NBD_CMD_FLAG_REQ_ONE),
             })
         }
         _ => Err(NbdError::Inval),
     }
+}
+
+/// No flags but these. FUA is valid on every command, and without meaning where nothing is written.
+fn allowed(header: &RequestHeader, flags: u16) -> Result<(), NbdError> {
+    if header.flags & !(flags | NBD_CMD_FLAG_FUA) == 0 {
+        Ok(())
+    } else {
+        Err(NbdError::Inval)
+    }
+}
+
+/// A range within the export, or `error`.
+fn within(header: &RequestHeader, terms: &Terms, error: NbdError) -> Result<(), NbdError> {
+    let end = header.offset.checked_add(u64::from(header.length));
+    if end.is_some_and(|end| end <= terms.length) {
+        Ok(())
+    } else {
+        Err(error)
+    }
+}
+
+/// A request that changes the export: its flags, that it may be changed, and its range (or `outside`).
+fn changes(
+    header: &RequestHeader,
+    terms: &Terms,
+    flags: u16,
+    outside: NbdError,
+) -> Result<(), NbdError> {
+    allowed(header, flags)?;
+    if terms.read_only {
+        return Err(NbdError::Perm);
+    }
+    within(header, terms, outside)
 }
