@@ -1,6 +1,6 @@
 //! The handshake's I/O around [`super::negotiate`], under one deadline for the whole of it.
 
-use std::io::{self, IoSlice};
+use std::io;
 use std::time::Instant;
 
 use super::limits::{OPTION_LENGTH_MAX, OPTION_SKIP_MAX, OPTIONS_MAX};
@@ -11,6 +11,9 @@ use super::wire::{
     NBD_OPT_EXPORT_NAME, NBD_REP_ERR_TOO_BIG, OPTION_HEADER_LEN, OptionHeader, greeting,
 };
 use crate::exports::Exports;
+
+/// Bytes of an answer sent at a time.
+const SEND_PIECE_BYTES: usize = 4096;
 
 /// Why a handshake led to nothing.
 #[derive(Debug, thiserror::Error)]
@@ -52,13 +55,23 @@ impl Wire<'_> {
         Ok(())
     }
 
-    fn send(&self, bytes: &[u8]) -> Result<(), HandshakeError> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        self.stream.set_send_timeout(left)?;
-        match self.stream.send_all(&mut [IoSlice::new(bytes)]) {
-            Err(error) if is_timeout(&error) => Err(HandshakeError::TimedOut),
-            sent => Ok(sent?),
+    fn send(&self, mut bytes: &[u8]) -> Result<(), HandshakeError> {
+        while !bytes.is_empty() {
+            let left = self.deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(HandshakeError::TimedOut);
+            }
+            self.stream.set_send_timeout(left)?;
+            // The timeout begins anew with each buffer that the kernel fills: one call, one buffer.
+            let piece = &bytes[..bytes.len().min(SEND_PIECE_BYTES)];
+            match self.stream.send(piece) {
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                Ok(n) => bytes = &bytes[n..],
+                Err(error) if is_timeout(&error) => return Err(HandshakeError::TimedOut),
+                Err(error) => return Err(error.into()),
+            }
         }
+        Ok(())
     }
 
     fn skip(&self, length: u32) -> Result<(), HandshakeError> {

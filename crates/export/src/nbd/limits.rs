@@ -32,6 +32,15 @@ pub const STATUS_EXTENTS_MAX: usize = 4096;
 /// Reads of at least this many bytes ask the device for holes first, so that holes are sent as holes.
 pub const HOLE_READ_MIN: u32 = 64 << 10;
 
+/// How long a TCP client may be silent before its host is asked whether it is still there.
+pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+
+/// How long such a question waits for its answer.
+pub const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// Questions without an answer after which the client is disconnected.
+pub const KEEPALIVE_PROBES: u32 = 3;
+
 /// Configurable limits of a server.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Limits {

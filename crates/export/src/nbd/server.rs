@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 
 use super::limits::Limits;
 use super::service::{ClientStatus, Service};
@@ -151,7 +152,8 @@ impl Drop for NbdServer {
 }
 
 fn accept(service: &Arc<Service>, listeners: &[Listener], woken: &UnixStream) {
-    loop {
+    let mut failing = false;
+    while !service.is_stopping() {
         let mut fds: Vec<PollFd<'_>> = vec![PollFd::new(woken, PollFlags::IN)];
         fds.extend(
             listeners
@@ -159,24 +161,34 @@ fn accept(service: &Arc<Service>, listeners: &[Listener], woken: &UnixStream) {
                 .map(|listener| PollFd::from_borrowed_fd(listener.as_fd(), PollFlags::IN)),
         );
         if let Err(error) = poll(&mut fds, None) {
-            if error == rustix::io::Errno::INTR {
-                continue;
+            if error != Errno::INTR {
+                pause(&mut failing, &error.into());
             }
-            tracing::error!(%error, "the NBD server can't wait for clients any more");
-            return;
+            continue;
         }
         if !fds[0].revents().is_empty() {
             return;
         }
         for (listener, fd) in listeners.iter().zip(&fds[1..]) {
             if !fd.revents().is_empty() {
-                accept_one(service, listener);
+                match accept_one(service, listener) {
+                    Ok(()) => failing = false,
+                    Err(error) => pause(&mut failing, &error),
+                }
             }
         }
     }
 }
 
-fn accept_one(service: &Arc<Service>, listener: &Listener) {
+/// Whoever can't be accepted still waits: without a pause this would spin. Told once, until somebody is accepted.
+fn pause(failing: &mut bool, error: &io::Error) {
+    if !std::mem::replace(failing, true) {
+        tracing::warn!(%error, "clients can't be accepted; trying on");
+    }
+    std::thread::sleep(ACCEPT_PAUSE);
+}
+
+fn accept_one(service: &Arc<Service>, listener: &Listener) -> io::Result<()> {
     let (stream, name) = match listener.accept() {
         Ok(accepted) => accepted,
         Err(error)
@@ -185,22 +197,18 @@ fn accept_one(service: &Arc<Service>, listener: &Listener) {
                 io::ErrorKind::WouldBlock | io::ErrorKind::ConnectionAborted
             ) =>
         {
-            return;
+            return Ok(());
         }
-        Err(error) => {
-            tracing::warn!(%error, "a client could not be accepted");
-            // Without a pause this would spin, since the client still waits.
-            std::thread::sleep(ACCEPT_PAUSE);
-            return;
-        }
+        Err(error) => return Err(error),
     };
     let Some(registration) = service.admit(stream, name) else {
         tracing::info!("a client was turned away: too many connections");
-        return;
+        return Ok(());
     };
     let serving = Arc::clone(service);
     let thread = std::thread::Builder::new().name("nbd-connection".to_owned());
     if let Err(error) = thread.spawn(move || serving.serve(registration)) {
         tracing::warn!(%error, "a client was turned away: no thread for it");
     }
+    Ok(())
 }

@@ -113,6 +113,10 @@ impl Service {
         self.peers.lock().len()
     }
 
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
     pub(super) fn sessions(&self) -> Vec<Arc<Session>> {
         self.peers
             .lock()
@@ -135,7 +139,7 @@ impl Service {
     /// Admits a client, unless there are too many or the server is stopping.
     pub(super) fn admit(self: &Arc<Self>, stream: Stream, name: String) -> Option<Registration> {
         let mut peers = self.peers.lock();
-        if peers.len() >= self.limits.connections_max || self.stopping.load(Ordering::Acquire) {
+        if peers.len() >= self.limits.connections_max || self.is_stopping() {
             return None;
         }
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);

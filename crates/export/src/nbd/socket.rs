@@ -16,7 +16,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, recvmsg, sockopt};
+
+use super::limits::{KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_PROBES};
 
 /// Where an NBD server listens. As text: `unix:PATH`, or `HOST:PORT` with or without `tcp:` before it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -81,6 +83,14 @@ impl Stream {
         retried(|| match self {
             Self::Unix(stream) => (&*stream).read_vectored(bufs),
             Self::Tcp(stream) => (&*stream).read_vectored(bufs),
+        })
+    }
+
+    /// Sends some of `bytes`.
+    pub(super) fn send(&self, bytes: &[u8]) -> io::Result<usize> {
+        retried(|| match self {
+            Self::Unix(stream) => (&*stream).write(bytes),
+            Self::Tcp(stream) => (&*stream).write(bytes),
         })
     }
 
@@ -154,6 +164,16 @@ impl AsFd for Stream {
     }
 }
 
+/// A client may idle for ever, but only while it is there: one whose host lost power says no goodbye, and would keep its
+/// place among the connections.
+fn keep_alive(stream: &TcpStream) -> io::Result<()> {
+    sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(stream, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    Ok(())
+}
+
 fn retried<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
@@ -208,6 +228,7 @@ impl Listener {
                 stream.set_nonblocking(false)?;
                 // Replies are small and each is waited for: never hold one back.
                 stream.set_nodelay(true)?;
+                keep_alive(&stream)?;
                 Ok((Stream::Tcp(stream), peer.to_string()))
             }
         }
@@ -307,4 +328,24 @@ pub(super) fn is_timeout(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_idle_tcp_client_is_probed_so_that_one_that_is_gone_is_noticed() {
+        let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
+        let NbdAddress::Tcp(address) = listener.address().unwrap() else {
+            panic!("not TCP")
+        };
+        let _client = TcpStream::connect(address).unwrap();
+        // On loopback the connection is in the backlog once `connect` has returned.
+        let (stream, _) = listener.accept().unwrap();
+        assert!(sockopt::socket_keepalive(&stream).unwrap());
+        assert_eq!(sockopt::tcp_keepidle(&stream).unwrap(), KEEPALIVE_IDLE);
+        assert_eq!(sockopt::tcp_keepintvl(&stream).unwrap(), KEEPALIVE_INTERVAL);
+        assert_eq!(sockopt::tcp_keepcnt(&stream).unwrap(), KEEPALIVE_PROBES);
+    }
 }

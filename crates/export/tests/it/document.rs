@@ -55,6 +55,9 @@ fn the_documents_table_of_limits_states_the_codes_numbers() {
         ("handshake_timeout", seconds(defaults.handshake_timeout)),
         ("receive_timeout", seconds(defaults.receive_timeout)),
         ("send_timeout", seconds(defaults.send_timeout)),
+        ("KEEPALIVE_IDLE", seconds(limits::KEEPALIVE_IDLE)),
+        ("KEEPALIVE_INTERVAL", seconds(limits::KEEPALIVE_INTERVAL)),
+        ("KEEPALIVE_PROBES", limits::KEEPALIVE_PROBES.to_string()),
         ("spin_max", seconds(defaults.spin_max)),
         ("thread_idle_timeout", seconds(defaults.thread_idle_timeout)),
     ]

@@ -1,15 +1,19 @@
 //! Clients that break the protocol, on purpose or by accident. Each ends with the proof that others are still served.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::process::Resource;
 use tidemark_export::nbd::Limits;
 use tidemark_export::nbd::limits::{OPTION_LENGTH_MAX, OPTION_SKIP_MAX, REQUEST_PAYLOAD_MAX};
 use tidemark_export::nbd::request::RequestHeader;
 use tidemark_export::nbd::wire::{
-    IHAVEOPT, NBD_OPT_EXPORT_NAME, NBD_OPT_GO, NBD_OPT_LIST_META_CONTEXT, NBD_REP_ACK,
-    NBD_REP_ERR_INVALID, NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_UNKNOWN, NBD_REP_ERR_UNSUP,
+    IHAVEOPT, NBD_OPT_EXPORT_NAME, NBD_OPT_GO, NBD_OPT_LIST, NBD_OPT_LIST_META_CONTEXT,
+    NBD_REP_ACK, NBD_REP_ERR_INVALID, NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_UNKNOWN, NBD_REP_ERR_UNSUP,
 };
 
 use crate::client::{
@@ -299,6 +303,56 @@ fn a_handshake_byte_by_byte_is_cut_off() {
     server.assert_alive();
 }
 
+/// A server of many exports, whose listing is far larger than what a socket holds; and the listing's length.
+fn server_of_a_long_list() -> (TestServer, usize) {
+    let server = impatient_server();
+    let description = "x".repeat(4000);
+    for n in 0..500 {
+        let device = Arc::new(MemoryDevice::new(512));
+        server
+            .registry
+            .add(&format!("export-{n}"), &description, device)
+            .unwrap();
+    }
+    (server, 500 * description.len())
+}
+
+#[test]
+fn a_handshake_whose_answer_is_read_bit_by_bit_is_cut_off() {
+    let (server, list_bytes) = server_of_a_long_list();
+    let mut stream = server.connect();
+    greet(&mut stream, 3);
+    stream.write_all(&option(NBD_OPT_LIST, &[])).unwrap();
+    let mut read = 0;
+    let mut bit = [0; 8192];
+    while let Ok(n @ 1..) = stream.read(&mut bit) {
+        read += n;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(read < list_bytes, "the whole list was sent, however slowly");
+    server.assert_alive();
+}
+
+#[test]
+fn a_client_that_closes_its_sending_half_still_gets_its_replies() {
+    let server = server();
+    let mut client = server.client();
+    client.write(0, &[7; 4096]).unwrap();
+    let cookies: Vec<_> = (0..20).map(|_| client.send(3, 0, 0, 0, &[])).collect();
+    client.stream.shutdown(Shutdown::Write).unwrap();
+    let mut answered: Vec<_> = cookies
+        .iter()
+        .map(|_| match client.reply().unwrap() {
+            Reply::Simple { error: 0, cookie } => cookie,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    answered.sort_unstable();
+    assert_eq!(answered, cookies);
+    assert!(client.is_closed());
+    server.assert_alive();
+}
+
 #[test]
 fn clients_that_vanish_in_the_middle_of_requests_leave_nothing_behind() {
     let server = server();
@@ -360,6 +414,44 @@ fn connections_past_the_limit_are_turned_away_and_room_is_made_by_those_that_end
     assert_eq!(admitted.read(0, 6).unwrap(), b"served");
     drop(crowd);
     eventually("the crowd has gone", || server.server.clients().len() == 1);
+    server.assert_alive();
+}
+
+/// Set in the process of its own that a test runs itself in.
+const ALONE: &str = "TIDEMARK_TEST_ALONE";
+
+/// It takes every file descriptor of the process away, so it runs itself in a process of its own.
+#[test]
+fn without_file_descriptors_clients_wait_until_there_are_some_again() {
+    const NAME: &str = "hostile::without_file_descriptors_clients_wait_until_there_are_some_again";
+    if std::env::var_os(ALONE).is_none() {
+        let done = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", NAME])
+            .env(ALONE, "1")
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&done.stdout);
+        assert!(done.status.success() && told.contains("1 passed"), "{told}");
+        return;
+    }
+    let server = server();
+    let mut admitted = server.client();
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = Some(100);
+    rustix::process::setrlimit(Resource::Nofile, limit).unwrap();
+    let mut hogs: Vec<_> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
+    // Room for the client's end of one connection, none for the server's.
+    hogs.pop();
+    let mut waiting = server.connect();
+    let nobody = waiting
+        .set_read_timeout(Some(Duration::from_millis(300)))
+        .and_then(|()| waiting.read(&mut [0]));
+    assert!(nobody.is_err(), "it can't have been accepted");
+    admitted.write(0, b"served meanwhile").unwrap();
+    assert_eq!(admitted.read(0, 6).unwrap(), b"served");
+    drop(hogs);
+    waiting.set_read_timeout(Some(PATIENCE)).unwrap();
+    greet(&mut waiting, 3);
     server.assert_alive();
 }
 
