@@ -21,7 +21,6 @@ use capture_core::engine::{
     },
     spool::{ENTRY_WORDS, SpoolLimits},
 };
-use rustix::fs::{FallocateFlags, fallocate};
 use tidemark_block::{Geometry, VolumeId};
 use tidemark_disk::{durable, guarded_map::VolumeMap};
 
@@ -289,11 +288,7 @@ impl Files {
         }
         let most = self.slots_max * self.block_len;
         let length = (wanted.div_ceil(SPOOL_STEP) * SPOOL_STEP).min(most);
-        if let Err(error) = fallocate(&self.spool, FallocateFlags::empty(), now, length - now) {
-            // What it got before the disk was full is of no use here, but to the records that make room.
-            self.spool.set_len(now)?;
-            return Err(error.into());
-        }
+        durable::extend_allocated(&self.spool, now, length)?;
         self.spool_len.store(length, SeqCst);
         Ok(length / self.block_len)
     }

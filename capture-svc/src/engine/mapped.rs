@@ -13,7 +13,6 @@ use std::{
 
 use memmap2::{MmapOptions, MmapRaw};
 use parking_lot::Mutex;
-use rustix::fs::{FallocateFlags, fallocate};
 use tidemark_disk::durable;
 
 /// Bytes before the words.
@@ -118,13 +117,8 @@ impl MappedWords {
             .unwrap_or(usize::MAX)
             .min(self.words_max);
         if wanted > now {
-            let from = HEADER_LEN + now as u64 * WORD_LEN;
-            fallocate(
-                &self.file,
-                FallocateFlags::empty(),
-                from,
-                (wanted - now) as u64 * WORD_LEN,
-            )?;
+            let end_of = |words: usize| HEADER_LEN + words as u64 * WORD_LEN;
+            durable::extend_allocated(&self.file, end_of(now), end_of(wanted))?;
             self.words.store(wanted, SeqCst);
         }
         Ok(now.max(wanted) as u64)

@@ -144,6 +144,18 @@ pub fn open_allocated(path: &Path, length: u64) -> io::Result<File> {
     allocated.map(|()| file)
 }
 
+/// Makes a file longer, from `from` (its length) to `to`, with its space allocated.
+///
+/// # Errors
+/// Where there is no room: what the file got before the disk was full is given back, to whoever makes room.
+pub fn extend_allocated(file: &File, from: u64, to: u64) -> io::Result<()> {
+    if let Err(error) = fallocate(file, FallocateFlags::empty(), from, to - from) {
+        file.set_len(from)?;
+        return Err(error.into());
+    }
+    Ok(())
+}
+
 fn temporary_of(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(TEMPORARY_SUFFIX);
@@ -159,6 +171,8 @@ fn parent(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -211,5 +225,70 @@ mod tests {
         file.read_exact_at(&mut back, 5).unwrap();
         assert_eq!(&back, b"kept");
         assert!(file.metadata().unwrap().blocks() * 512 >= 1 << 20);
+    }
+
+    /// A filesystem of 16 MiB whose partial allocations stay after a failure, as tmpfs's don't; nothing where it can't
+    /// be mounted.
+    struct SmallDisk(tempfile::TempDir);
+
+    impl SmallDisk {
+        fn mount() -> Option<Self> {
+            if !rustix::process::geteuid().is_root() {
+                assert!(
+                    std::env::var_os("CI").is_none_or(|ci| ci != "true"),
+                    "mounting needs root"
+                );
+                println!("skipped: mounting needs root");
+                return None;
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let image = dir.path().join("image");
+            File::create(&image).unwrap().set_len(16 << 20).unwrap();
+            fs::create_dir(dir.path().join("mounted")).unwrap();
+            run(Command::new("mkfs.ext4").arg("-q").arg(&image));
+            let at = dir.path().join("mounted");
+            run(Command::new("mount")
+                .args(["-o", "loop"])
+                .arg(&image)
+                .arg(at));
+            Some(Self(dir))
+        }
+
+        fn path(&self) -> PathBuf {
+            self.0.path().join("mounted")
+        }
+
+        fn free(&self) -> u64 {
+            let found = rustix::fs::statvfs(self.path()).unwrap();
+            found.f_bavail * found.f_frsize
+        }
+    }
+
+    impl Drop for SmallDisk {
+        fn drop(&mut self) {
+            run(Command::new("umount").arg(self.path()));
+        }
+    }
+
+    fn run(command: &mut Command) {
+        let status = command.status().unwrap();
+        assert!(status.success(), "{command:?}");
+    }
+
+    #[test]
+    fn a_file_that_cannot_grow_keeps_its_length_and_gives_the_space_back() {
+        let Some(disk) = SmallDisk::mount() else {
+            return;
+        };
+        let file = open_allocated(&disk.path().join("map"), 8192).unwrap();
+        let free = disk.free();
+        let error = extend_allocated(&file, 8192, 64 << 20).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::StorageFull);
+        assert_eq!(file.metadata().unwrap().len(), 8192);
+        // The filesystem may keep a block or two of its own for the extents that there were.
+        assert!(free - disk.free() < 64 << 10);
+        extend_allocated(&file, 8192, 1 << 20).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20);
+        assert!(disk.free() < free);
     }
 }
