@@ -2,6 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "it/page.rs"]
+mod page;
+
+use page::{Row, field};
 use tidemark_block::{
     BlockCount, BlockIndex, BlockSize, CodecChoice, Extent, FrameEncoder, Geometry, MemoryTable,
     block_checksum,
@@ -11,45 +15,8 @@ use tidemark_block::{
 
 const FORMAT: &str = include_str!("../../../docs/FORMAT.md");
 
-/// Offset and length of each field of a table of the page, by the beginning of its description.
-fn table(name: &str) -> Vec<(usize, usize, &'static str)> {
-    let mark = format!("<!-- table: {name}, total ");
-    let (_, rest) = FORMAT
-        .split_once(&mark)
-        .unwrap_or_else(|| panic!("the page has {name}"));
-    let (total, rest) = rest.split_once(" -->").unwrap();
-    let rows: Vec<_> = rest
-        .lines()
-        .skip(3)
-        .take_while(|line| line.starts_with('|'))
-        .map(|line| {
-            let cells: Vec<_> = line.trim_matches('|').split('|').map(str::trim).collect();
-            (
-                cells[0].parse().unwrap(),
-                cells[1].parse().unwrap(),
-                cells[2],
-            )
-        })
-        .collect();
-    let mut next = 0;
-    for &(offset, length, field) in &rows {
-        assert_eq!(
-            offset, next,
-            "{name}: {field} follows what stands before it"
-        );
-        next = offset + length;
-    }
-    assert_eq!(next, total.parse::<usize>().unwrap(), "{name}: total");
-    rows
-}
-
-fn field<'a>(bytes: &'a [u8], rows: &[(usize, usize, &str)], begin: &str) -> &'a [u8] {
-    let mut found = rows.iter().filter(|(_, _, field)| field.starts_with(begin));
-    let (offset, length, _) = found
-        .next()
-        .unwrap_or_else(|| panic!("the table has {begin}"));
-    assert!(found.next().is_none(), "{begin} names one field");
-    &bytes[*offset..offset + length]
+fn table(name: &str) -> Vec<Row> {
+    page::table(FORMAT, name)
 }
 
 #[test]

@@ -11,6 +11,8 @@
 mod format;
 #[path = "it/image.rs"]
 mod image;
+#[path = "../../../crates/block/tests/it/page.rs"]
+mod page;
 #[path = "it/resume.rs"]
 mod resume;
 #[path = "it/samples.rs"]

@@ -15,44 +15,15 @@ use vault_core::{
     },
 };
 
+use crate::page::{self, Row, field};
 use crate::samples::{
     INTERVAL, VOLUME, generation, geometry, manifest, received, rewritten, term_request,
 };
 
 const FORMAT: &str = include_str!("../../../../docs/FORMAT-VAULT.md");
 
-type Row = (usize, usize, &'static str);
-
-/// Offset and length of each field of a table of the page.
 fn table(name: &str) -> Vec<Row> {
-    let mark = format!("<!-- table: {name}, total ");
-    let (_, rest) = FORMAT
-        .split_once(&mark)
-        .unwrap_or_else(|| panic!("the page has {name}"));
-    let (total, rest) = rest.split_once(" -->").unwrap();
-    let rows: Vec<Row> = rest
-        .lines()
-        .skip(3)
-        .take_while(|line| line.starts_with('|'))
-        .map(|line| {
-            let cells: Vec<_> = line.trim_matches('|').split('|').map(str::trim).collect();
-            (
-                cells[0].parse().unwrap(),
-                cells[1].parse().unwrap(),
-                cells[2],
-            )
-        })
-        .collect();
-    let mut next = 0;
-    for &(offset, length, field) in &rows {
-        assert_eq!(
-            offset, next,
-            "{name}: {field} follows what stands before it"
-        );
-        next = offset + length;
-    }
-    assert_eq!(next, total.parse::<usize>().unwrap(), "{name}: total");
-    rows
+    page::table(FORMAT, name)
 }
 
 /// The number in the field whose description begins so.
@@ -61,15 +32,6 @@ fn number(bytes: &[u8], rows: &[Row], begin: &str) -> u64 {
     let mut wide = [0; 8];
     wide[..field.len()].copy_from_slice(field);
     u64::from_le_bytes(wide)
-}
-
-fn field<'a>(bytes: &'a [u8], rows: &[Row], begin: &str) -> &'a [u8] {
-    let mut found = rows.iter().filter(|(_, _, field)| field.starts_with(begin));
-    let (offset, length, _) = found
-        .next()
-        .unwrap_or_else(|| panic!("the table has {begin}"));
-    assert!(found.next().is_none(), "{begin} names one field");
-    &bytes[*offset..offset + length]
 }
 
 fn total(rows: &[Row]) -> usize {
