@@ -12,7 +12,7 @@ use tidemark_export::nbd::Limits;
 use tidemark_export::nbd::request::RequestHeader;
 use tidemark_export::nbd::wire::{
     IHAVEOPT, NBD_OPT_GO, NBD_OPT_SET_META_CONTEXT, NBD_OPT_STRUCTURED_REPLY, NBD_REP_ACK,
-    NBDMAGIC, OPTION_REPLY_MAGIC, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
+    NBDMAGIC, OPTION_REPLY_MAGIC, REQUEST_LEN, SIMPLE_REPLY_MAGIC, STRUCTURED_REPLY_MAGIC,
 };
 use tidemark_export::{BlockDevice, Export, ExportRegistry, NbdAddress, NbdServer};
 
@@ -116,6 +116,18 @@ pub(crate) fn meta_data(name: &str, queries: &[&str]) -> Vec<u8> {
     out.extend((queries.len() as u32).to_be_bytes());
     out.extend(queries.iter().flat_map(|query| string(query)));
     out
+}
+
+/// A request at offset 0 without flags.
+pub(crate) fn request(command: u16, cookie: u64, length: u32) -> [u8; REQUEST_LEN] {
+    RequestHeader {
+        flags: 0,
+        command,
+        cookie,
+        offset: 0,
+        length,
+    }
+    .encode()
 }
 
 pub(crate) fn read_array<const N: usize>(stream: &mut impl Read) -> io::Result<[u8; N]> {

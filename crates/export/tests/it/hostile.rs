@@ -18,6 +18,7 @@ use tidemark_export::nbd::wire::{
 
 use crate::client::{
     PATIENCE, Reply, TestServer, ask, closed, eventually, go_data, greet, meta_data, option,
+    request,
 };
 use crate::devices::MemoryDevice;
 
@@ -160,27 +161,9 @@ fn truncated_at_any_byte_a_conversation_leaves_no_client_behind() {
     conversation.extend(option(8, &[]));
     conversation.extend(option(10, &meta_data("data", &["base:allocation"])));
     conversation.extend(option(NBD_OPT_GO, &go_data("data", &[3])));
-    conversation.extend(
-        RequestHeader {
-            flags: 0,
-            command: 1,
-            cookie: 1,
-            offset: 0,
-            length: 64,
-        }
-        .encode(),
-    );
+    conversation.extend(request(1, 1, 64));
     conversation.extend([7; 64]);
-    conversation.extend(
-        RequestHeader {
-            flags: 0,
-            command: 0,
-            cookie: 2,
-            offset: 0,
-            length: 64,
-        }
-        .encode(),
-    );
+    conversation.extend(request(0, 2, 64));
     for length in 0..=conversation.len() {
         let mut stream = server.connect();
         stream.write_all(&conversation[..length]).unwrap();
@@ -248,14 +231,7 @@ fn unknown_commands_and_flags_get_an_error_and_the_connection_goes_on() {
 fn a_client_that_pipelines_without_reading_is_disconnected_in_time() {
     let server = impatient_server();
     let mut client = server.simple_client();
-    let header = RequestHeader {
-        flags: 0,
-        command: 0,
-        cookie: 1,
-        offset: 0,
-        length: 1 << 20,
-    }
-    .encode();
+    let header = request(0, 1, 1 << 20);
     let began = Instant::now();
     while client.stream.write_all(&header).is_ok() {
         assert!(began.elapsed() < PATIENCE, "it may pipeline for ever");
@@ -375,14 +351,7 @@ fn clients_that_vanish_in_the_middle_of_requests_leave_nothing_behind() {
 fn overlapping_cookies_are_each_answered() {
     let server = server();
     let mut client = server.simple_client();
-    let header = RequestHeader {
-        flags: 0,
-        command: 3,
-        cookie: 42,
-        offset: 0,
-        length: 0,
-    }
-    .encode();
+    let header = request(3, 42, 0);
     for _ in 0..100 {
         client.stream.write_all(&header).unwrap();
     }
@@ -460,25 +429,8 @@ fn a_client_that_sends_on_after_its_goodbye_is_not_heard() {
     let server = server();
     let mut client = server.client();
     client.write(0, b"kept").unwrap();
-    let mut bytes = RequestHeader {
-        flags: 0,
-        command: 2,
-        cookie: 9,
-        offset: 0,
-        length: 0,
-    }
-    .encode()
-    .to_vec();
-    bytes.extend(
-        RequestHeader {
-            flags: 0,
-            command: 1,
-            cookie: 10,
-            offset: 0,
-            length: 4,
-        }
-        .encode(),
-    );
+    let mut bytes = request(2, 9, 0).to_vec();
+    bytes.extend(request(1, 10, 4));
     bytes.extend(b"lost");
     client.stream.write_all(&bytes).unwrap();
     assert!(client.is_closed());
