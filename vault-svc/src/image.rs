@@ -1,4 +1,10 @@
 //! Reads a generation: finds its blocks window by window, and verifies every byte before it is served.
+//!
+//! What is found is kept: maps of windows, which tell where each block is, and verified frames of which only a part
+//! was needed. So a read near an earlier one costs a lookup and at most one read of a frame. Both caches are shared by
+//! all readers of a vault and bounded in bytes. A map names segments, and segments are replaced by reclaim, so a map
+//! is kept under the checksum of the list of segments that it was made from ([`Manifest::chain`]): a reader finds
+//! maps of what its own manifest names and of nothing else. Frames need no such care: a segment never changes.
 
 pub mod restore;
 
@@ -6,11 +12,12 @@ use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use tidemark_block::{
-    BlockIndex, Extent, FrameDecoder, Geometry, SegmentId, UnverifiedFrame, VerifiedFrame,
+    BlockIndex, Checksum128, Extent, FrameDecoder, GenerationId, Geometry, SegmentId, Sequence,
+    UnverifiedFrame, VerifiedFrame, VolumeId,
 };
 use tidemark_proto::{Reason, RpcError};
 use vault_core::{
-    image::overlay,
+    image::{DataPiece, ExtentMap, FrameAt, window_of},
     manifest::{Generation, Manifest},
 };
 
@@ -21,30 +28,22 @@ use crate::{
     volume::{Lease, Volume},
 };
 
-/// A frame in a segment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct FrameAt {
-    pub(crate) segment: SegmentId,
-    pub(crate) at: u64,
-    pub(crate) len: u32,
-    /// Blocks of the whole frame.
-    pub(crate) blocks: u16,
+/// Memory for maps, all readers together: of 128 GiB whose frames are whole, or of 2 GiB of scattered blocks.
+pub(crate) const MAPS_BYTES_MAX: usize = 16 << 20;
+/// Memory for verified frames, all readers together: a restore wants one of each segment that lies over another.
+pub(crate) const FRAMES_BYTES_MAX: usize = 64 << 20;
+
+/// A window of an image, and the segments that it was made from.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct MapKey {
+    volume: VolumeId,
+    newest: Sequence,
+    chain: Checksum128,
+    window: BlockIndex,
 }
 
-impl FrameAt {
-    fn range(&self) -> Range<u64> {
-        self.at..self.at + u64::from(self.len)
-    }
-}
-
-/// A run of blocks with data, and the frame that holds them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct DataPiece {
-    pub(crate) blocks: Extent,
-    pub(crate) frame: FrameAt,
-    /// The place of the first of these blocks among the frame's.
-    pub(crate) first: u16,
-}
+/// Maps of windows that were read.
+pub(crate) type MapCache = Cache<MapKey, ExtentMap>;
 
 /// One generation of a volume. While it is open, nothing it needs is deleted.
 #[derive(Debug)]
@@ -52,7 +51,8 @@ pub struct ImageReader {
     volume: Arc<Volume>,
     manifest: Arc<Manifest>,
     generation: Generation,
-    frames: FrameCache,
+    /// Which segments the image is read from.
+    chain: Checksum128,
     _lease: Lease,
 }
 
@@ -66,16 +66,16 @@ impl ImageReader {
         let found = if generation == 0 {
             manifest.head()
         } else {
-            manifest.generation(tidemark_block::GenerationId::new(generation))
+            manifest.generation(GenerationId::new(generation))
         };
         let Some(generation) = found.cloned() else {
             return Err(no_generation(&manifest, generation));
         };
         Ok(Self {
+            chain: manifest.chain(generation.sequence()),
             volume,
             manifest,
             generation,
-            frames: FrameCache::new(FRAME_CACHE_BYTES),
             _lease: lease,
         })
     }
@@ -92,14 +92,29 @@ impl ImageReader {
         self.manifest.geometry
     }
 
-    /// The runs of blocks with data in one window, ascending; all else in it is zero.
-    pub(crate) async fn window(&self, window: Extent) -> Result<Vec<DataPiece>, RpcError> {
+    /// The map of one window.
+    pub(crate) async fn map(&self, window: Extent) -> Result<Arc<ExtentMap>, RpcError> {
+        let key = MapKey {
+            volume: self.volume.id,
+            newest: self.generation.sequence(),
+            chain: self.chain,
+            window: window.start(),
+        };
+        let maps = &self.volume.shared.maps;
+        if let Some(map) = maps.get(&key) {
+            return Ok(map);
+        }
+        let map = Arc::new(self.make_map(window).await?);
+        maps.insert(key, Arc::clone(&map), map.memory());
+        Ok(map)
+    }
+
+    async fn make_map(&self, window: Extent) -> Result<ExtentMap, RpcError> {
         let newest = self.generation.sequence();
         let read = async {
-            let everything = tidemark_block::Sequence::ZERO;
             let mut records = self
                 .volume
-                .segments(&self.manifest, window, everything)
+                .segments(&self.manifest, window, Sequence::ZERO)
                 .await?;
             records.retain(|record| record.sequences.0 <= newest);
             let indexes = self.volume.indexes(&self.manifest, &records).await?;
@@ -107,23 +122,12 @@ impl ImageReader {
         };
         let (records, indexes) = read.await.map_err(|e: StoreError| of_store(&e))?;
         let work = tokio::task::spawn_blocking(move || {
-            let pieces = overlay(indexes.iter().map(AsRef::as_ref), window, newest);
-            let data = pieces.into_iter().filter_map(|piece| {
-                let entry =
-                    &indexes[piece.source.index as usize].entries()[piece.source.entry as usize];
-                let skip = piece.blocks.start().since(entry.blocks.start()).get();
-                (!entry.zero).then(|| DataPiece {
-                    blocks: piece.blocks,
-                    frame: FrameAt {
-                        segment: records[piece.source.index as usize].id,
-                        at: entry.frame_at,
-                        len: entry.frame_len,
-                        blocks: entry.frame_blocks,
-                    },
-                    first: entry.first_in_frame + u16::try_from(skip).unwrap_or(0),
-                })
-            });
-            data.collect()
+            let segments: Vec<_> = records
+                .iter()
+                .zip(&indexes)
+                .map(|(record, index)| (record.id, index.as_ref()))
+                .collect();
+            ExtentMap::new(&segments, window, newest)
         });
         work.await
             .map_err(|_| RpcError::internal("a reader failed"))
@@ -149,12 +153,11 @@ impl ImageReader {
         Ok(merged(spans))
     }
 
-    /// The bytes of `blocks`, all verified.
+    /// The bytes of `blocks`, all verified; what lies behind the image's end is left out.
     ///
     /// # Errors
     /// The store can't be read, or is corrupt: nothing of it is given then.
-    #[cfg(test)]
-    pub(crate) async fn read(&self, blocks: Extent) -> Result<Vec<u8>, RpcError> {
+    pub async fn read(&self, blocks: Extent) -> Result<Vec<u8>, RpcError> {
         let geometry = self.geometry();
         let size = geometry.block_size().as_usize();
         let blocks = blocks.intersect(geometry.all());
@@ -162,29 +165,28 @@ impl ImageReader {
         let mut image = vec![0; count.saturating_mul(size)];
         let mut at = blocks.start();
         while at < blocks.end() {
-            let window = vault_core::image::window_of(geometry, at);
-            let pieces: Vec<_> = self
-                .window(window)
-                .await?
-                .into_iter()
-                .filter(|piece| !piece.blocks.intersect(blocks).is_empty())
-                .collect();
-            for part in pieces.chunks(64) {
-                let frames = fetch(&self.volume, geometry, part, &self.frames).await?;
+            let window = window_of(geometry, at);
+            let map = self.map(window).await?;
+            let pieces: Vec<_> = map.pieces(blocks).collect();
+            for part in pieces.chunks(FRAMES_AT_ONCE) {
+                let frames = self.fetch(part).await?;
                 for piece in part {
                     for (block, bytes) in blocks_of(&frames, piece)? {
-                        if blocks.contains(block) {
-                            let to = usize::try_from(block.since(blocks.start()).get())
-                                .unwrap_or(0)
-                                * size;
-                            image[to..to + size].copy_from_slice(bytes);
-                        }
+                        let place = block.since(blocks.start()).get();
+                        let to = usize::try_from(place).unwrap_or(usize::MAX) * size;
+                        image[to..to + size].copy_from_slice(bytes);
                     }
                 }
             }
             at = window.end();
         }
         Ok(image)
+    }
+
+    /// The frames of some pieces, verified.
+    pub(crate) async fn fetch(&self, pieces: &[DataPiece]) -> Result<Frames, RpcError> {
+        let cache = &self.volume.shared.frames;
+        fetch(&self.volume, self.geometry(), pieces, cache).await
     }
 }
 
@@ -225,11 +227,11 @@ fn no_generation(manifest: &Manifest, wanted: u64) -> RpcError {
 /// Frames that have been fetched and verified.
 pub(crate) type Frames = HashMap<FrameAt, Arc<VerifiedFrame>>;
 
-/// Verified frames of which other blocks are needed soon.
-pub(crate) type FrameCache = Cache<FrameAt, VerifiedFrame>;
+/// Verified frames of which other blocks may be needed soon.
+pub(crate) type FrameCache = Cache<(VolumeId, FrameAt), VerifiedFrame>;
 
-/// Bytes of frames that a reader keeps: one of each of the segments that may lie over each other.
-pub(crate) const FRAME_CACHE_BYTES: usize = 32 << 20;
+/// Pieces whose frames a read holds in memory together.
+const FRAMES_AT_ONCE: usize = 64;
 
 /// Fetches and verifies the frames of some pieces, each once.
 pub(crate) async fn fetch(
@@ -239,23 +241,60 @@ pub(crate) async fn fetch(
     cache: &FrameCache,
 ) -> Result<Frames, RpcError> {
     let mut found = Frames::new();
-    let mut by_segment: HashMap<SegmentId, Vec<FrameAt>> = HashMap::new();
+    // Of each frame that is to be read, how many blocks are wanted.
+    let mut wanted: HashMap<FrameAt, u64> = HashMap::new();
     for piece in pieces {
         if found.contains_key(&piece.frame) {
             continue;
         }
-        if let Some(frame) = cache.get(&piece.frame) {
+        if let Some(blocks) = wanted.get_mut(&piece.frame) {
+            *blocks += piece.blocks.count().get();
+        } else if let Some(frame) = cache.get(&(volume.id, piece.frame)) {
             found.insert(piece.frame, frame);
-            continue;
-        }
-        let frames = by_segment.entry(piece.frame.segment).or_default();
-        if !frames.contains(&piece.frame) {
-            frames.push(piece.frame);
+        } else {
+            wanted.insert(piece.frame, piece.blocks.count().get());
         }
     }
-    let mut read: Vec<(FrameAt, Bytes)> = Vec::new();
-    for (segment, frames) in by_segment {
-        let ranges: Vec<_> = frames.iter().map(FrameAt::range).collect();
+    // A frame that is used as a whole isn't needed again.
+    let keeps = |at: &FrameAt| {
+        let used = wanted.get(at).copied().unwrap_or(0);
+        used > 0 && used < u64::from(at.blocks)
+    };
+    let mut read = read_frames(volume, wanted.keys().copied()).await?;
+    for (at, bytes) in &mut read {
+        // Several frames may have been read as one buffer, which one of them would keep in memory.
+        if keeps(at) {
+            *bytes = Bytes::copy_from_slice(bytes);
+        }
+    }
+    let verified = tokio::task::spawn_blocking(move || verify_frames(geometry, read))
+        .await
+        .map_err(|_| RpcError::internal("a reader failed"))?
+        .map_err(|(at, reason)| corrupt(volume, at, &reason))?;
+    for (at, frame) in verified {
+        if keeps(&at) {
+            let extents = size_of_val(frame.extents());
+            let bytes = frame.encoded().len() + frame.data().len() + extents;
+            cache.insert((volume.id, at), Arc::clone(&frame), bytes);
+        }
+        found.insert(at, frame);
+    }
+    Ok(found)
+}
+
+/// Reads frames as they are stored, all of one segment in one request.
+async fn read_frames(
+    volume: &Volume,
+    wanted: impl Iterator<Item = FrameAt>,
+) -> Result<Vec<(FrameAt, Bytes)>, RpcError> {
+    let mut by_segment: HashMap<SegmentId, Vec<FrameAt>> = HashMap::new();
+    for at in wanted {
+        by_segment.entry(at.segment).or_default().push(at);
+    }
+    let mut read = Vec::new();
+    for (segment, mut frames) in by_segment {
+        frames.sort_unstable_by_key(|frame| frame.at);
+        let ranges: Vec<Range<u64>> = frames.iter().map(FrameAt::range).collect();
         let bytes = volume
             .store
             .frames(segment, &ranges)
@@ -263,43 +302,27 @@ pub(crate) async fn fetch(
             .map_err(|e| of_store(&e))?;
         read.extend(frames.into_iter().zip(bytes));
     }
-    let verify = move || {
-        let mut decoder = FrameDecoder::new();
-        read.into_iter()
-            .map(|(at, bytes)| {
-                let whole = at.len as usize;
-                let frame = UnverifiedFrame::split(bytes)
-                    .and_then(|(frame, _)| frame.verify(geometry, &mut decoder))
-                    .map_err(|error| (at, error.to_string()))?;
-                if frame.encoded().len() != whole
-                    || frame.block_count().get() != u64::from(at.blocks)
-                {
-                    return Err((at, "it is another frame than the index names".to_owned()));
-                }
-                Ok((at, Arc::new(frame)))
-            })
-            .collect::<Result<Vec<_>, _>>()
-    };
-    let verified = tokio::task::spawn_blocking(verify)
-        .await
-        .map_err(|_| RpcError::internal("a reader failed"))?
-        .map_err(|(at, reason)| corrupt(volume, at, &reason))?;
-    // A frame that is used as a whole isn't needed again.
-    let mut used: HashMap<FrameAt, u64> = HashMap::new();
-    for piece in pieces {
-        *used.entry(piece.frame).or_insert(0) += piece.blocks.count().get();
-    }
-    for (at, frame) in verified {
-        if used
-            .get(&at)
-            .is_some_and(|used| *used > 0 && *used < u64::from(at.blocks))
-        {
-            let bytes = frame.encoded().len() + frame.data().len();
-            cache.insert(at, Arc::clone(&frame), bytes);
+    Ok(read)
+}
+
+/// The frames, or the one that isn't what the index says and why.
+fn verify_frames(
+    geometry: Geometry,
+    read: Vec<(FrameAt, Bytes)>,
+) -> Result<Vec<(FrameAt, Arc<VerifiedFrame>)>, (FrameAt, String)> {
+    let mut decoder = FrameDecoder::new();
+    let verify = |(at, bytes): (FrameAt, Bytes)| {
+        let frame = UnverifiedFrame::split(bytes)
+            .and_then(|(frame, _)| frame.verify(geometry, &mut decoder))
+            .map_err(|error| (at, error.to_string()))?;
+        let is_other = frame.encoded().len() != at.len as usize
+            || frame.block_count().get() != u64::from(at.blocks);
+        if is_other {
+            return Err((at, "it is another frame than the index names".to_owned()));
         }
-        found.insert(at, frame);
-    }
-    Ok(found)
+        Ok((at, Arc::new(frame)))
+    };
+    read.into_iter().map(verify).collect()
 }
 
 fn corrupt(volume: &Volume, at: FrameAt, reason: &str) -> RpcError {

@@ -12,6 +12,7 @@ mod faults;
 mod full;
 mod growth;
 mod leases;
+mod maps;
 mod strays;
 mod tables;
 

@@ -21,6 +21,7 @@ use crate::{
     cache::Cache,
     config::Settings,
     error::{no_volume, of_store, of_term},
+    image::{FRAMES_BYTES_MAX, MAPS_BYTES_MAX},
     ship::{self, Begun, IngestLimits},
     store::{Reserve, Store, VolumeStore},
     volume::{Shared, TableFiles, Volume, now_ms},
@@ -94,6 +95,8 @@ impl Vault {
             shared: Arc::new(Shared {
                 indexes: Cache::new(cache_bytes),
                 pages: Cache::new(cache_bytes / 4),
+                maps: Cache::new(MAPS_BYTES_MAX),
+                frames: Cache::new(FRAMES_BYTES_MAX),
                 manifest_keep: config.manifest_keep.get(),
             }),
             limits: Arc::new(IngestLimits::new(&config)),

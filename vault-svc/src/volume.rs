@@ -27,6 +27,7 @@ pub(crate) use table::{TableAt, TableFiles};
 use crate::{
     cache::Cache,
     error::of_store,
+    image::{FrameCache, MapCache},
     store::{StoreError, VolumeStore},
 };
 
@@ -38,6 +39,8 @@ const READS_AT_ONCE: usize = 8;
 pub(crate) struct Shared {
     pub(crate) indexes: Cache<(VolumeId, tidemark_block::SegmentId), SegmentIndex>,
     pub(crate) pages: Cache<(VolumeId, Checksum128), Vec<SegmentRecord>>,
+    pub(crate) maps: MapCache,
+    pub(crate) frames: FrameCache,
     pub(crate) manifest_keep: Duration,
 }
 

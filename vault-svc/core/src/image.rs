@@ -3,11 +3,16 @@
 //! A window is a fixed range of blocks, so that memory is bounded by it whatever the size of the volume. The same
 //! overlay, seen from the other side, tells which entries no retained generation needs ([`live_pieces`]).
 
+mod map;
+
 use tidemark_block::{BlockCount, BlockIndex, Extent, Geometry, Sequence};
+
+pub use map::{DataPiece, ExtentMap, FrameAt};
 
 use crate::segment::{IndexEntry, SegmentIndex, SegmentRecord};
 
-/// Blocks of a window: 128 MiB of a volume with blocks of 4 KiB.
+/// Blocks of a window: 128 MiB of a volume with blocks of 4 KiB. So many that the first read of a window pays for the
+/// reads near it, so few that a map of one takes at most 1 MiB and well under a millisecond once the indexes are there.
 pub const WINDOW_BLOCKS: u64 = 1 << 15;
 
 /// The window that a block lies in.

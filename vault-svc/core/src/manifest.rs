@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use thiserror::Error;
 use tidemark_block::{
     BlockCount, Checksum128, Coherence, Epoch, Extent, GenerationId, Geometry, ImageDigest,
-    IntervalId, Receipt, Sequence, Trigger, VolumeId, WriterTerm,
+    IntervalId, Receipt, Sequence, Trigger, VolumeId, WriterTerm, xxh3_128,
 };
 
 pub use codec::{Current, StoreMarker};
@@ -389,6 +389,20 @@ impl Manifest {
     #[must_use]
     pub fn retained(&self) -> Vec<Sequence> {
         self.generations.iter().map(Generation::sequence).collect()
+    }
+
+    /// Which segments the image at `newest` is read from, as one checksum. Commits of later generations leave it as it
+    /// is (unless they move records to a page); reclaim, which replaces segments, does not.
+    #[must_use]
+    pub fn chain(&self, newest: Sequence) -> Checksum128 {
+        let mut names = Vec::new();
+        for page in self.pages.iter().filter(|page| page.sequences.0 <= newest) {
+            names.extend_from_slice(page.name.as_bytes());
+        }
+        for record in self.tail.iter().filter(|r| r.sequences.0 <= newest) {
+            record.encode(&mut names);
+        }
+        xxh3_128(&names)
     }
 
     /// Bytes of all segments that it names, condemned ones included.

@@ -12,7 +12,9 @@ use tidemark_block::{
 };
 use tidemark_proto::{RpcError, convert::FrameBatch};
 
-use super::{DataPiece, Frames, ImageReader, blocks_of, fetch};
+use vault_core::image::DataPiece;
+
+use super::{Frames, ImageReader, blocks_of};
 
 /// Batches fetched ahead.
 const AHEAD: usize = 4;
@@ -54,8 +56,8 @@ pub fn batches(reader: Arc<ImageReader>) -> impl Stream<Item = Result<RestoredBa
             let reader = Arc::clone(&reader);
             async move {
                 let window = window?;
-                let pieces = reader.window(window).await?;
-                Ok::<_, RpcError>(chunks(geometry, pieces, window.end()))
+                let pieces: Vec<_> = reader.map(window).await?.pieces(window).collect();
+                Ok::<_, RpcError>(chunks(geometry, &pieces, window.end()))
             }
         })
     };
@@ -88,10 +90,10 @@ fn runs(pieces: &[DataPiece]) -> impl Iterator<Item = &[DataPiece]> {
     pieces.chunk_by(|a, b| a.frame == b.frame)
 }
 
-fn chunks(geometry: Geometry, pieces: Vec<DataPiece>, end: BlockIndex) -> Vec<Chunk> {
+fn chunks(geometry: Geometry, pieces: &[DataPiece], end: BlockIndex) -> Vec<Chunk> {
     let mut chunks: Vec<Chunk> = Vec::new();
     let (mut decoded, mut read, mut frames) = (0, 0, 0);
-    for run in runs(&pieces) {
+    for run in runs(pieces) {
         let bytes = run
             .iter()
             .map(|piece| geometry.bytes(piece.blocks.count()))
@@ -127,7 +129,7 @@ async fn pack(
     geometry: Geometry,
     chunk: Chunk,
 ) -> Result<RestoredBatch, RpcError> {
-    let frames = fetch(&reader.volume, geometry, &chunk.pieces, &reader.frames).await?;
+    let frames = reader.fetch(&chunk.pieces).await?;
     let work = tokio::task::spawn_blocking(move || pack_frames(geometry, &frames, &chunk));
     work.await
         .map_err(|_| RpcError::internal("a reader failed"))?

@@ -48,6 +48,16 @@ pub(super) struct Fuse {
     stop: Mutex<Option<Arc<Stop>>>,
     /// No object whose path contains this can be read.
     unreadable: Mutex<Option<&'static str>>,
+    reads: Mutex<Reads>,
+}
+
+/// What was read so far.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reads {
+    /// Objects, or one range of one: manifests, pages, sections of segments.
+    pub(super) sections: u64,
+    /// Frames.
+    pub(super) frames: u64,
 }
 
 /// A place to wait at.
@@ -83,6 +93,11 @@ impl Fuse {
 
     pub(super) fn make_unreadable(&self, paths: Option<&'static str>) {
         *self.unreadable.lock() = paths;
+    }
+
+    /// What was read since this was last asked.
+    pub(super) fn take_reads(&self) -> Reads {
+        std::mem::take(&mut self.reads.lock())
     }
 
     /// Kills the process.
@@ -271,11 +286,13 @@ impl ObjectStore for FaultyStore {
         if unreadable.is_some_and(|part| location.as_ref().contains(part)) {
             return Err(failure());
         }
+        self.fuse.reads.lock().sections += 1;
         self.objects.get_opts(location, options).await
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         self.alive()?;
+        self.fuse.reads.lock().frames += ranges.len() as u64;
         self.objects.get_ranges(location, ranges).await
     }
 

@@ -15,7 +15,7 @@ use tidemark_block::{
 };
 use tidemark_proto::RpcError;
 use vault_core::{
-    image::{ByWindow, LivePiece, live_pieces},
+    image::{ByWindow, DataPiece, FrameAt, LivePiece, live_pieces},
     manifest::Manifest,
     segment::{
         SealedSegment, SegmentIndex, SegmentKind, SegmentOrigin, SegmentRecord, SegmentWriter,
@@ -25,12 +25,14 @@ use vault_core::{
 use super::reclaim::{Known, Rewritten};
 use crate::{
     error::of_store,
-    image::{DataPiece, FRAME_CACHE_BYTES, FrameAt, FrameCache, Frames, blocks_of, fetch},
+    image::{FrameCache, Frames, blocks_of, fetch},
     volume::Volume,
 };
 
 /// Encoded bytes fetched at a time.
 const FETCH_BYTES: u64 = 8 << 20;
+/// Memory for verified frames of which other blocks come later in the same rewrite.
+const FRAMES_BYTES_MAX: usize = 32 << 20;
 /// Live blocks looked at together.
 const GATHER_BLOCKS: u64 = 1 << 15;
 /// Frames with blocks of several generations are packed in so many layers at most.
@@ -92,7 +94,7 @@ impl Volume {
         };
         let names: Arc<HashSet<SegmentId>> =
             Arc::new(victims.iter().map(|record| record.id).collect());
-        let cache = FrameCache::new(FRAME_CACHE_BYTES);
+        let cache = FrameCache::new(FRAMES_BYTES_MAX);
         let mut packer = Packer::new(self.id, manifest.geometry, segment_bytes);
         let mut gathered = Gathered::default();
         for (window, here) in ByWindow::new(manifest.geometry, known) {

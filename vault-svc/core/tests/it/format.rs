@@ -3,7 +3,7 @@
 use std::{collections::HashSet, path::PathBuf};
 
 use tidemark_block::{
-    Checksum128, GenerationId, SegmentId, WriterTerm, wire::ENVELOPE_LEN, xxh3_128,
+    Checksum128, GenerationId, SegmentId, Sequence, WriterTerm, wire::ENVELOPE_LEN, xxh3_128,
 };
 use vault_core::{
     manifest::{
@@ -336,6 +336,40 @@ fn terms_are_granted_once_per_nonce_and_only_to_the_current_writer() {
         grant_term(Some(&second), &other, 7),
         Err(TermError::Geometry { .. })
     ));
+}
+
+#[test]
+fn the_chain_of_an_image_stays_with_commits_and_changes_with_its_segments() {
+    let manifest = manifest();
+    let second = Sequence::new(2);
+    let chain = manifest.chain(second);
+    assert_ne!(chain, manifest.chain(Sequence::new(1)));
+    let mut next = manifest.successor(0);
+    let mut record = manifest.tail[0];
+    record.id.part = 77;
+    record.sequences = (Sequence::new(4), Sequence::new(4));
+    next.push_generation(generation(4), vec![record]);
+    assert_eq!(next.chain(second), chain);
+    let victims = std::iter::once(manifest.tail[1].id).collect();
+    let mut newer = manifest.tail[1];
+    newer.id.part = 78;
+    let mut replaced = next.successor(0);
+    replaced.replace_segments(&victims, vec![newer], &std::collections::HashMap::new());
+    assert_ne!(replaced.chain(second), chain);
+    // The same in a page.
+    let mut paged = next.clone();
+    let many = (100..700).map(|part| {
+        let mut record = manifest.tail[0];
+        record.id.part = part;
+        record
+    });
+    assert!(
+        !paged
+            .push_generation(generation(5), many.collect())
+            .is_empty()
+    );
+    assert_ne!(paged.chain(second), chain);
+    assert_eq!(paged.successor(1).chain(second), paged.chain(second));
 }
 
 #[test]

@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use tidemark_block::{BlockIndex, Extent, Sequence};
+use tidemark_block::{BlockIndex, Extent, Geometry, SegmentId, Sequence};
 use vault_core::{
-    image::{WINDOW_BLOCKS, live_pieces, overlay, windows},
-    segment::{SegmentIndex, SegmentKind, SegmentWriter},
+    image::{ExtentMap, WINDOW_BLOCKS, live_pieces, overlay, windows},
+    segment::{SealedSegment, SegmentIndex, SegmentKind, SegmentWriter},
 };
 
-use crate::samples::{count, extent, frame, geometry, origin};
+use crate::samples::{INTERVAL, count, extent, frame, geometry, origin};
 
 const BLOCKS: u64 = 200;
 
@@ -39,11 +39,14 @@ fn index_of(content: &Content) -> SegmentIndex {
             writer.push_zero(zero, Sequence::new(sequence));
         }
     }
-    let sealed = writer.finish((BlockIndex::ZERO, BlockIndex::ZERO));
+    index_in(&writer.finish((BlockIndex::ZERO, BlockIndex::ZERO)), g)
+}
+
+fn index_in(sealed: &SealedSegment, geometry: Geometry) -> SegmentIndex {
     let record = sealed.footer.record;
     let range =
         usize::try_from(record.index_at).unwrap()..usize::try_from(record.checksums_at()).unwrap();
-    SegmentIndex::decode(&sealed.bytes[range], &record, g).unwrap()
+    SegmentIndex::decode(&sealed.bytes[range], &record, geometry).unwrap()
 }
 
 /// Contents of several segments; no version of a block is in two of them.
@@ -67,6 +70,13 @@ fn segments() -> impl Strategy<Value = Vec<Content>> {
         }
         segments
     })
+}
+
+fn named_part(part: u32) -> SegmentId {
+    SegmentId {
+        origin: INTERVAL,
+        part,
+    }
 }
 
 /// The version that generation `newest` sees.
@@ -107,6 +117,46 @@ proptest! {
         prop_assert!(pieces.windows(2).all(|pair| pair[0].blocks.end() <= pair[1].blocks.start()));
         for block in window.iter() {
             prop_assert_eq!(found.get(&block.get()).copied(), seen(&contents, block.get(), newest));
+        }
+    }
+
+    #[test]
+    fn a_map_leads_to_the_newest_version_of_each_block(
+        contents in segments(), range in (0..BLOCKS, 0..BLOCKS), part in (0..BLOCKS, 0..BLOCKS),
+        newest in 0..13_u64,
+    ) {
+        let indexes: Vec<_> = contents.iter().map(index_of).collect();
+        let named: Vec<_> = (0_u32..).map(named_part).zip(&indexes).collect();
+        let window = window(range);
+        let part = self::window(part);
+        let map = ExtentMap::new(&named, window, Sequence::new(newest));
+        prop_assert_eq!(map.window(), window);
+        let mut found = BTreeMap::new();
+        let mut last = BlockIndex::ZERO;
+        for piece in map.pieces(part) {
+            prop_assert!(piece.blocks.start() >= last);
+            last = piece.blocks.end();
+            let segment = piece.frame.segment.part as usize;
+            for (block, place) in piece.blocks.iter().zip(u64::from(piece.first)..) {
+                // The version that the frame has at this place.
+                let entry = indexes[segment].entries().iter().find(|entry| {
+                    !entry.zero
+                        && entry.frame_at == piece.frame.at
+                        && entry.blocks.contains(block)
+                        && u64::from(entry.first_in_frame) + block.since(entry.blocks.start()).get() == place
+                });
+                let entry = entry.expect("the frame holds the block at its place");
+                prop_assert_eq!(piece.frame.len, entry.frame_len);
+                prop_assert_eq!(piece.frame.blocks, entry.frame_blocks);
+                prop_assert!(found.insert(block.get(), (entry.sequence.get(), segment)).is_none());
+            }
+        }
+        for block in 0..BLOCKS {
+            let inside = window.intersect(part).contains(BlockIndex::new(block));
+            let expected = seen(&contents, block, newest)
+                .filter(|(_, _, data)| inside && *data)
+                .map(|(sequence, segment, _)| (sequence, segment));
+            prop_assert_eq!(found.get(&block).copied(), expected);
         }
     }
 
@@ -179,6 +229,26 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn a_map_takes_8_bytes_per_run_and_24_per_frame() {
+    let g = geometry(BLOCKS);
+    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Rewritten), 0);
+    for block in 0..BLOCKS {
+        writer.push(&frame(g, &[block], 1), Sequence::new(1));
+    }
+    let sealed = writer.finish((BlockIndex::ZERO, BlockIndex::ZERO));
+    let scattered = index_in(&sealed, g);
+    let map = |index: &SegmentIndex| {
+        ExtentMap::new(&[(named_part(0), index)], g.all(), Sequence::new(1)).memory()
+    };
+    let per_block = usize::try_from(BLOCKS).unwrap() * (8 + 24);
+    assert_eq!(map(&scattered), per_block + size_of::<SegmentId>());
+    let whole = index_of(&(0..64).map(|block| ((block, 1), true)).collect());
+    assert_eq!(map(&whole), 8 + 24 + size_of::<SegmentId>());
+    let zero = index_of(&(0..64).map(|block| ((block, 1), false)).collect());
+    assert_eq!(map(&zero), 0);
 }
 
 #[test]
