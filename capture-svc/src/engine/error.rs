@@ -51,7 +51,8 @@ pub enum EngineError {
     },
     /// The volume file may not be written.
     #[error(
-        "volume file {path} can't be opened for writing ({source}): give the service write access to it"
+        "volume file {path} can't be opened for writing ({source}): {}",
+        writable(.source)
     )]
     VolumeReadOnly {
         /// The file.
@@ -174,6 +175,16 @@ pub enum EngineError {
         /// What the system says.
         source: io::Error,
     },
+}
+
+/// How a file becomes one that can be written.
+fn writable(refused: &io::Error) -> &'static str {
+    match refused.raw_os_error() {
+        Some(libc::EROFS) => "mount its filesystem, or the volume of its container, for writing",
+        // What the owner and root hear too.
+        Some(libc::EPERM) => "remove its attribute immutable or append-only (chattr -i -a)",
+        _ => "give the service's user write access to it",
+    }
 }
 
 impl EngineError {

@@ -527,3 +527,58 @@ fn the_program_names_what_is_wrong_with_its_settings() {
     let (code, _, err) = program(&["--print-config"], &cluster);
     assert_eq!((code, err.as_str()), (0, ""));
 }
+
+/// Sets or takes away the attribute immutable, which keeps root too from writing. False where that isn't possible here.
+fn set_immutable(path: &Path, immutable: bool) -> bool {
+    use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
+    let file = std::fs::File::open(path).unwrap();
+    let done = ioctl_getflags(&file).and_then(|mut flags| {
+        flags.set(IFlags::IMMUTABLE, immutable);
+        ioctl_setflags(&file, flags)
+    });
+    let Err(error) = done else {
+        return true;
+    };
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "the attribute immutable can't be set: {error}"
+    );
+    println!("skipped: the attribute immutable can't be set, which takes root: {error}");
+    false
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_file_that_nobody_may_write_is_told_with_what_to_do() {
+    let mut rig = Rig::new().await;
+    let fixed = rig.path("fixed.img");
+    std::fs::write(&fixed, [1; 8192]).unwrap();
+    if !set_immutable(&fixed, true) {
+        return;
+    }
+    let added = rig.try_add("fixed", &fixed, 0, 0).await;
+    set_immutable(&fixed, false);
+    let refused = added.unwrap_err();
+    assert_eq!(refused.reason, Reason::VolumeFileInvalid, "{refused}");
+    assert!(refused.message.contains("fixed.img"), "{refused}");
+    assert!(refused.action.contains("chattr -i"), "{}", refused.action);
+    assert_eq!(leftovers(&rig), 0);
+    assert_eq!(std::fs::read(&fixed).unwrap(), [1; 8192]);
+
+    rig.add("data", 16).await;
+    let image = rig.path("data.img");
+    rig.stop_capture().await;
+    set_immutable(&image, true);
+    rig.start_capture().await;
+    let (state, problem) = state_of(&rig, "data").await;
+    set_immutable(&image, false);
+    assert_eq!(state, VolumeState::Failed);
+    assert!(
+        problem.contains("data.img") && problem.contains("chattr -i"),
+        "{problem}"
+    );
+    eventually("it serves again", || async {
+        (state_of(&rig, "data").await.0 == VolumeState::Serving).then_some(())
+    })
+    .await;
+    rig.ship("data").await;
+}
