@@ -145,7 +145,9 @@ impl Registry {
         });
         let (record, ready) = opened.await?;
         if record == volume.record {
-            return volume.serve(ready, &self.config, &self.exports, &self.stop);
+            return volume
+                .serve(ready, &self.config, &self.exports, &self.stop)
+                .await;
         }
         let known = Arc::new(Volume::failed(
             record,
@@ -155,7 +157,9 @@ impl Registry {
         self.volumes
             .write()
             .insert(known.record.id, Arc::clone(&known));
-        known.serve(ready, &self.config, &self.exports, &self.stop)
+        known
+            .serve(ready, &self.config, &self.exports, &self.stop)
+            .await
     }
 
     /// Stops protecting a volume. Its file stays.
@@ -169,7 +173,9 @@ impl Registry {
         let volume = self.find(text)?;
         let name = &volume.record.name;
         if let Ok(serving) = volume.serving() {
-            let snapshots = serving.engine.stats().snapshots;
+            let engine = Arc::clone(&serving.engine);
+            let counted = blocking(move || Ok(engine.list_snapshots().len()));
+            let snapshots = counted.await.map_err(|e| local(&e))?;
             if !force && snapshots > 0 {
                 return Err(in_use(format!(
                     "volume {name} has {snapshots} open snapshots"
@@ -181,7 +187,10 @@ impl Registry {
         let removed = blocking(move || {
             durable::remove_file(&VolumeRecord::path_in(&dir)).context("remove the volume record")
         });
-        removed.await.map_err(|e| local(&e))?;
+        if let Err(error) = removed.await {
+            self.keep(&volume).await;
+            return Err(local(&error));
+        }
         self.volumes.write().remove(&volume.record.id);
         if let Err(error) = volume.end("the volume was removed").await {
             tracing::warn!(volume = %name, error = %format!("{error:#}"), "close a removed volume");
@@ -196,13 +205,32 @@ impl Registry {
         Ok(())
     }
 
+    /// Serves a volume on whose removal failed.
+    async fn keep(&self, volume: &Arc<Volume>) {
+        let Ok(serving) = volume.serving() else {
+            return;
+        };
+        let kept = Arc::clone(volume);
+        let recorded = blocking(move || match VolumeRecord::load(&kept.dir)? {
+            Some(_) => Ok(()),
+            // Gone, but perhaps not durably.
+            None => kept.record.store(&kept.dir),
+        });
+        if let Err(error) = recorded.await {
+            tracing::error!(volume = %volume.record.name, error = %format!("{error:#}"), "record a volume whose removal failed");
+        }
+        if let Err(error) = serving.export_again(&self.exports) {
+            tracing::error!(volume = %volume.record.name, %error, "export a volume whose removal failed");
+        }
+    }
+
     async fn unexport(
         &self,
         serving: &Serving,
         force: bool,
         nbd: Option<&NbdServer>,
     ) -> Result<(), RpcError> {
-        let name = serving.export.name();
+        let name = &serving.export_name();
         let deadline = tokio::time::Instant::now() + DISCONNECT_MAX;
         loop {
             match self.exports.remove(name) {

@@ -10,7 +10,7 @@ use capture_core::{
     interval::{Backoff, Triggers},
 };
 use parking_lot::RwLock;
-use tidemark_export::{BlockDevice, Export, ExportRegistry};
+use tidemark_export::{BlockDevice, Export, ExportRegistry, RegistryError};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::watch;
 
@@ -20,7 +20,7 @@ use crate::{
     config::{CodecSetting, Config, SpoolFull},
     engine::{Engine, EngineError, EngineOptions, SpoolPolicy, Trust},
     scrub::{Scrub, ScrubSettings},
-    uplink::{Opened, Settings, Uplink},
+    uplink::{Opened, Settings, Uplink, blocking},
 };
 
 /// A volume, served or not.
@@ -44,7 +44,27 @@ pub(crate) struct Serving {
     pub(crate) engine: Arc<Engine>,
     pub(crate) uplink: Uplink,
     pub(crate) scrub: Scrub,
-    pub(crate) export: Arc<Export>,
+    export: RwLock<Arc<Export>>,
+}
+
+impl Serving {
+    /// NBD clients connected now.
+    pub(crate) fn clients(&self) -> u32 {
+        self.export.read().clients()
+    }
+
+    /// The name under which it is exported.
+    pub(crate) fn export_name(&self) -> String {
+        self.export.read().name().to_owned()
+    }
+
+    /// Exports it again, after its export was removed.
+    pub(crate) fn export_again(&self, exports: &ExportRegistry) -> Result<(), RegistryError> {
+        let mut export = self.export.write();
+        let device = Arc::clone(export.device());
+        *export = exports.add(export.name(), "", device)?;
+        Ok(())
+    }
 }
 
 /// An engine and an uplink that are ready to run. Blocking work made it; starting it doesn't block.
@@ -197,19 +217,27 @@ impl Volume {
         }
     }
 
-    /// Serves it from now on.
-    pub(crate) fn serve(
+    /// Serves it from now on; where that fails it is closed again.
+    pub(crate) async fn serve(
         &self,
         ready: Ready,
         config: &Config,
         exports: &ExportRegistry,
         stop: &watch::Receiver<bool>,
     ) -> Result<()> {
+        let device: Arc<dyn BlockDevice> = Arc::clone(&ready.engine) as Arc<dyn BlockDevice>;
+        let export = match exports.add(&self.record.name, "", device) {
+            Ok(export) => export,
+            Err(error) => {
+                blocking(move || {
+                    ready.close();
+                    Ok(())
+                })
+                .await?;
+                return Err(error).context("export the volume");
+            }
+        };
         let Ready { engine, opened } = ready;
-        let device: Arc<dyn BlockDevice> = Arc::clone(&engine) as Arc<dyn BlockDevice>;
-        let export = exports
-            .add(&self.record.name, "", device)
-            .context("export the volume")?;
         let uplink = Uplink::start(
             settings(&self.record, self.dir.clone(), config),
             Arc::clone(&engine),
@@ -231,7 +259,7 @@ impl Volume {
             engine,
             uplink,
             scrub,
-            export,
+            export: RwLock::new(export),
         }));
         Ok(())
     }
@@ -247,7 +275,7 @@ impl Volume {
         serving.uplink.ended().await;
         let engine = Arc::clone(&serving.engine);
         drop(serving);
-        crate::uplink::blocking(move || match engine.close() {
+        blocking(move || match engine.close() {
             Ok(()) | Err(EngineError::Closed) => Ok(()),
             Err(error) => Err(error.into()),
         })

@@ -16,7 +16,7 @@ use super::{Registry, local, volumes_dir};
 use crate::{
     config::Config,
     engine::{FileKey, file_key},
-    uplink::random_id,
+    uplink::{blocking, random_id},
     volume::{Ready, Volume, VolumeRecord},
 };
 
@@ -62,6 +62,14 @@ fn geometry(file: &Path, length: u64, block_size: BlockSize) -> Result<Geometry,
             "make the file's size a multiple of the block size, or choose another block size",
         )
     })
+}
+
+/// What an addition made.
+struct Made {
+    volume: Volume,
+    ready: Ready,
+    /// The volume file, where it wasn't there before.
+    file: Option<PathBuf>,
 }
 
 /// A file, found or made.
@@ -154,11 +162,7 @@ impl AddVolume {
     }
 
     /// All the blocking part. What fails leaves nothing behind.
-    fn perform(
-        self,
-        config: &Config,
-        others: &[(String, PathBuf)],
-    ) -> Result<(Volume, Ready), RpcError> {
+    fn perform(self, config: &Config, others: &[(String, PathBuf)]) -> Result<Made, RpcError> {
         let Found { geometry, created } = self.find_or_create()?;
         let id = VolumeId::from_bytes(random_id());
         let record = VolumeRecord {
@@ -168,22 +172,30 @@ impl AddVolume {
             geometry,
         };
         let dir = volumes_dir(&config.state).join(id.to_string());
-        let made = check_overlap(&self.file, others).and_then(|()| {
-            make_state(&record, &dir, config).inspect_err(|_| {
-                if let Err(error) = durable::remove_dir(&dir) {
-                    tracing::warn!(%error, "the next start removes the state of a volume that was not added");
-                }
-            })
-        });
+        let file = created.then_some(self.file.clone());
+        let made =
+            check_overlap(&self.file, others).and_then(|()| make_state(&record, &dir, config));
         match made {
-            Ok(ready) => Ok((Volume::failed(record, dir, "it is being added"), ready)),
+            Ok(ready) => Ok(Made {
+                volume: Volume::failed(record, dir, "it is being added"),
+                ready,
+                file,
+            }),
             Err(error) => {
-                if created {
-                    let _ = durable::remove_file(&self.file);
-                }
+                undo(&dir, file.as_deref());
                 Err(error)
             }
         }
+    }
+}
+
+/// Removes what an addition made that failed. The record goes first: what is left without it the next start removes.
+fn undo(dir: &Path, file: Option<&Path>) {
+    let removed = durable::remove_file(&VolumeRecord::path_in(dir))
+        .and_then(|()| durable::remove_dir(dir))
+        .and_then(|()| file.map_or(Ok(()), durable::remove_file));
+    if let Err(error) = removed {
+        tracing::warn!(%error, path = %dir.display(), "remove what is left of a volume that was not added");
     }
 }
 
@@ -245,16 +257,29 @@ impl Registry {
             .collect();
         let config = Arc::clone(&self.config);
         let work = tokio::task::spawn_blocking(move || add.perform(&config, &others));
-        let (volume, ready) = work
+        let Made {
+            volume,
+            ready,
+            file,
+        } = work
             .await
             .map_err(|error| RpcError::internal(format!("add the volume: {error}")))??;
         let volume = Arc::new(volume);
+        let served = volume
+            .serve(ready, &self.config, &self.exports, &self.stop)
+            .await;
+        if let Err(error) = served {
+            let dir = volume.dir.clone();
+            let undone = blocking(move || {
+                undo(&dir, file.as_deref());
+                Ok(())
+            });
+            undone.await.map_err(|e| local(&e))?;
+            return Err(local(&error));
+        }
         self.volumes
             .write()
             .insert(volume.record.id, Arc::clone(&volume));
-        volume
-            .serve(ready, &self.config, &self.exports, &self.stop)
-            .map_err(|e| local(&e))?;
         tracing::info!(
             volume = %volume.record.name, id = %volume.record.id, file = %volume.record.file.display(),
             geometry = %volume.record.geometry, "added"
@@ -265,7 +290,44 @@ impl Registry {
 
 #[cfg(test)]
 mod tests {
+    use tokio::sync::watch;
+
     use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_volume_that_cannot_be_served_is_not_added_and_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            state: dir.path().join("state"),
+            vault: "http://127.0.0.1:1".to_owned(),
+            ..Config::default()
+        };
+        let (_stop, stopping) = watch::channel(false);
+        let registry = Registry::open(Arc::new(config), stopping).await.unwrap();
+        let add = |name: &str| AddVolume {
+            name: name.to_owned(),
+            file: dir.path().join(name),
+            length: Some(8192),
+            block_size: BlockSize::MIN,
+        };
+        registry.add(add("first")).await.unwrap();
+        let served = tidemark_export::Exports::find(&**registry.exports(), "first").unwrap();
+        let device = Arc::clone(served.device());
+        registry.exports().add("taken", "", device).unwrap();
+
+        registry.add(add("taken")).await.unwrap_err();
+        assert_eq!(registry.list().len(), 1);
+        assert!(!dir.path().join("taken").exists());
+        let states = std::fs::read_dir(volumes_dir(&registry.config.state)).unwrap();
+        assert_eq!(states.count(), 1);
+        // A file that was there before is left alone.
+        std::fs::write(dir.path().join("taken"), [1; 8192]).unwrap();
+        registry.add(add("taken")).await.unwrap_err();
+        assert_eq!(std::fs::read(dir.path().join("taken")).unwrap(), [1; 8192]);
+        registry.exports().remove("taken").unwrap();
+        registry.add(add("taken")).await.unwrap();
+        registry.close().await.unwrap();
+    }
 
     #[test]
     fn names_are_words_that_need_no_quoting() {

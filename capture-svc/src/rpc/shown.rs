@@ -79,7 +79,7 @@ impl CaptureService {
                 blocks_total: serving.engine.geometry().block_count().get(),
                 mismatches: counts.mismatches.load(Ordering::Relaxed),
             }),
-            clients: serving.export.clients(),
+            clients: serving.clients(),
             ..shown
         }
     }

@@ -65,6 +65,8 @@ pub(super) struct Driver {
     pub(super) stop: watch::Receiver<bool>,
     pub(super) started: Instant,
     pub(super) stamping: Option<JoinHandle<()>>,
+    /// Why the last cut failed; none once one has been made.
+    pub(super) cut_error: Option<String>,
 }
 
 /// What performing an action led to.
@@ -104,6 +106,7 @@ impl Driver {
             stop,
             started: Instant::now(),
             stamping: None,
+            cut_error: None,
         }
     }
 
@@ -137,7 +140,10 @@ impl Driver {
                 Outcome::Stop => break,
             }
         }
-        self.cut = None;
+        if let Some(cut) = self.cut.take() {
+            // Whoever lets go of it last frees its before-images, which may take a while.
+            let _ = tokio::task::spawn_blocking(move || drop(cut)).await;
+        }
         for (_, waiter) in self.waiters.drain() {
             let _ = waiter.send(Err(shutting_down()));
         }
@@ -158,7 +164,7 @@ impl Driver {
             let changed = status.state != state;
             status.state = state;
             if state == UplinkState::Idle {
-                status.error = None;
+                status.error.clone_from(&self.cut_error);
             }
             changed
         });
@@ -430,6 +436,7 @@ impl Driver {
         let cut_time_ms = now_ms().max(self.record.last_cut_ms + 1);
         let unchanged = self.engine.changed_hint() == 0 && self.record.base.get() > 0;
         if unchanged && self.record.base_digest.is_some() {
+            self.cut_error = None;
             let now = self.now();
             self.controller.on(now, IntervalEvent::Cut);
             return self
@@ -456,9 +463,12 @@ impl Driver {
             trigger,
         });
         if let Err(error) = self.store(record.clone()).await {
-            drop(cut);
             let engine = Arc::clone(&self.engine);
-            if let Err(error) = blocking(move || Ok(engine.give_up_interval()?)).await {
+            let given_up = blocking(move || {
+                drop(cut);
+                Ok(engine.give_up_interval()?)
+            });
+            if let Err(error) = given_up.await {
                 tracing::warn!(error = %format!("{error:#}"), "give up the interval");
             }
             return self.cut_failed(&error);
@@ -466,6 +476,7 @@ impl Driver {
         tracing::info!(interval = %id, epoch = %cut.epoch, blocks = %cut.changed.len(), %trigger, "cut");
         self.record = record;
         self.cut = Some(cut);
+        self.cut_error = None;
         self.announced = false;
         let now = self.now();
         self.controller.on(now, IntervalEvent::Cut);
@@ -476,7 +487,9 @@ impl Driver {
     fn cut_failed(&mut self, error: &anyhow::Error) -> Outcome {
         let text = format!("{error:#}");
         tracing::error!(error = %text, "cut the volume");
-        self.show.send_modify(|status| status.error = Some(text));
+        self.show
+            .send_modify(|status| status.error = Some(text.clone()));
+        self.cut_error = Some(text);
         let now = self.now();
         self.controller.on(
             now,

@@ -73,8 +73,9 @@ impl Driver {
         let (engine, table) = (Arc::clone(&self.engine), Arc::clone(&self.table));
         let (path, pending_path) = (record_path(&self.settings.dir), path_in(&self.settings.dir));
         let stored = record.clone();
-        self.cut = None;
+        let cut = self.cut.take();
         let stored = blocking(move || {
+            drop(cut);
             stored.store(&path)?;
             let released = table.advance(pending.map(|key| (pending_path.as_path(), key)), || {
                 match engine.commit_interval(interval.epoch) {
@@ -138,10 +139,10 @@ impl Driver {
     async fn forget_interval(&mut self) -> Result<()> {
         let mut record = self.record.clone();
         record.interval = None;
-        self.cut = None;
-        let engine = Arc::clone(&self.engine);
+        let (engine, cut) = (Arc::clone(&self.engine), self.cut.take());
         let (path, stored) = (record_path(&self.settings.dir), record.clone());
         blocking(move || {
+            drop(cut);
             engine.give_up_interval().context("give the interval up")?;
             stored.store(&path)
         })
@@ -182,10 +183,11 @@ impl Driver {
         record.base_interval = head.map(|head| head.interval);
         record.interval = None;
         record.table_doubtful = true;
-        self.cut = None;
+        let cut = self.cut.take();
         let (engine, table) = (Arc::clone(&self.engine), Arc::clone(&self.table));
         let (path, stored) = (record_path(&self.settings.dir), record.clone());
         let adopted = blocking(move || {
+            drop(cut);
             table.set_sound(false);
             engine.give_up_interval().context("give the interval up")?;
             if doubt {

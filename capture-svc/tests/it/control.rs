@@ -272,3 +272,55 @@ async fn several_requests_at_once_all_get_a_receipt_of_a_cut_after_them() {
     })
     .await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removal_that_fails_leaves_the_volume_served_and_exported() {
+    let rig = Rig::new().await;
+    let volume = rig.add("data", 16).await;
+    let id = volume_id(&volume.volume_id).unwrap();
+    let record = rig
+        .path("capture/volumes")
+        .join(id.to_string())
+        .join("volume");
+    let aside = rig.path("aside");
+    std::fs::rename(&record, &aside).unwrap();
+    std::fs::create_dir(&record).unwrap();
+    let failed = remove(&rig, "data", false).await.unwrap_err();
+    assert_eq!(failed.reason, Reason::IoFailed, "{failed}");
+    assert_eq!(rig.volume("data").await.state(), pb::VolumeState::Serving);
+    rig.nbd("data").write(0, &[5; BLOCK]).unwrap();
+    rig.ship("data").await;
+    std::fs::remove_dir(&record).unwrap();
+    std::fs::rename(&aside, &record).unwrap();
+    remove(&rig, "data", false).await.unwrap();
+    assert!(Nbd::connect(&rig.path("nbd.sock"), "data").is_err());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_error_of_a_failed_cut_is_shown_until_a_cut_is_made() {
+    let rig = Rig::new().await;
+    let volume = rig.add("data", 16).await;
+    let id = volume_id(&volume.volume_id).unwrap();
+    let obstacle = rig
+        .path("capture/volumes")
+        .join(id.to_string())
+        .join("interval.tmp");
+    std::fs::create_dir(&obstacle).unwrap();
+    rig.nbd("data").write(0, &[5; BLOCK]).unwrap();
+    let asked = async { rig.try_ship("data").await.unwrap() };
+    let looked = async {
+        let shown = async || rig.volume("data").await.uplink.unwrap();
+        eventually("the error is shown", || async {
+            (!shown().await.error.is_empty()).then_some(())
+        })
+        .await;
+        for _ in 0..50 {
+            let uplink = shown().await;
+            assert!(!uplink.error.is_empty(), "{uplink:?}");
+        }
+        std::fs::remove_dir(&obstacle).unwrap();
+    };
+    let (receipt, ()) = tokio::join!(asked, looked);
+    assert!(receipt.created);
+    assert_eq!(rig.volume("data").await.uplink.unwrap().error, "");
+}
