@@ -35,7 +35,7 @@ use files::Files;
 use open::Taken;
 use parking_lot::{Condvar, Mutex};
 pub use reader::SnapshotReader;
-use tidemark_block::{BlockCount, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use tidemark_block::{BlockCount, BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
 use tidemark_disk::lock::FileLock;
 
 /// The number of a snapshot, from 1, never given twice for a volume.
@@ -501,6 +501,18 @@ impl Engine {
     pub fn tracked(&self, extent: Extent) -> BlockSet {
         self.capture
             .tracked(extent.intersect(self.geometry().all()))
+    }
+
+    /// The first byte at or after the block that is in no hole of the volume file; the volume's length where there is
+    /// none.
+    ///
+    /// # Errors
+    /// What the volume file says.
+    pub fn next_data(&self, from: BlockIndex) -> io::Result<u64> {
+        let geometry = self.geometry();
+        let offset = geometry.offset_of(from).get();
+        let volume = self.capture.media().volume();
+        Ok(volume_file::next_data(volume, offset, geometry.length())?.0)
     }
 
     /// Reads whole blocks as they are now; `buffer` has the length of the extent. Blocks being written meanwhile may

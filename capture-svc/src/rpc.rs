@@ -1,5 +1,6 @@
 //! The control interface: `tidemark.capture.v1.Capture`.
 
+mod scrub;
 mod shown;
 mod snapshots;
 
@@ -228,6 +229,17 @@ impl Capture for CaptureService {
             let _ = sender.send(message).await;
         });
         Ok(Response::new(Box::pin(ReceiverStream::new(receiver))))
+    }
+
+    type ScrubVolumeStream = Streamed<pb::ScrubVolumeResponse>;
+
+    async fn scrub_volume(
+        &self,
+        request: Request<pb::ScrubVolumeRequest>,
+    ) -> Reply<Self::ScrubVolumeStream> {
+        self.stopping()?;
+        let serving = self.registry.find(&request.into_inner().volume)?.need()?;
+        Ok(Response::new(scrub::stream(&serving)))
     }
 
     async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Reply<pb::CaptureStatus> {

@@ -8,9 +8,10 @@
 //! A block is compared only if it was clean before and after it was read, and while table and tracking are held
 //! together: so a write, a cut or a commit in between never looks like a mismatch.
 
+mod by_hand;
+
 use std::{
-    fs::File,
-    path::PathBuf,
+    future::Future,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -19,10 +20,6 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use rustix::{
-    fs::{SeekFrom, seek},
-    io::Errno,
-};
 use tidemark_block::{
     BlockCount, BlockIndex, BlockSet, Checksum128, Extent, Geometry, TableView, block_checksum,
     digest::{leaf_extent, leaf_of},
@@ -46,7 +43,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub(crate) struct ScrubSettings {
     pub(crate) name: String,
-    pub(crate) file: PathBuf,
     /// Of one pass; zero: none.
     pub(crate) period: Duration,
     pub(crate) bytes_per_second_max: u64,
@@ -67,6 +63,8 @@ pub(crate) struct Scrub {
     counts: Arc<ScrubCounts>,
     worker: Arc<Worker>,
     task: parking_lot::Mutex<Option<JoinHandle<()>>>,
+    /// Held by a pass that was asked for, from its first step to its last.
+    by_hand: Arc<tokio::sync::Mutex<()>>,
     stop: watch::Sender<bool>,
 }
 
@@ -90,18 +88,18 @@ impl Scrub {
         let (stop, mut own_stop) = watch::channel(false);
         let running = Arc::clone(&worker);
         let task = (!running.settings.period.is_zero()).then(|| {
-            tokio::spawn(async move {
+            tokio::spawn(running.run(async move {
                 tokio::select! {
                     () = stopped(&mut service_stop) => {}
                     () = stopped(&mut own_stop) => {}
-                    () = running.run() => {}
                 }
-            })
+            }))
         });
         Self {
             counts,
             worker,
             task: parking_lot::Mutex::new(task),
+            by_hand: Arc::default(),
             stop,
         }
     }
@@ -111,13 +109,7 @@ impl Scrub {
         &self.counts
     }
 
-    /// One whole pass, now and at full speed. Blocks that are not clean are left out.
-    #[allow(dead_code, reason = "the tests' way to prove the tracking")]
-    pub(crate) fn pass_now(&self) -> Result<()> {
-        self.worker.pass_now()
-    }
-
-    /// Stops it and waits for the step under way.
+    /// Stops it and waits for the steps under way.
     pub(crate) async fn end(&self) {
         self.stop.send_replace(true);
         let task = self.task.lock().take();
@@ -126,8 +118,7 @@ impl Scrub {
         {
             tracing::error!(%error, "a scrub failed");
         }
-        // A step on its thread ends by itself, and soon; the engine is closed after it.
-        drop(self.worker.table.steady());
+        drop(self.by_hand.lock().await);
     }
 }
 
@@ -141,14 +132,27 @@ struct Worker {
 }
 
 /// How a step went.
+#[derive(Default)]
 struct Step {
     next: BlockIndex,
     bytes_read: u64,
+    /// Blocks that are not clean.
+    changed: BlockCount,
+    mismatches: BlockCount,
+}
+
+/// What a comparison found.
+struct Compared {
+    /// Blocks that are not clean.
+    changed: BlockCount,
+    /// Clean ones that are not what the table says.
+    wrong: BlockSet,
 }
 
 impl Worker {
     #[tracing::instrument(name = "scrub", skip_all, fields(volume = %self.settings.name))]
-    async fn run(self: Arc<Self>) {
+    async fn run(self: Arc<Self>, stop: impl Future<Output = ()>) {
+        let mut stop = std::pin::pin!(stop);
         let geometry = self.engine.geometry();
         // A service that is restarted often still sees every part.
         let mut at = random_block(geometry);
@@ -163,7 +167,7 @@ impl Worker {
             let began = Instant::now();
             let worker = Arc::clone(&self);
             let step = blocking(move || worker.step(at)).await;
-            match step {
+            let pause = match step {
                 Ok(Some(step)) => {
                     let count = step.next.since(at);
                     seen += count.get();
@@ -178,32 +182,25 @@ impl Worker {
                     }
                     let bytes = step.bytes_read.max(geometry.bytes(count).min(STEP_LEN));
                     let due = Duration::from_secs_f64(bytes as f64 / rate);
-                    tokio::time::sleep(due.saturating_sub(began.elapsed())).await;
+                    due.saturating_sub(began.elapsed())
                 }
-                Ok(None) => tokio::time::sleep(PAUSE_MAX).await,
+                Ok(None) => PAUSE_MAX,
                 Err(error) => {
                     tracing::error!(error = %format!("{error:#}"), block = %at, "read the volume for the scrub");
-                    tokio::time::sleep(PAUSE_MAX).await;
                     at = Extent::new(at, BlockCount::new(1)).end();
                     if at >= geometry.all().end() {
                         at = BlockIndex::ZERO;
                     }
+                    PAUSE_MAX
                 }
+            };
+            // Only between two steps: whoever ends the scrub closes the engine next.
+            tokio::select! {
+                biased;
+                () = &mut stop => return,
+                () = tokio::time::sleep(pause) => {}
             }
         }
-    }
-
-    fn pass_now(&self) -> Result<()> {
-        let end = self.engine.geometry().all().end();
-        let mut at = BlockIndex::ZERO;
-        while at < end {
-            match self.step(at)? {
-                Some(step) => at = step.next,
-                None => anyhow::bail!("the checksum table is not that of the base yet"),
-            }
-        }
-        self.counts.passes.fetch_add(1, Ordering::Relaxed);
-        Ok(())
     }
 
     /// Compares the blocks from `at` on, at most [`STEP_LEN`] bytes of data or any number of holes. None while there
@@ -211,35 +208,37 @@ impl Worker {
     fn step(&self, at: BlockIndex) -> Result<Option<Step>> {
         let geometry = self.engine.geometry();
         let rest = Extent::between(at, geometry.all().end());
-        let wrong = {
+        let (extent, compared) = {
             let Some(_steady) = self.table.steady() else {
                 return Ok(None);
             };
             if let Some(next) = self.skip_holes(rest)? {
                 return Ok(Some(Step {
                     next,
-                    bytes_read: 0,
+                    ..Step::default()
                 }));
             }
             let blocks =
                 (STEP_LEN / u64::from(geometry.block_size().get())).min(rest.count().get());
             let extent = Extent::new(at, BlockCount::new(blocks));
-            let wrong = self.compare(extent)?;
+            let compared = self.compare(extent)?;
             // Once more: a mismatch is an accusation.
-            let wrong = if wrong.is_empty() {
-                wrong
+            let compared = if compared.wrong.is_empty() {
+                compared
             } else {
                 self.compare(extent)?
             };
-            (extent, wrong)
+            (extent, compared)
         };
-        let (extent, wrong) = wrong;
+        let Compared { changed, wrong } = compared;
         if !wrong.is_empty() {
             self.found(&wrong)?;
         }
         Ok(Some(Step {
             next: extent.end(),
             bytes_read: geometry.bytes(extent.count()),
+            changed,
+            mismatches: wrong.len(),
         }))
     }
 
@@ -265,15 +264,10 @@ impl Worker {
     /// Where the file has a hole and the table knows nothing but zeroes, up to the next leaf that needs a look.
     fn skip_holes(&self, rest: Extent) -> Result<Option<BlockIndex>> {
         let geometry = self.engine.geometry();
-        let file = File::open(&self.settings.file).context("open the volume file")?;
-        let data = match seek(
-            &file,
-            SeekFrom::Data(geometry.offset_of(rest.start()).get()),
-        ) {
-            Ok(data) => data.min(geometry.length()),
-            Err(Errno::NXIO) => geometry.length(),
-            Err(error) => return Err(error).context("look for data in the volume file"),
-        };
+        let data = self
+            .engine
+            .next_data(rest.start())
+            .context("look for data in the volume file")?;
         let hole_end = BlockIndex::new(data / u64::from(geometry.block_size().get()));
         let mut next = rest.start();
         let mut sum = [Checksum128::ZERO];
@@ -291,8 +285,8 @@ impl Worker {
         Ok((next > rest.start()).then_some(next))
     }
 
-    /// The clean blocks whose content isn't what the table says.
-    fn compare(&self, extent: Extent) -> Result<BlockSet> {
+    /// Looks for clean blocks whose content isn't what the table says.
+    fn compare(&self, extent: Extent) -> Result<Compared> {
         let size = self.engine.geometry().block_size().as_usize();
         let blocks = usize::try_from(extent.count().get()).context("count blocks")?;
         let mut bytes = vec![0; blocks * size];
@@ -312,7 +306,10 @@ impl Worker {
                 wrong.insert(Extent::new(block, BlockCount::new(1)));
             }
         }
-        Ok(wrong)
+        Ok(Compared {
+            changed: busy.len(),
+            wrong,
+        })
     }
 }
 

@@ -246,7 +246,6 @@ impl Volume {
         let scrub = Scrub::start(
             ScrubSettings {
                 name: self.record.name.clone(),
-                file: self.record.file.clone(),
                 period: config.scrub_period.get(),
                 bytes_per_second_max: config.scrub_bytes_per_second_max.get(),
             },

@@ -274,6 +274,39 @@ async fn several_requests_at_once_all_get_a_receipt_of_a_cut_after_them() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_scrub_by_hand_finds_what_was_written_past_the_service_and_nothing_else() {
+    use std::os::unix::fs::FileExt;
+    let rig = Rig::new().await;
+    rig.add("data", 1024).await;
+    rig.nbd("data").write(0, &noise(1, 600 * BLOCK)).unwrap();
+    rig.ship("data").await;
+    let clean = pb::ScrubEnd {
+        blocks_compared: 1024,
+        blocks_changed: 0,
+        mismatches: 0,
+    };
+    assert_eq!(rig.scrub("data").await.unwrap(), clean);
+    // One block changes as it should, two behind the service's back: one in data, one in a hole.
+    rig.nbd("data").write(0, &[5; BLOCK]).unwrap();
+    let image = rig.path("data.img");
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&image)
+        .unwrap();
+    for block in [100, 900] {
+        file.write_all_at(&[7; BLOCK], block * 4096).unwrap();
+    }
+    let end = rig.scrub("data").await.unwrap();
+    assert_eq!((end.blocks_changed, end.mismatches), (1, 2));
+    assert_eq!(end.blocks_compared, 1023);
+    rig.ship("data").await;
+    assert!(rig.restore("data", 0).await == std::fs::read(&image).unwrap());
+    assert_eq!(rig.scrub("data").await.unwrap(), clean);
+    let scrub = rig.volume("data").await.scrub.unwrap();
+    assert_eq!((scrub.passes, scrub.mismatches), (3, 2));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_removal_that_fails_leaves_the_volume_served_and_exported() {
     let rig = Rig::new().await;
     let volume = rig.add("data", 16).await;

@@ -221,6 +221,21 @@ impl Rig {
         panic!("the stream ended without a receipt");
     }
 
+    /// A pass of the source scrub, by hand.
+    pub(crate) async fn scrub(&self, name: &str) -> Result<pb::ScrubEnd, RpcError> {
+        let request = pb::ScrubVolumeRequest {
+            volume: name.to_owned(),
+        };
+        let answers = self.client().await.scrub_volume(request).await;
+        let mut answers = answers.map_err(RpcError::from)?.into_inner();
+        while let Some(answer) = answers.message().await.map_err(RpcError::from)? {
+            if let Some(pb::scrub_volume_response::Message::End(end)) = answer.message {
+                return Ok(end);
+            }
+        }
+        panic!("the stream ended without its end");
+    }
+
     /// Restores a generation; 0 is the newest. The digest of what was restored is checked.
     pub(crate) async fn restore(&self, name: &str, generation: u64) -> Vec<u8> {
         let request = vault::RestoreRequest {

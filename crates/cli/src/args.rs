@@ -68,6 +68,8 @@ pub enum Command {
     Snapshot(SnapshotCommand),
     /// Cut now, ship the interval, wait for the vault's receipt and print it
     Ship(ShipArgs),
+    /// Read a volume again now and compare it with what the vault has: proves that no change was missed
+    Scrub(ScrubArgs),
     /// Look at the generations that the vault retains
     #[command(subcommand)]
     Generation(GenerationCommand),
@@ -242,6 +244,20 @@ pub struct ShipArgs {
     /// How long to wait for a vault that cannot be reached
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse::duration)]
     pub wait_for_vault: Duration,
+}
+
+/// `tidemark scrub`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Every block that has not changed since the newest generation is read and compared with the checksum that it was shipped
+with. One that differs was written past the NBD export, or its change was missed: it is in the next interval then, and
+the command exits with 6. The service does the same by itself all the time, slowly.
+
+Example:
+  tidemark scrub data")]
+pub struct ScrubArgs {
+    /// Name or UUID
+    pub volume: String,
 }
 
 /// `tidemark generation …`.

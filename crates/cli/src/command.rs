@@ -4,6 +4,7 @@ mod completions;
 mod generation;
 mod maintain;
 mod restore;
+mod scrub;
 mod ship;
 mod snapshot;
 mod status;
@@ -42,6 +43,7 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
             Command::Volume(command) => volume::run(&global, command).await,
             Command::Snapshot(command) => snapshot::run(&global, command).await,
             Command::Ship(args) => ship::run(&global, args).await,
+            Command::Scrub(args) => scrub::run(&global, args).await,
             Command::Generation(command) => generation::run(&global, command).await,
             Command::Restore(args) => restore::run(&global, args).await,
             Command::Status(args) => status::run(&global, args).await,

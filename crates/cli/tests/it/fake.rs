@@ -377,6 +377,15 @@ impl Capture for Service {
         })))
     }
 
+    type ScrubVolumeStream = Streamed<capture::ScrubVolumeResponse>;
+
+    async fn scrub_volume(
+        &self,
+        _: Request<capture::ScrubVolumeRequest>,
+    ) -> Result<Response<Self::ScrubVolumeStream>, Status> {
+        none()
+    }
+
     async fn trigger_interval(
         &self,
         _: Request<capture::TriggerIntervalRequest>,

@@ -15,6 +15,7 @@ pub(crate) const COMMANDS: &[&[&str]] = &[
     &["snapshot", "read"],
     &["snapshot", "delete"],
     &["ship"],
+    &["scrub"],
     &["generation", "list"],
     &["generation", "show"],
     &["restore"],
