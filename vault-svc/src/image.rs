@@ -309,7 +309,7 @@ async fn read_frames(
 fn verify_frames(
     geometry: Geometry,
     read: Vec<(FrameAt, Bytes)>,
-) -> Result<Vec<(FrameAt, Arc<VerifiedFrame>)>, (FrameAt, String)> {
+) -> Result<Frames, (FrameAt, String)> {
     let mut decoder = FrameDecoder::new();
     let verify = |(at, bytes): (FrameAt, Bytes)| {
         let frame = UnverifiedFrame::split(bytes)

@@ -13,6 +13,7 @@ mod full;
 mod growth;
 mod leases;
 mod maps;
+mod marker;
 mod strays;
 mod tables;
 

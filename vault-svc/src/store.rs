@@ -215,20 +215,25 @@ impl Store {
         }
     }
 
-    /// The store's marker; makes one where the store is empty.
+    /// The store's marker; makes one where the store is empty. It is durable: nothing that is written later can outlive
+    /// it.
     ///
     /// # Errors
-    /// The store holds something else, or can't be read or written.
+    /// The store holds something else, or can't be read, written or synced.
     pub async fn marker(&self, fresh: StoreMarker) -> Result<StoreMarker, StoreError> {
         let path = Path::from("store");
-        match self
+        let put = self
             .put(&path, fresh.encode().into(), PutMode::Create)
-            .await
-        {
-            Ok(()) | Err(StoreError::Exists(_)) => {}
-            Err(error) => return Err(error),
+            .await;
+        // Whatever the put said: what is there decides. It may be what a failed put has left behind, this one or that
+        // of an earlier start.
+        if put.is_err() {
+            self.settle(&Path::default()).await?;
         }
-        let bytes = self.get(&path).await?;
+        let bytes = match (self.get(&path).await, put) {
+            (Err(StoreError::Missing(_)), Err(error)) => return Err(error),
+            (bytes, _) => bytes?,
+        };
         StoreMarker::decode(&bytes).map_err(|e| StoreError::corrupt(&path, e))
     }
 

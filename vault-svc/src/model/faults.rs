@@ -42,6 +42,8 @@ pub(super) struct Fuse {
     dead: AtomicBool,
     burnt: AtomicBool,
     faults: Mutex<Option<Numbers>>,
+    /// Half of all puts and deletes fail, not a sixth.
+    often: AtomicBool,
     /// Bytes that the store has room for.
     room: Mutex<Option<u64>>,
     /// Where the next delete waits: says that it is there, and goes on when told to.
@@ -70,6 +72,11 @@ pub(super) struct Stop {
 impl Fuse {
     pub(super) fn arm(&self, seed: u64) {
         *self.faults.lock() = Some(Numbers(seed));
+    }
+
+    pub(super) fn arm_often(&self, seed: u64) {
+        self.often.store(true, Ordering::Release);
+        self.arm(seed);
     }
 
     pub(super) fn disarm(&self) {
@@ -123,7 +130,12 @@ impl Fuse {
         let Some(numbers) = faults.as_mut() else {
             return Fate::Good;
         };
-        let fate = match numbers.below(24) {
+        let one_in = if self.often.load(Ordering::Acquire) {
+            8
+        } else {
+            24
+        };
+        let fate = match numbers.below(one_in) {
             0 => Fate::Failed { done: false },
             1 => Fate::Failed { done: true },
             2 => Fate::Crashed { done: false },
@@ -207,7 +219,10 @@ impl Settle for FaultyStore {
     fn settle(&self, prefix: &str) -> std::io::Result<()> {
         match self.fuse.fate() {
             Fate::Good => {
-                let inside = |path: &Path| path.as_ref().starts_with(&format!("{prefix}/"));
+                let inside = |path: &Path| match path.as_ref().rsplit_once('/') {
+                    Some((dir, _)) => dir == prefix,
+                    None => prefix.is_empty(),
+                };
                 self.volatile.0.lock().retain(|path| !inside(path));
                 Ok(())
             }

@@ -93,11 +93,7 @@ impl ExtentMap {
     /// # Panics
     /// Where `window` is larger than [`WINDOW_BLOCKS`].
     #[must_use]
-    pub fn new<'a>(
-        segments: &[(SegmentId, &'a SegmentIndex)],
-        window: Extent,
-        newest: Sequence,
-    ) -> Self {
+    pub fn new(segments: &[(SegmentId, &SegmentIndex)], window: Extent, newest: Sequence) -> Self {
         let mut runs = Vec::new();
         let mut frames = Vec::new();
         let mut names = Vec::new();
