@@ -25,8 +25,8 @@ test: ## every test (cargo-nextest where it is installed, else cargo test)
 
 bench: ## figures, as ratios to peers in the same run (BENCH="interval nbd --rounds 3" for some of them)
 	@integration/setup.sh --bench
-	$(CARGO) build --release --bins -p tidemark-cli -p capture-svc -p vault-svc
-	$(CARGO) bench -p tidemark-integration --bench figures -- $(BENCH)
+	$(CARGO) build --release --workspace --bins --benches
+	$(CARGO) bench --workspace --bench figures -- $(BENCH)
 
 lint: ## clippy on everything, warnings are errors
 	$(CARGO) clippy --workspace --all-targets -- -D warnings

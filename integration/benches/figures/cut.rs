@@ -66,7 +66,7 @@ fn measure(dir: &Path, gib: u64, report: &mut Report) -> Result<()> {
             let begun = Instant::now();
             let snapshot = engine.create_snapshot("", 0)?;
             whole.push(millis(begun.elapsed()));
-            flips.push(millis(engine.stats().last_flip));
+            flips.push(millis(engine.stats().last_flip) * 1e3);
             engine.delete_snapshot(snapshot.id)?;
             Ok(())
         });
@@ -80,9 +80,9 @@ fn measure(dir: &Path, gib: u64, report: &mut Report) -> Result<()> {
     let worst = |times: &[f64]| times.iter().copied().fold(0.0, f64::max);
     report.alone(
         &format!("flip, {gib} GiB, worst of {CUTS}"),
-        "ms",
+        "us",
         worst(&flips),
-        Bound::AtMost(1.0),
+        Bound::AtMost(1000.0),
     );
     report.alone(
         &format!("snapshot with its durable record, {gib} GiB, worst of {CUTS}"),

@@ -42,6 +42,9 @@ struct Args {
     /// Rounds of each comparison; the medians are compared
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
+    /// GiB of the volumes whose intervals are measured
+    #[arg(long, value_delimiter = ',', default_value = "8,1024")]
+    interval_gib: Vec<u64>,
     /// Seconds of each fio run
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(1..))]
     fio_seconds: u32,
