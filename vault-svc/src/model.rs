@@ -3,11 +3,13 @@
 //!
 //! The fault model is that of [`faults`]: a put or a delete fails before it has an effect or after it, or the process
 //! dies at it, again before or after. What a put that failed has left behind is visible, and until its directory is
-//! synced a crash may take it back. What a dead process still tries has no effect. Seeds are printed and replay.
+//! synced a crash may take it back, as it may bring back what was deleted. What a dead process still tries has no
+//! effect. Seeds are printed and replay. [`crash`] does the same without chance, at each step in turn.
 
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod bitflips;
+mod crash;
 mod faults;
 mod full;
 mod growth;
@@ -422,8 +424,10 @@ fn run(seed: u64, steps: u64) -> (u64, u64) {
                 world.fuse.arm(world.numbers.next());
             }
             // A failure is the fault that was asked for; what it left behind is looked at below.
+            let fuse = Arc::clone(&world.fuse);
             let result = world.step().await;
             if let Err(error) = result
+                && !fuse.burnt()
                 && !world.fuse.burnt()
                 && !matches!(
                     error.reason,

@@ -1,13 +1,14 @@
 //! An object store that fails when told to.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     ops::Range,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -24,7 +25,7 @@ use crate::{interval::Numbers, store::Settle};
 
 /// What becomes of one put or delete.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
+pub(super) enum Fate {
     Good,
     /// Fails; has, or hasn't, taken place.
     Failed {
@@ -44,6 +45,10 @@ pub(super) struct Fuse {
     faults: Mutex<Option<Numbers>>,
     /// Half of all puts and deletes fail, not a sixth.
     often: AtomicBool,
+    /// What becomes of the step that comes after so many others.
+    plan: Mutex<Option<(u64, Fate)>>,
+    /// Puts, deletes and syncs that have begun.
+    steps: AtomicU64,
     /// Bytes that the store has room for.
     room: Mutex<Option<u64>>,
     /// Where the next delete waits: says that it is there, and goes on when told to.
@@ -51,6 +56,8 @@ pub(super) struct Fuse {
     /// No object whose path contains this can be read.
     unreadable: Mutex<Option<&'static str>>,
     reads: Mutex<Reads>,
+    /// Objects look years old.
+    aged: AtomicBool,
 }
 
 /// What was read so far.
@@ -81,6 +88,17 @@ impl Fuse {
 
     pub(super) fn disarm(&self) {
         *self.faults.lock() = None;
+        *self.plan.lock() = None;
+    }
+
+    /// Plans the fate of one step: the one that comes after `step` others.
+    pub(super) fn plan(&self, step: u64, fate: Fate) {
+        *self.plan.lock() = Some((self.steps() + step, fate));
+    }
+
+    /// How many puts, deletes and syncs have begun.
+    pub(super) fn steps(&self) -> u64 {
+        self.steps.load(Ordering::Acquire)
     }
 
     pub(super) fn limit(&self, bytes: Option<u64>) {
@@ -107,6 +125,11 @@ impl Fuse {
         std::mem::take(&mut self.reads.lock())
     }
 
+    /// Makes every object look years old, or as old as it is.
+    pub(super) fn age(&self, aged: bool) {
+        self.aged.store(aged, Ordering::Release);
+    }
+
     /// Kills the process.
     pub(super) fn blow(&self) {
         self.dead.store(true, Ordering::Release);
@@ -126,54 +149,142 @@ impl Fuse {
         if self.blown() {
             return Fate::Crashed { done: false };
         }
-        let mut faults = self.faults.lock();
-        let Some(numbers) = faults.as_mut() else {
-            return Fate::Good;
+        let step = self.steps.fetch_add(1, Ordering::AcqRel);
+        let planned = *self.plan.lock();
+        let fate = match planned {
+            Some((at, fate)) if at == step => fate,
+            _ => self.by_chance(),
         };
-        let one_in = if self.often.load(Ordering::Acquire) {
-            8
-        } else {
-            24
-        };
-        let fate = match numbers.below(one_in) {
-            0 => Fate::Failed { done: false },
-            1 => Fate::Failed { done: true },
-            2 => Fate::Crashed { done: false },
-            3 => Fate::Crashed { done: true },
-            _ => return Fate::Good,
-        };
-        drop(faults);
+        if fate == Fate::Good {
+            return fate;
+        }
         self.burnt.store(true, Ordering::Release);
         if matches!(fate, Fate::Crashed { .. }) {
             self.blow();
         }
         fate
     }
+
+    fn by_chance(&self) -> Fate {
+        let one_in = if self.often.load(Ordering::Acquire) {
+            8
+        } else {
+            24
+        };
+        let mut faults = self.faults.lock();
+        match faults.as_mut().map(|numbers| numbers.below(one_in)) {
+            Some(0) => Fate::Failed { done: false },
+            Some(1) => Fate::Failed { done: true },
+            Some(2) => Fate::Crashed { done: false },
+            Some(3) => Fate::Crashed { done: true },
+            _ => Fate::Good,
+        }
+    }
 }
 
-/// Objects that can be seen and that a crash may take back: their puts have failed half way. Outlives processes.
+/// What happened to an object.
+#[derive(Debug, Clone)]
+pub(super) enum Event {
+    Put(Path, Bytes),
+    Deleted(Path),
+    /// A loss of power took the put back.
+    Lost(Path),
+    /// A loss of power took the delete back.
+    Returned(Path, Bytes),
+}
+
+/// What can be seen and what a loss of power may take back. Outlives processes.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Volatile(Arc<Mutex<BTreeSet<Path>>>);
+pub(super) struct Volatile(Arc<Mutex<Unsynced>>);
+
+#[derive(Debug, Clone, Default)]
+struct Unsynced {
+    /// Objects whose puts have failed half way.
+    put: BTreeSet<Path>,
+    /// Objects that were deleted, with their bytes.
+    deleted: BTreeMap<Path, Bytes>,
+    /// Everything that took place.
+    events: Vec<Event>,
+}
+
+fn dir_of(path: &Path) -> &str {
+    path.as_ref().rsplit_once('/').map_or("", |(dir, _)| dir)
+}
 
 impl Volatile {
-    /// Loses some of them, as a loss of power would.
+    /// Loses some puts and deletes, as a loss of power would. Returns how many puts.
     pub(super) async fn lose_some(&self, objects: &InMemory, numbers: &mut Numbers) -> u64 {
         use object_store::ObjectStoreExt;
+        let (put, deleted) = {
+            let unsynced = self.0.lock();
+            (unsynced.put.clone(), unsynced.deleted.clone())
+        };
         let mut lost = 0;
-        let all: Vec<Path> = self.0.lock().iter().cloned().collect();
-        for path in all {
+        for path in put {
             if numbers.below(2) == 0 {
                 let _ = objects.delete(&path).await;
-                self.0.lock().remove(&path);
+                self.0.lock().put.remove(&path);
+                self.0.lock().events.push(Event::Lost(path));
                 lost += 1;
             }
         }
+        for (path, bytes) in deleted {
+            if numbers.below(2) == 0 && objects.head(&path).await.is_err() {
+                let _ = objects.put(&path, bytes.clone().into()).await;
+                self.0.lock().events.push(Event::Returned(path, bytes));
+            }
+        }
+        self.0.lock().deleted.clear();
         lost
+    }
+
+    /// The same state, apart from this one from now on.
+    pub(super) fn fork(&self) -> Self {
+        Self(Arc::new(Mutex::new(self.0.lock().clone())))
+    }
+
+    /// Everything that took place.
+    pub(super) fn events(&self) -> Vec<Event> {
+        self.0.lock().events.clone()
+    }
+
+    /// What can be seen and is not durable.
+    pub(super) fn unsynced(&self) -> BTreeSet<Path> {
+        self.0.lock().put.clone()
+    }
+
+    fn synced(&self, dir: &str) {
+        let mut unsynced = self.0.lock();
+        unsynced.put.retain(|path| dir_of(path) != dir);
+        unsynced.deleted.retain(|path, _| dir_of(path) != dir);
+    }
+
+    fn put(&self, path: &Path, bytes: Bytes, durable: bool, is_new: bool) {
+        let mut unsynced = self.0.lock();
+        if durable {
+            // It has synced the directory, too.
+            unsynced
+                .deleted
+                .retain(|other, _| dir_of(other) != dir_of(path));
+            unsynced.put.remove(path);
+        } else if is_new {
+            unsynced.put.insert(path.clone());
+        }
+        unsynced.deleted.remove(path);
+        unsynced.events.push(Event::Put(path.clone(), bytes));
+    }
+
+    fn deleted(&self, path: &Path, bytes: Bytes) {
+        let mut unsynced = self.0.lock();
+        // What was not durable before may come back as well as not.
+        unsynced.put.remove(path);
+        unsynced.deleted.insert(path.clone(), bytes);
+        unsynced.events.push(Event::Deleted(path.clone()));
     }
 }
 
 /// A put that fails and has taken place is visible but not durable; a sync of its directory, or a put that succeeds,
-/// makes it so.
+/// makes it so. A delete is durable once its directory is synced, by a put in it or by itself.
 #[derive(Debug, Clone)]
 pub(super) struct FaultyStore {
     objects: Arc<InMemory>,
@@ -219,11 +330,7 @@ impl Settle for FaultyStore {
     fn settle(&self, prefix: &str) -> std::io::Result<()> {
         match self.fuse.fate() {
             Fate::Good => {
-                let inside = |path: &Path| match path.as_ref().rsplit_once('/') {
-                    Some((dir, _)) => dir == prefix,
-                    None => prefix.is_empty(),
-                };
-                self.volatile.0.lock().retain(|path| !inside(path));
+                self.volatile.synced(prefix);
                 Ok(())
             }
             Fate::Failed { .. } | Fate::Crashed { .. } => {
@@ -265,11 +372,12 @@ impl ObjectStore for FaultyStore {
                 });
             }
         }
+        let bytes = Bytes::from(payload.clone());
         match self.fuse.fate() {
             Fate::Good => {
                 let put = self.objects.put_opts(location, payload, opts).await;
                 if put.is_ok() {
-                    self.volatile.0.lock().remove(location);
+                    self.volatile.put(location, bytes, true, false);
                 }
                 put
             }
@@ -278,8 +386,8 @@ impl ObjectStore for FaultyStore {
                     use object_store::ObjectStoreExt;
                     let is_new = self.objects.head(location).await.is_err();
                     let put = self.objects.put_opts(location, payload, opts).await;
-                    if put.is_ok() && is_new {
-                        self.volatile.0.lock().insert(location.clone());
+                    if put.is_ok() {
+                        self.volatile.put(location, bytes, false, is_new);
                     }
                 }
                 Err(failure())
@@ -324,7 +432,8 @@ impl ObjectStore for FaultyStore {
                     let location = location?;
                     store.wait_if_told().await;
                     let delete = async || {
-                        store.volatile.0.lock().remove(&location);
+                        let bytes = store.objects.get(&location).await?.bytes().await?;
+                        store.volatile.deleted(&location, bytes);
                         store.objects.delete(&location).await
                     };
                     match store.fuse.fate() {
@@ -343,7 +452,16 @@ impl ObjectStore for FaultyStore {
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
         match self.alive() {
-            Ok(()) => self.objects.list(prefix),
+            Ok(()) => {
+                let aged = self.fuse.aged.load(Ordering::Acquire);
+                let seen = move |mut meta: ObjectMeta| {
+                    if aged {
+                        meta.last_modified -= Duration::from_secs(10 * 365 * 86_400);
+                    }
+                    meta
+                };
+                self.objects.list(prefix).map_ok(seen).boxed()
+            }
             Err(error) => futures::stream::iter([Err(error)]).boxed(),
         }
     }

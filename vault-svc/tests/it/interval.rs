@@ -45,6 +45,7 @@ pub(crate) struct Prepared {
     pub(crate) seal: IntervalSeal,
 }
 
+#[derive(Debug, Clone)]
 pub(crate) struct Source {
     pub(crate) volume: VolumeId,
     pub(crate) geometry: Geometry,
@@ -56,6 +57,8 @@ pub(crate) struct Source {
     pub(crate) term: WriterTerm,
     pub(crate) numbers: Numbers,
     pub(crate) batch_frames: usize,
+    /// Blocks in a frame, 64 at most.
+    pub(crate) frame_blocks: usize,
     /// Whether frames are compressed; by chance where it isn't said.
     pub(crate) compressed: Option<bool>,
     epoch: u64,
@@ -75,6 +78,7 @@ impl Source {
             term: WriterTerm::ZERO,
             numbers,
             batch_frames: 4,
+            frame_blocks: 64,
             compressed: None,
             epoch: 0,
         }
@@ -151,7 +155,7 @@ impl Source {
             is_zero(&image[usize::try_from(block).unwrap() * BLOCK..][..BLOCK])
         };
         for run in changed.chunk_by(|a, b| zero(&self.image, *a) == zero(&self.image, *b)) {
-            for part in run.chunks(64) {
+            for part in run.chunks(self.frame_blocks) {
                 let mut out = Vec::new();
                 let mut blocks = Vec::new();
                 let mut data = Vec::new();
