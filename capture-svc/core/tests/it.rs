@@ -2,6 +2,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
+#[path = "it/bench.rs"]
+mod bench;
+#[path = "it/crash.rs"]
+mod crash;
 #[path = "it/formats.rs"]
 mod formats;
 #[path = "it/model.rs"]

@@ -11,8 +11,8 @@
 //!   or the power is lost.
 //! - **No room**: replacing a record, and growing the spool, may fail with nothing changed.
 //!
-//! A crash may be set for any future operation that changes something; from there on each operation fails, and the
-//! words are those of that instant.
+//! A crash, or a failure, may be set for any future operation that changes something; from a crash on each operation
+//! fails, and the words are those of that instant.
 
 use std::{
     cell::RefCell,
@@ -143,6 +143,9 @@ struct Inner {
     locked: BTreeSet<u64>,
     /// Operations until the crash.
     crash_in: Option<u64>,
+    /// Operations until one fails, and whether that was a sync.
+    fail_in: Option<u64>,
+    failed_sync: Option<bool>,
     crashed: bool,
     /// The words at the crash.
     frozen: Option<[Vec<u64>; 4]>,
@@ -204,6 +207,8 @@ impl Sim {
                 records: BTreeMap::new(),
                 locked: BTreeSet::new(),
                 crash_in: None,
+                fail_in: None,
+                failed_sync: None,
                 crashed: false,
                 frozen: None,
                 trace: 0,
@@ -226,6 +231,16 @@ impl Sim {
     /// Sets a crash for the operation after this many more.
     pub(crate) fn crash_in(&self, operations: u64) {
         self.0.inner.borrow_mut().crash_in = Some(operations);
+    }
+
+    /// Makes the operation after this many more fail, once.
+    pub(crate) fn fail_in(&self, operations: u64) {
+        self.0.inner.borrow_mut().fail_in = Some(operations);
+    }
+
+    /// Whether the operation that [`Self::fail_in`] chose was a sync; none where it has not come.
+    pub(crate) fn failed_sync(&self) -> Option<bool> {
+        self.0.inner.borrow().failed_sync
     }
 
     pub(crate) fn has_crashed(&self) -> bool {
@@ -269,6 +284,7 @@ impl Sim {
         }
         inner.crashed = false;
         inner.crash_in = None;
+        inner.fail_in = None;
         inner.locked.clear();
     }
 
@@ -314,6 +330,18 @@ impl Sim {
         }
     }
 
+    /// Whether the operation is the one that [`Sim::fail_in`] chose.
+    fn fails_now(&self, inner: &mut Inner, is_sync: bool) -> bool {
+        if inner.crashed || inner.fail_in.is_none() {
+            return false;
+        }
+        inner.fail_in = inner.fail_in.and_then(|left| left.checked_sub(1));
+        if inner.fail_in.is_none() {
+            inner.failed_sync = Some(is_sync);
+        }
+        inner.fail_in.is_none()
+    }
+
     fn alive(&self) -> MediaResult<std::cell::RefMut<'_, Inner>> {
         let inner = self.0.inner.borrow_mut();
         if inner.crashed {
@@ -332,6 +360,9 @@ impl Sim {
                 file(inner).write(offset, &data[..reached]);
             }
             return Err(CRASHED);
+        }
+        if self.fails_now(inner, false) {
+            return Err(EIO);
         }
         file(inner).write(offset, data);
         Ok(())
@@ -363,7 +394,7 @@ impl Media for Sim {
         if self.tick(inner, 1)? {
             return Err(CRASHED);
         }
-        if self.fails(&mut inner.random, |faults| faults.sync) {
+        if self.fails_now(inner, true) || self.fails(&mut inner.random, |faults| faults.sync) {
             inner.volume.fail(&mut inner.random);
             return Err(EIO);
         }
@@ -392,6 +423,9 @@ impl Media for Sim {
     fn write_before(&self, slot: u64, data: &[u8]) -> MediaResult {
         let inner = &mut *self.0.inner.borrow_mut();
         let crash = self.tick(inner, slot)?;
+        if self.fails_now(inner, false) {
+            return Err(EIO);
+        }
         if !crash || inner.random.one_in(2) {
             inner.spool.insert(slot, data.to_vec());
         }
@@ -427,6 +461,10 @@ impl Media for Sim {
         if self.tick(inner, 2)? {
             return Err(CRASHED);
         }
+        if self.fails_now(inner, true) {
+            inner.intent.fail(&mut inner.random);
+            return Err(EIO);
+        }
         inner.intent.sync();
         Ok(())
     }
@@ -437,7 +475,8 @@ impl Media for Sim {
         if crash && inner.random.one_in(2) {
             return Err(CRASHED);
         }
-        if !crash && self.fails(&mut inner.random, |faults| faults.put) {
+        let failed = self.fails_now(inner, false);
+        if !crash && (failed || self.fails(&mut inner.random, |faults| faults.put)) {
             return Err(ENOSPC);
         }
         match content {
@@ -468,6 +507,9 @@ impl Media for Sim {
         let inner = &mut *self.0.inner.borrow_mut();
         if self.tick(inner, 4)? {
             return Err(CRASHED);
+        }
+        if self.fails_now(inner, false) {
+            return Err(EIO);
         }
         self.words(map)
             .iter()
