@@ -30,6 +30,10 @@ needed=(
     cmp:diffutils
 )
 
+if [[ "${1:-}" == "--bench" ]]; then
+    needed+=(nbdkit:nbdkit)
+fi
+
 # Python modules of Debian's own interpreter, which tests drive: module → package
 needed_modules=(
     nbd:python3-libnbd

@@ -25,6 +25,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    tidemark_disk::heap::share_arenas();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -25,6 +25,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
+    tidemark_disk::heap::share_arenas();
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

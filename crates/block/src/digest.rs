@@ -248,9 +248,17 @@ impl DigestUpdate {
             self.close_group();
             if self.leaf.is_none_or(|(open, _)| open != leaf) {
                 self.close_leaf();
-                self.leaf = Some((leaf, view.groups(leaf)?));
+                self.leaf = Some((leaf, groups_of(view, leaf)?));
             }
-            self.group = Some((group, view.blocks(group)?));
+            let known_zero = self
+                .leaf
+                .is_some_and(|(_, groups)| groups[child(group)].is_zero());
+            let blocks = if known_zero {
+                Children::default()
+            } else {
+                view.blocks(group)?
+            };
+            self.group = Some((group, blocks));
         }
         if let Some((_, blocks)) = &mut self.group {
             blocks[child(block.get())] = checksum;
@@ -311,6 +319,17 @@ impl DigestUpdate {
                 .insert(leaf, leaf_checksum(self.geometry, leaf, &groups));
         }
     }
+}
+
+/// The groups of a leaf. Those of a zero leaf are zero: in a sparse volume most changed blocks need no reading then,
+/// which is what makes them cost the same at any volume size.
+fn groups_of<V: TableView>(view: &V, leaf: u64) -> Result<Children, V::Error> {
+    let mut own = [Checksum128::ZERO];
+    view.leaves(leaf, &mut own)?;
+    if own[0].is_zero() {
+        return Ok(Children::default());
+    }
+    view.groups(leaf)
 }
 
 /// The place of a node among its parent's children.
@@ -494,5 +513,57 @@ mod tests {
         }
         insta::assert_snapshot!(digest(&table).to_string(), @"37a1311e2540ca415093dcf6e3d1730b");
         insta::assert_snapshot!(digest(&MemoryTable::new(geometry(1500))).to_string(), @"055b80dd29bfd6ba45e71f6f06ed9a91");
+    }
+
+    /// Counts what is read below the leaves.
+    struct Counting {
+        table: MemoryTable,
+        below: std::cell::Cell<u32>,
+    }
+
+    impl TableView for Counting {
+        type Error = Infallible;
+
+        fn geometry(&self) -> Geometry {
+            self.table.geometry()
+        }
+
+        fn leaves(&self, first: u64, leaves: &mut [Checksum128]) -> Result<(), Infallible> {
+            self.table.leaves(first, leaves)
+        }
+
+        fn groups(&self, leaf: u64) -> Result<Children, Infallible> {
+            self.below.set(self.below.get() + 1);
+            self.table.groups(leaf)
+        }
+
+        fn blocks(&self, group: u64) -> Result<Children, Infallible> {
+            self.below.set(self.below.get() + 1);
+            self.table.blocks(group)
+        }
+    }
+
+    #[test]
+    fn a_change_of_what_was_zero_reads_only_what_is_not() {
+        let geometry = geometry(4 * LEAF_BLOCKS);
+        let mut table = MemoryTable::new(geometry);
+        let other = BlockIndex::new(2 * LEAF_BLOCKS + 40);
+        table.set(other, sum(9));
+        let view = Counting {
+            table: table.clone(),
+            below: std::cell::Cell::new(0),
+        };
+        // In a zero leaf, in a zero group beside another one, in that one.
+        for (block, reads) in [(5, 0), (2 * LEAF_BLOCKS, 1), (2 * LEAF_BLOCKS + 41, 2)] {
+            let block = BlockIndex::new(block);
+            view.below.set(0);
+            let mut update = DigestUpdate::new(geometry);
+            update.push(&view, block, sum(1)).unwrap();
+            assert_eq!(view.below.get(), reads, "{block}");
+            let mut changed = table.clone();
+            changed.set(block, sum(1));
+            let Ok(digest_of_update) = update.finish(&view);
+            assert_eq!(digest_of_update, digest(&changed));
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Reading a file through memory maps, without dying of it.
 //!
-//! A file is mapped in windows, on demand, and bytes are copied out before anybody looks at them: others write to
+//! A file is mapped in windows, once they are read often enough to be worth a map, and bytes are copied out before anybody looks at them: others write to
 //! the file meanwhile. Where the kernel can't supply a page (the file was cut short, the disk has a bad sector) it
 //! raises SIGBUS. The handler here puts a page of zeroes in the place of the missing one and marks the window; the
 //! copy then sees the mark, drops the window and reads the range again with `pread`, which gives the bytes or the
@@ -15,7 +15,7 @@ use std::{
     ptr,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU8, AtomicUsize, Ordering},
     },
 };
 
@@ -26,6 +26,11 @@ use parking_lot::RwLock;
 pub const WINDOW_LEN: u64 = 256 << 20;
 /// The most windows that one file has mapped at a time.
 pub const WINDOWS_MAX: usize = 32;
+/// Reads of a window, by `pread`, before it is mapped: a few reads in each of thousands of windows, as scattered changes
+/// of a huge volume are, would cost a map and its removal each.
+const READS_BEFORE_MAP: u8 = 16;
+/// A read of this many bytes has its window mapped at once.
+const MAP_AT_ONCE_LEN: usize = 256 << 10;
 /// The most windows of the whole process: what the signal handler looks through. Past it, files are read by `pread`.
 const SLOTS: usize = 1024;
 
@@ -35,16 +40,20 @@ pub struct VolumeMap {
     file: Arc<File>,
     length: u64,
     windows: RwLock<HashMap<u64, Arc<Window>>>,
+    /// Reads of each window since it was last mapped.
+    reads: Box<[AtomicU8]>,
 }
 
 impl VolumeMap {
     /// Maps `length` bytes of a file, window by window as they are read.
     #[must_use]
     pub fn new(file: Arc<File>, length: u64) -> Self {
+        let windows = length.div_ceil(WINDOW_LEN);
         Self {
             file,
             length,
             windows: RwLock::default(),
+            reads: (0..windows).map(|_| AtomicU8::new(0)).collect(),
         }
     }
 
@@ -78,7 +87,7 @@ impl VolumeMap {
     }
 
     fn read_window(&self, number: u64, within: u64, part: &mut [u8]) -> io::Result<()> {
-        if let (Some(window), Ok(at)) = (self.window(number), usize::try_from(within)) {
+        if let (Some(window), Ok(at)) = (self.window(number, part.len()), usize::try_from(within)) {
             if window.copy(at, part) {
                 return Ok(());
             }
@@ -92,10 +101,16 @@ impl VolumeMap {
         }
     }
 
-    fn window(&self, number: u64) -> Option<Arc<Window>> {
+    /// The map of a window, where it has one or is worth one.
+    fn window(&self, number: u64, read_len: usize) -> Option<Arc<Window>> {
         if let Some(window) = self.windows.read().get(&number) {
             return Some(Arc::clone(window));
         }
+        let reads = self.reads.get(usize::try_from(number).ok()?)?;
+        if read_len < MAP_AT_ONCE_LEN && reads.fetch_add(1, Ordering::Relaxed) < READS_BEFORE_MAP {
+            return None;
+        }
+        reads.store(0, Ordering::Relaxed);
         let start = number * WINDOW_LEN;
         let length = usize::try_from(WINDOW_LEN.min(self.length - start)).ok()?;
         let window = Arc::new(Window::map(&self.file, start, length)?);
@@ -307,6 +322,8 @@ mod tests {
         file.write_all_at(b"across", WINDOW_LEN - 3).unwrap();
         file.write_all_at(b"end", 2 * WINDOW_LEN + 8189).unwrap();
         let map = VolumeMap::new(Arc::clone(&file), 2 * WINDOW_LEN + 8192);
+        have_mapped(&map, 0);
+        have_mapped(&map, WINDOW_LEN);
         let mut six = [0; 6];
         map.read_into(WINDOW_LEN - 3, &mut six).unwrap();
         assert_eq!(&six, b"across");
@@ -322,8 +339,10 @@ mod tests {
 
     #[test]
     fn later_writes_are_seen() {
-        let (mut named, file) = file_of(4096);
-        let map = VolumeMap::new(file, 4096);
+        let length = MAP_AT_ONCE_LEN as u64;
+        let (mut named, file) = file_of(length);
+        let map = VolumeMap::new(file, length);
+        have_mapped(&map, 0);
         let mut byte = [9];
         map.read_into(0, &mut byte).unwrap();
         assert_eq!(byte, [0]);
@@ -332,27 +351,51 @@ mod tests {
         assert_eq!(&byte, b"x");
     }
 
+    /// Has the window mapped that holds `offset`.
+    fn have_mapped(map: &VolumeMap, offset: u64) {
+        map.read_into(offset, &mut vec![0; MAP_AT_ONCE_LEN])
+            .unwrap();
+        assert!(map.windows.read().contains_key(&(offset / WINDOW_LEN)));
+    }
+
     #[test]
     fn a_file_cut_short_gives_an_error_and_recovers_when_it_is_long_again() {
-        let length = 16 * 4096;
+        let length = 128 * 4096;
         let (named, file) = file_of(length);
-        file.write_all_at(&[7; 16 * 4096], 0).unwrap();
+        file.write_all_at(&[7; 128 * 4096], 0).unwrap();
         let map = VolumeMap::new(file, length);
         let mut page = [0; 4096];
-        map.read_into(15 * 4096, &mut page).unwrap();
-        assert_eq!(page, [7; 4096]);
-
-        named.as_file().set_len(4 * 4096).unwrap();
-        for _ in 0..2 {
-            let error = map.read_into(15 * 4096, &mut page).unwrap_err();
+        // The second time it is read by `pread`: the window went with its missing page.
+        for mapped in [true, false] {
+            named.as_file().set_len(length).unwrap();
+            if mapped {
+                have_mapped(&map, 0);
+            }
+            named.as_file().set_len(4 * 4096).unwrap();
+            let error = map.read_into(127 * 4096, &mut page).unwrap_err();
             assert_eq!(error.raw_os_error(), Some(libc::EIO));
+            assert!(map.windows.read().is_empty());
             map.read_into(0, &mut page).unwrap();
             assert_eq!(page, [7; 4096]);
         }
 
         named.as_file().set_len(length).unwrap();
-        map.read_into(15 * 4096, &mut page).unwrap();
+        map.read_into(127 * 4096, &mut page).unwrap();
         assert_eq!(page, [0; 4096]);
+    }
+
+    #[test]
+    fn a_window_is_mapped_once_it_is_read_often_or_much() {
+        let (_named, file) = file_of(2 * WINDOW_LEN);
+        let map = VolumeMap::new(file, 2 * WINDOW_LEN);
+        let mut byte = [1];
+        for _ in 0..READS_BEFORE_MAP {
+            map.read_into(5, &mut byte).unwrap();
+        }
+        assert!(map.windows.read().is_empty());
+        map.read_into(5, &mut byte).unwrap();
+        assert_eq!(map.windows.read().keys().collect::<Vec<_>>(), [&0]);
+        have_mapped(&map, WINDOW_LEN);
     }
 
     #[test]
@@ -360,11 +403,9 @@ mod tests {
         let length = WINDOW_LEN * (WINDOWS_MAX as u64 + 5);
         let (_named, file) = file_of(length);
         let map = VolumeMap::new(file, length);
-        let mut byte = [1];
         for number in 0..WINDOWS_MAX as u64 + 5 {
-            map.read_into(number * WINDOW_LEN, &mut byte).unwrap();
-            assert_eq!(byte, [0]);
+            have_mapped(&map, number * WINDOW_LEN);
         }
-        assert!(map.windows.read().len() <= WINDOWS_MAX);
+        assert_eq!(map.windows.read().len(), WINDOWS_MAX);
     }
 }

@@ -1,10 +1,12 @@
-//! Files, as both services need them: durable writes, small records, locks, guarded memory maps, checksum tables.
+//! Files, as both services need them: durable writes, small records, locks, guarded memory maps, checksum tables; and what a
+//! service asks of the heap.
 //!
 //! [`durable`] is the one place where files are renamed, removed and synced.
 
 pub mod checksum_table;
 pub mod durable;
 pub mod guarded_map;
+pub mod heap;
 pub mod lock;
 pub mod record;
 

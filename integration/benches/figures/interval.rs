@@ -38,7 +38,7 @@ pub(crate) fn run(dir: &Path, args: &Args, report: &mut Report) -> Result<()> {
         // The first round is for warming up.
         for round in 0..=args.rounds {
             let bytes = scatter(&mut clients, gib * GIB, &mut rng)?;
-            let (peer, ()) = timed(|| write_and_sync(&dir.join("peer"), &bytes))?;
+            let (peer, ()) = timed(|| write_and_sync(&dir.join(format!("peer-{round}")), &bytes))?;
             let (time, receipt) = timed(|| services.ship("data"))?;
             ensure!(receipt.changed_blocks == CHANGED as u64, "{receipt:?}");
             if round > 0 {
@@ -102,6 +102,8 @@ fn scatter(clients: &mut [Client], size: u64, rng: &mut StdRng) -> Result<Vec<u8
     Ok(bytes)
 }
 
+/// Into a new file each time, as a store of generations has to: truncating and filling one again would get the same
+/// warm pages and the same blocks of the disk back.
 fn write_and_sync(path: &Path, bytes: &[u8]) -> Result<()> {
     let mut file = File::create(path)?;
     file.write_all(bytes)?;

@@ -52,7 +52,8 @@ impl Services {
         split.start_vault();
         split.start_capture();
         let memory = Memory::watch([split.capture_pid(), split.vault_pid()]);
-        let runtime = tokio::runtime::Builder::new_current_thread()
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
             .enable_all()
             .build()?;
         let client =
