@@ -42,6 +42,8 @@ pub const FOOTER_LEN: u64 = (ENVELOPE_LEN + FOOTER_PAYLOAD_LEN) as u64;
 pub const ENTRIES_MAX: usize = 1 << 18;
 /// The most blocks with data of one segment: bounds the checksum section.
 pub const DATA_BLOCKS_MAX: u64 = 1 << 18;
+/// The most bytes of one object, so that sums over a whole manifest stay within 64 bits.
+pub const FILE_LEN_MAX: u64 = 1 << 40;
 /// Bit 0 of an entry's flags: the blocks are zero, and no frame holds them.
 pub const FLAG_ZERO: u32 = 1;
 
@@ -209,15 +211,12 @@ impl SegmentRecord {
         let end = self
             .index_at
             .checked_add(u64::from(self.index_len) + u64::from(self.checksums_len) + FOOTER_LEN);
-        let checksums = self
-            .data_blocks
-            .get()
-            .checked_mul(Checksum128::LEN as u64)
-            .map(|bytes| bytes + ENVELOPE_LEN as u64);
-        if self.index_at < FRAMES_AT || end != Some(self.file_len) {
+        if self.index_at < FRAMES_AT || end != Some(self.file_len) || self.file_len > FILE_LEN_MAX {
             return Err(WireError::Range("segment's sections"));
         }
-        if self.data_blocks.get() > DATA_BLOCKS_MAX || checksums != Some(self.checksums_len.into())
+        let blocks = self.data_blocks.get();
+        if blocks > DATA_BLOCKS_MAX
+            || ENVELOPE_LEN as u64 + blocks * Checksum128::LEN as u64 != self.checksums_len.into()
         {
             return Err(WireError::Range("segment's checksum section"));
         }
@@ -289,6 +288,9 @@ impl Footer {
         file_len: u64,
     ) -> Result<Self, FormatError> {
         let (_, payload) = wire::unseal(FOOTER_MAGIC, VERSION, bytes)?;
+        if payload.len() != FOOTER_PAYLOAD_LEN {
+            return Err(WireError::Range("footer's length").into());
+        }
         let mut reader = Reader::new(payload);
         let found = VolumeId::from_bytes(reader.array()?);
         if found != volume {

@@ -11,7 +11,7 @@ use super::{
     MANIFEST_MAGIC, MARKER_MAGIC, Manifest, NAME_LEN_MAX, PAGE_RECORDS, PAGES_MAX, PageRef,
     RECENT_MAX, Recent, VERSION,
 };
-use crate::segment::{FormatError, SegmentRecord, misplaced, read_extent};
+use crate::segment::{FILE_LEN_MAX, FormatError, SegmentRecord, misplaced, read_extent};
 
 impl Manifest {
     /// As bytes of an object.
@@ -78,9 +78,26 @@ impl Manifest {
             condemned: take_list(&mut r, CONDEMNED_MAX, take_condemned)?,
         };
         r.end()?;
+        manifest.check_counters()?;
         Ok(manifest)
     }
+
+    /// They only ever rise by one: there must be room to.
+    fn check_counters(&self) -> Result<(), WireError> {
+        let counters = [
+            self.version,
+            self.term.get(),
+            self.next_generation.get(),
+            self.generations.last().map_or(0, |newest| newest.id.get()),
+        ];
+        match counters.iter().max() {
+            Some(most) if *most > COUNTER_MAX => Err(WireError::Range("counter of the manifest")),
+            _ => Ok(()),
+        }
+    }
 }
+
+const COUNTER_MAX: u64 = 1 << 62;
 
 pub(super) fn put_words(out: &mut Vec<u8>, words: &[u64]) {
     words
@@ -241,14 +258,18 @@ fn take_page_ref(r: &mut Reader<'_>) -> Result<PageRef, WireError> {
     if count as usize > PAGE_RECORDS || r.u32()? != 0 {
         return Err(WireError::Range("page reference"));
     }
-    Ok(PageRef {
+    let page = PageRef {
         name,
         count,
         sequences: (Sequence::new(r.u64()?), Sequence::new(r.u64()?)),
         blocks: read_extent(r, "page's blocks")?,
         stored_bytes: r.u64()?,
         data_blocks: r.u64()?,
-    })
+    };
+    if page.stored_bytes > u64::from(count) * FILE_LEN_MAX {
+        return Err(WireError::Range("bytes of a page"));
+    }
+    Ok(page)
 }
 
 fn put_condemned(out: &mut Vec<u8>, condemned: &Condemned) {
@@ -277,9 +298,13 @@ fn take_condemned(r: &mut Reader<'_>) -> Result<Condemned, WireError> {
         (1, 0) => CondemnedObject::Page(Checksum128::from_bytes(name)),
         _ => return Err(WireError::Range("condemned object")),
     };
+    let length = r.u64()?;
+    if length > FILE_LEN_MAX {
+        return Err(WireError::Range("length of a condemned object"));
+    }
     Ok(Condemned {
         object,
-        length: r.u64()?,
+        length,
         version: r.u64()?,
         time_ms: r.u64()?,
     })

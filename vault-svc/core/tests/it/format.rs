@@ -3,21 +3,24 @@
 use std::{collections::HashSet, path::PathBuf};
 
 use tidemark_block::{
-    Checksum128, GenerationId, SegmentId, Sequence, WriterTerm, wire::ENVELOPE_LEN, xxh3_128,
+    BlockCount, Checksum128, GenerationId, SegmentId, Sequence, WriterTerm,
+    wire::{self, ENVELOPE_LEN},
+    xxh3_128,
 };
 use vault_core::{
     manifest::{
-        self, Condemned, CondemnedObject, Current, Manifest, StoreMarker, TermError,
+        self, Condemned, CondemnedObject, Current, Manifest, PageRef, StoreMarker, TermError,
         check_invariants, decode_page, encode_page, grant_term,
     },
     segment::{
-        self, FOOTER_LEN, Footer, SealedSegment, SegmentIndex, SegmentRecord, decode_checksums,
+        self, FOOTER_LEN, FOOTER_MAGIC, Footer, FormatError, SealedSegment, SegmentIndex,
+        SegmentRecord, decode_checksums,
     },
 };
 
 use crate::page::{self, Row, field};
 use crate::samples::{
-    INTERVAL, VOLUME, generation, geometry, manifest, received, rewritten, term_request,
+    INTERVAL, VOLUME, extent, generation, geometry, manifest, received, rewritten, term_request,
 };
 
 const FORMAT: &str = include_str!("../../../../docs/FORMAT-VAULT.md");
@@ -306,6 +309,54 @@ fn no_flipped_bit_of_a_manifest_is_overlooked() {
             "length {length}"
         );
     }
+}
+
+#[test]
+fn lengths_and_counters_that_no_writer_makes_are_refused() {
+    type Bend = fn(&mut Manifest);
+    let bends: [Bend; 7] = [
+        |m| m.version = u64::MAX,
+        |m| m.term = WriterTerm::new(u64::MAX),
+        |m| m.next_generation = GenerationId::new(u64::MAX),
+        |m| m.condemned[0].length = u64::MAX,
+        |m| m.pages[0].stored_bytes = u64::MAX,
+        |m| m.tail[0].data_blocks = BlockCount::new(u64::MAX / 16),
+        |m| {
+            m.tail[0].file_len += 1 << 62;
+            m.tail[0].index_at += 1 << 62;
+        },
+    ];
+    let mut sound = manifest();
+    sound.pages.push(PageRef {
+        name: xxh3_128(b"a page"),
+        count: 2,
+        sequences: (Sequence::ZERO, Sequence::new(1)),
+        blocks: extent(1, 2),
+        stored_bytes: 50_000,
+        data_blocks: 3,
+    });
+    assert!(Manifest::decode(&sound.encode(), VOLUME, sound.version).is_ok());
+    for (n, bend) in bends.into_iter().enumerate() {
+        let mut bent = sound.clone();
+        bend(&mut bent);
+        let read = Manifest::decode(&bent.encode(), VOLUME, bent.version);
+        assert!(matches!(read, Err(FormatError::Wire(_))), "{n}: {read:?}");
+    }
+}
+
+#[test]
+fn a_footer_has_one_length() {
+    let sealed = received();
+    let origin = sealed.footer.origin;
+    let mut payload = sealed.footer.encode()[ENVELOPE_LEN..].to_vec();
+    let read = |payload: &[u8]| {
+        let bytes = wire::seal(FOOTER_MAGIC, segment::VERSION, payload);
+        let length = sealed.footer.record.file_len;
+        Footer::decode(&bytes, VOLUME, origin.geometry, origin.id, length)
+    };
+    assert_eq!(read(&payload), Ok(sealed.footer));
+    payload.extend([0; 4]);
+    assert!(read(&payload).is_err());
 }
 
 #[test]
