@@ -101,6 +101,19 @@ impl DirtyMap<'_> {
         u64::from((mask & !self.blocks[word].fetch_or(mask, SeqCst)).count_ones())
     }
 
+    /// Whether no summary names a word that the map doesn't have: such a bit was not set by us.
+    #[must_use]
+    pub fn is_whole(self) -> bool {
+        let within = |summaries: &[AtomicU64], level: &[AtomicU64]| {
+            let (full, last) = (level.len() / 64, level.len() % 64);
+            let beyond = if last == 0 { 0 } else { u64::MAX << last };
+            summaries
+                .get(full)
+                .is_none_or(|word| word.load(SeqCst) & beyond == 0)
+        };
+        within(self.groups, self.words) && within(self.words, self.blocks)
+    }
+
     /// The set blocks of an extent.
     #[must_use]
     pub fn collect(self, extent: Extent) -> BlockSet {

@@ -21,6 +21,8 @@ pub const TRACKING_MAGIC: [u8; 8] = *b"TMTRACK\0";
 pub const DIRTY_MAGIC: [[u8; 8]; 2] = [*b"TMDIRTY0", *b"TMDIRTY1"];
 /// Magic of the header of `spool.slots`.
 pub const SLOTS_MAGIC: [u8; 8] = *b"TMSLOTS\0";
+/// Epochs only ever rise: there must be room to.
+const EPOCH_LIMIT_MAX: u64 = 1 << 62;
 /// The most bytes of a snapshot's label.
 pub const LABEL_MAX: usize = 255;
 
@@ -248,6 +250,9 @@ impl Identity {
             _ => return Err(WireError::Range("clean mark").into()),
         };
         let epoch_limit = reader.u64()?;
+        if !(1..=EPOCH_LIMIT_MAX).contains(&epoch_limit) {
+            return Err(WireError::Range("epoch limit").into());
+        }
         let mut file = FileIdentity {
             boot: reader.array()?,
             mount: reader.u64()?,

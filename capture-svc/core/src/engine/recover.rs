@@ -63,7 +63,7 @@ impl<M: Media> Capture<M> {
         epoch_limit: u64,
     ) -> Result<(Self, Outcome), CaptureError> {
         let (found, damage) = read_records(&media, geometry)?;
-        let examined = examine(&media, geometry, judgement)?;
+        let examined = examine(&media, geometry, judgement, epoch_limit)?;
         let judgement = match damage {
             Some(record) => Err(format!("the {record} is damaged")),
             None => examined,
@@ -235,6 +235,7 @@ fn examine<M: Media>(
     media: &M,
     geometry: Geometry,
     judgement: Judgement,
+    epoch_limit: u64,
 ) -> Result<Result<Judgement, String>, CaptureError> {
     let words = media.words(Map::Tracking);
     let failed_before = words[MARKS_WORD].load(SeqCst) & MARK_SYNC_FAILED != 0;
@@ -255,6 +256,17 @@ fn examine<M: Media>(
         Judgement::Exact { clean } => clean,
         other => return Ok(Ok(other)),
     };
+    let layout = DirtyLayout::new(geometry.block_count().get());
+    if [0, 1]
+        .iter()
+        .any(|&parity| !layout.map(media.words(Map::Dirty(parity))).is_whole())
+    {
+        return Ok(Err("a dirty map is damaged".to_owned()));
+    }
+    // Openings that end before the identity is durable go a little past the limit.
+    if words[EPOCH_WORD].load(SeqCst) > epoch_limit.saturating_add(EPOCHS_RESERVED) {
+        return Ok(Err("the epoch counter is damaged".to_owned()));
+    }
     let mut block_bytes = vec![0; geometry.block_size().as_usize()];
     for (block, checksum) in Ring::records(&words[RING_WORD..]) {
         if !geometry.all().contains(block) {

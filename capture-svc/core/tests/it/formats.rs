@@ -140,6 +140,18 @@ fn golden_files_keep_decoding() {
 }
 
 #[test]
+fn an_identity_leaves_room_for_epochs_to_rise() {
+    for (epoch_limit, is_read) in [(0, false), (1, true), (1 << 62, true), (u64::MAX, false)] {
+        let identity = Identity {
+            epoch_limit,
+            ..identity()
+        };
+        let read = Identity::decode(&identity.encode());
+        assert_eq!(read.is_ok(), is_read, "{epoch_limit}");
+    }
+}
+
+#[test]
 fn a_damaged_byte_is_seen_in_every_structure() {
     let all = geometry().all();
     type Decode = fn(&[u8], Extent) -> bool;

@@ -689,6 +689,28 @@ fn epochs_never_come_back() {
 }
 
 #[test]
+fn mapped_words_that_nobody_stored_put_everything_in_doubt() {
+    // Of 16 blocks each level of a dirty map is one word: a bit above the lowest names a word that isn't there.
+    let stray = [
+        (Map::Dirty(0), 0, 1 << 5),
+        (Map::Dirty(1), 1, 1 << 63),
+        (Map::Tracking, EPOCH_WORD, u64::MAX),
+    ];
+    for (map, word, bits) in stray {
+        let bench = Bench::new();
+        bench.write(3, 1);
+        bench.sim.words(map)[word].store(bits, SeqCst);
+        let (bench, outcome) = bench.reopen(false);
+        assert!(matches!(outcome, Outcome::Everything(_)), "{outcome:?}");
+        assert_eq!(bench.tracked().len() as u64, BLOCKS);
+        bench.write(4, 1);
+        let (bench, outcome) = bench.reopen(false);
+        assert_eq!(outcome, Outcome::ProcessCrash);
+        assert_eq!(bench.tracked().len() as u64, BLOCKS);
+    }
+}
+
+#[test]
 fn a_recorded_block_is_invalid_while_it_is_written() {
     let bench = Bench::new();
     let recorded = |bench: &Bench| {
