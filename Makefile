@@ -1,7 +1,7 @@
 # Tidemark: `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test bench lint fmt fmt-check doc deny clean
+.PHONY: help setup build demo test fuzz bench lint fmt fmt-check doc deny clean
 
 CARGO ?= cargo
 
@@ -22,6 +22,10 @@ demo: ## the whole round trip on real files: protect, write, kill, restore, comp
 test: ## every test (cargo-nextest where it is installed, else cargo test)
 	@integration/setup.sh
 	@integration/test.sh
+
+fuzz: ## fuzz each decoder and state machine for FUZZ_SECONDS (60), two at a time (FUZZ="frame ingest" for some of them)
+	@integration/setup.sh --fuzz
+	@integration/fuzz.sh $(FUZZ)
 
 bench: ## figures, as ratios to peers in the same run (BENCH="interval nbd --rounds 3" for some of them)
 	@integration/setup.sh --bench

@@ -4,14 +4,15 @@
 #
 #   integration/setup.sh          programs for tests and demo
 #   integration/setup.sh --bench  these, and the peers that figures are compared with
+#   integration/setup.sh --fuzz   these, and the C++ compiler that libFuzzer is built with
 #   integration/setup.sh --deny   cargo-deny, built from source where it is missing (some minutes)
 set -euo pipefail
 
 if [[ "${1:-}" == "--deny" ]]; then
     command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
     exit 0
-elif [[ $# -gt 0 && "$1" != "--bench" ]]; then
-    echo "setup: unknown argument '$1'; there are --bench and --deny" >&2
+elif [[ $# -gt 0 && "$1" != "--bench" && "$1" != "--fuzz" ]]; then
+    echo "setup: unknown argument '$1'; there are --bench, --fuzz and --deny" >&2
     exit 2
 fi
 
@@ -29,6 +30,7 @@ needed=(
     debugfs:e2fsprogs
     cmp:diffutils
 )
+[[ "${1:-}" != "--fuzz" ]] || needed+=(g++:g++)
 
 if [[ "${1:-}" == "--bench" ]]; then
     needed+=(nbdkit:nbdkit)

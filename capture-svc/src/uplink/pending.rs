@@ -85,7 +85,7 @@ impl Entry {
         out[start..start + 16].copy_from_slice(checksum.as_bytes());
     }
 
-    fn decode(body: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn decode(body: &[u8]) -> Result<Self, WireError> {
         fn extents(r: &mut Reader<'_>, until: u64) -> Result<Vec<Extent>, WireError> {
             let mut list = Vec::new();
             let mut blocks = 0u64;

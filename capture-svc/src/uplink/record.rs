@@ -86,7 +86,7 @@ impl UplinkRecord {
             .with_context(|| format!("write the uplink record {}", path.display()))
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(192);
         out.extend_from_slice(self.volume.as_bytes());
         out.extend_from_slice(&self.term.get().to_le_bytes());
@@ -121,7 +121,7 @@ impl UplinkRecord {
         out
     }
 
-    fn decode(payload: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn decode(payload: &[u8]) -> Result<Self, WireError> {
         fn flag(r: &mut Reader<'_>) -> Result<bool, WireError> {
             match r.u8()? {
                 0 => Ok(false),

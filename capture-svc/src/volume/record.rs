@@ -51,7 +51,7 @@ impl VolumeRecord {
             .with_context(|| format!("write the volume record {}", path.display()))
     }
 
-    fn encode(&self) -> Vec<u8> {
+    pub(crate) fn encode(&self) -> Vec<u8> {
         let mut out = Vec::new();
         out.extend_from_slice(self.id.as_bytes());
         out.extend_from_slice(&self.geometry.length().to_le_bytes());
@@ -65,7 +65,7 @@ impl VolumeRecord {
         out
     }
 
-    fn decode(payload: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn decode(payload: &[u8]) -> Result<Self, WireError> {
         let mut r = Reader::new(payload);
         let id = VolumeId::from_bytes(r.array()?);
         let length = r.u64()?;

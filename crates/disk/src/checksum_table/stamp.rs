@@ -54,7 +54,7 @@ impl Stamp {
             .map_err(RecordError::Damaged)
     }
 
-    fn decode(payload: &[u8]) -> Result<Self, WireError> {
+    pub(super) fn decode(payload: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader::new(payload);
         let stamp = Self {
             volume: VolumeId::from_bytes(reader.array()?),
@@ -66,13 +66,17 @@ impl Stamp {
         Ok(stamp)
     }
 
-    /// Puts it beside the table at `path`, durably.
-    pub(super) fn write(&self, path: &Path) -> io::Result<()> {
+    pub(super) fn encode(&self) -> Vec<u8> {
         let mut payload = Vec::with_capacity(36);
         payload.extend_from_slice(self.volume.as_bytes());
         payload.extend_from_slice(&self.length.to_le_bytes());
         payload.extend_from_slice(&self.block_size.to_le_bytes());
         payload.extend_from_slice(&self.generation.get().to_le_bytes());
-        record::write(&path_of(path), MAGIC, VERSION, &payload)
+        payload
+    }
+
+    /// Puts it beside the table at `path`, durably.
+    pub(super) fn write(&self, path: &Path) -> io::Result<()> {
+        record::write(&path_of(path), MAGIC, VERSION, &self.encode())
     }
 }
