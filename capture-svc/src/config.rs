@@ -78,6 +78,8 @@ settings! {
     snapshots_max: u32 = 4096;
     /// The most NBD clients at a time.
     nbd_clients_max: u32 = 256;
+    /// The most connections of the control interface at a time.
+    connections_max: u32 = 1024;
     /// The most calls of the control interface at a time, per connection.
     calls_max: u32 = 256;
     /// Format of the log: text or json.
@@ -132,6 +134,7 @@ impl Settings for Config {
             ("volumes_max", self.volumes_max),
             ("snapshots_max", self.snapshots_max),
             ("nbd_clients_max", self.nbd_clients_max),
+            ("connections_max", self.connections_max),
             ("calls_max", self.calls_max),
         ] {
             rules.at_least(key, count, 1);

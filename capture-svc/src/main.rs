@@ -47,6 +47,9 @@ fn run() -> Result<()> {
         return Ok(());
     }
     tidemark_telemetry::init("capture-svc", config.log_format, &config.log_filter)?;
+    if let Err(error) = tidemark_disk::descriptors::raise_limit() {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -4,6 +4,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use tidemark_export::{NbdAddress, NbdServer, nbd::Limits};
+use tidemark_listen::{GREETING_MAX, Incoming};
 use tidemark_proto::{FILE_DESCRIPTOR_SET, capture::v1::capture_server::CaptureServer};
 use tokio::{
     net::TcpListener,
@@ -11,7 +12,7 @@ use tokio::{
     task::JoinHandle,
     time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
 };
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
 
 use crate::{
     config::{Config, NbdListen, Settings},
@@ -133,8 +134,8 @@ async fn serve(
         .0
         .build_v1alpha()
         .context("build reflection")?;
-    // The builder's own setting holds only for listeners that it binds itself.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let connections_max = registry.config().connections_max as usize;
+    let incoming = Incoming::new(listener, connections_max, GREETING_MAX);
     let mut stop = stopping.clone();
     let server = Server::builder()
         .concurrency_limit_per_connection(registry.config().calls_max as usize)

@@ -45,6 +45,8 @@ settings! {
     bytes_in_flight_max: ByteSize = ByteSize::mib(64);
     /// Parts held in memory, all streams together; a stream uses at most two.
     ingest_bytes_max: ByteSize = ByteSize::mib(256);
+    /// Connections at the same time; a source has one per volume.
+    connections_max: u32 = 2048;
     /// Streams of intervals at the same time.
     streams_max: u32 = 64;
     /// Restores at the same time.
@@ -99,6 +101,7 @@ impl Config {
 
     fn check_counts_and_sizes(&self, rules: &mut Rules) {
         rules.within("retain", self.retain, 1..=1024);
+        rules.within("connections_max", self.connections_max, 1..=65536);
         rules.within("streams_max", self.streams_max, 1..=4096);
         rules.within("restores_max", self.restores_max, 1..=256);
         rules.within("volumes_max", self.volumes_max, 1..=65536);

@@ -24,6 +24,7 @@ mod model;
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
+use tidemark_listen::{GREETING_MAX, Incoming};
 use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     vault::v1::{ingest_server::IngestServer, vault_server::VaultServer},
@@ -33,7 +34,6 @@ use tokio::{
     sync::{Semaphore, watch},
     task::JoinHandle,
 };
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 
 pub use config::Config;
@@ -131,8 +131,8 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         .add_service(reflection_v1alpha)
         .add_service(service.ingest())
         .add_service(service.reader());
-    // The builder's own setting holds only for listeners that it binds itself.
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let connections_max = vault.config().connections_max as usize;
+    let incoming = Incoming::new(listener, connections_max, GREETING_MAX);
     let mut signal = stopping.clone();
     let server = tokio::spawn(async move {
         router

@@ -42,6 +42,9 @@ fn run(cli: Cli) -> Result<()> {
         return Ok(());
     }
     tidemark_telemetry::init("vault-svc", config.log_format, &config.log)?;
+    if let Err(error) = tidemark_disk::descriptors::raise_limit() {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -4,6 +4,7 @@
 //! [`durable`] is the one place where files are renamed, removed and synced.
 
 pub mod checksum_table;
+pub mod descriptors;
 pub mod durable;
 pub mod guarded_map;
 pub mod heap;

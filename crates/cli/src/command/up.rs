@@ -27,6 +27,9 @@ pub(super) async fn run(
     tidemark_telemetry::init("tidemark", LogFormat::Text, &args.log).map_err(|error| {
         Failure::new(Kind::Usage, "LOG_FILTER_INVALID", format!("{error:#}"), "")
     })?;
+    if let Err(error) = tidemark_disk::descriptors::raise_limit() {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
     let state = state_dir(args.state.as_deref())?;
     durable::create_dir(&state)
         .map_err(|e| Failure::io(format_args!("create {}", state.display()), &e))?;

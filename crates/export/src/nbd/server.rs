@@ -10,6 +10,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use tidemark_disk::descriptors;
 
 use super::limits::Limits;
 use super::service::{ClientStatus, Service};
@@ -201,6 +202,10 @@ fn accept_one(service: &Arc<Service>, listener: &Listener) -> io::Result<()> {
         }
         Err(error) => return Err(error),
     };
+    if descriptors::is_kept_back(stream.as_fd()) {
+        tracing::info!("a client was turned away: too many open files");
+        return Ok(());
+    }
     let Some(registration) = service.admit(stream, name) else {
         tracing::info!("a client was turned away: too many connections");
         return Ok(());

@@ -1,0 +1,140 @@
+//! Accepting the connections of a gRPC server without being at the mercy of who connects: never more at a time than
+//! there may be, none that says nothing, and none with the descriptors that the service needs for its files.
+//!
+//! What is refused is closed at once, so that its client learns of it instead of waiting.
+
+mod connection;
+
+use std::{
+    io,
+    os::fd::AsFd,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use tidemark_disk::descriptors;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::{Instant, Sleep, sleep},
+};
+use tokio_stream::Stream;
+
+pub use connection::Connection;
+
+/// How long a client may take to begin to speak HTTP/2.
+pub const GREETING_MAX: Duration = Duration::from_secs(10);
+/// How long accepting rests after a failure that trying again at once would repeat.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Refusals are logged at most this often.
+const TOLD_PERIOD: Duration = Duration::from_secs(10);
+
+/// The connections of a listener, for `serve_with_incoming`. Never ends, and never fails.
+#[derive(Debug)]
+pub struct Incoming {
+    listener: TcpListener,
+    connections_max: usize,
+    greeting_max: Duration,
+    open: Arc<AtomicUsize>,
+    pause: Option<Pin<Box<Sleep>>>,
+    told: Option<Instant>,
+}
+
+impl Incoming {
+    /// At most so many connections at a time.
+    #[must_use]
+    pub fn new(listener: TcpListener, connections_max: usize, greeting_max: Duration) -> Self {
+        Self {
+            listener,
+            connections_max,
+            greeting_max,
+            open: Arc::default(),
+            pause: None,
+            told: None,
+        }
+    }
+
+    /// Takes a client in, unless there are too many.
+    fn admit(&mut self, stream: TcpStream) -> Option<Connection> {
+        let open = Open::new(&self.open);
+        if self.open.load(SeqCst) > self.connections_max {
+            self.tell(&"too many connections");
+            return None;
+        }
+        if descriptors::is_kept_back(stream.as_fd()) {
+            self.tell(&"too many open files");
+            return None;
+        }
+        // A connection that has failed already says so when it is read.
+        let _ = stream.set_nodelay(true);
+        Some(Connection::new(stream, open, self.greeting_max))
+    }
+
+    fn tell(&mut self, reason: &dyn std::fmt::Display) {
+        let now = Instant::now();
+        if self.told.is_none_or(|told| now - told >= TOLD_PERIOD) {
+            self.told = Some(now);
+            tracing::warn!(%reason, "clients are turned away");
+        }
+    }
+}
+
+impl Stream for Incoming {
+    type Item = io::Result<Connection>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let this = self.get_mut();
+        loop {
+            if let Some(pause) = &mut this.pause {
+                ready!(pause.as_mut().poll(cx));
+                this.pause = None;
+            }
+            match ready!(this.listener.poll_accept(cx)) {
+                Ok((stream, _)) => {
+                    if let Some(connection) = this.admit(stream) {
+                        return Poll::Ready(Some(Ok(connection)));
+                    }
+                }
+                Err(error) if is_of_the_client(&error) => {}
+                Err(error) => {
+                    this.tell(&error);
+                    this.pause = Some(Box::pin(sleep(PAUSE)));
+                }
+            }
+        }
+    }
+}
+
+/// The client went away before it was accepted.
+fn is_of_the_client(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, Interrupted};
+    matches!(
+        error.kind(),
+        BrokenPipe | ConnectionAborted | ConnectionReset | Interrupted
+    )
+}
+
+/// One of the connections that are open.
+#[derive(Debug)]
+struct Open(Arc<AtomicUsize>);
+
+impl Open {
+    fn new(count: &Arc<AtomicUsize>) -> Self {
+        count.fetch_add(1, SeqCst);
+        Self(Arc::clone(count))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests;
