@@ -114,13 +114,18 @@ fn born(file: &File) -> io::Result<(i64, u32)> {
     })
 }
 
-/// Where a directory lies.
+/// Where a state directory lies, and which of its copies it is.
 pub(super) fn place(dir: &Path) -> io::Result<Place> {
+    let tracking = File::open(dir.join("tracking"))?;
     let dir = File::open(dir)?;
+    let (born_s, born_ns) = born(&tracking)?;
     Ok(Place {
         mount: mount_id(&dir)?,
         filesystem: filesystem_id(&dir)?,
         device: dir.metadata()?.dev(),
+        inode: tracking.metadata()?.ino(),
+        born_s,
+        born_ns,
     })
 }
 
@@ -221,7 +226,7 @@ fn write_zeroes(file: &File, mut offset: u64, mut length: u64) -> io::Result<()>
     Ok(())
 }
 
-/// The next data at or after `offset`, and the next hole after that; both at most `end`.
+/// The next data at or after `offset`, and the next hole after that; both at most `end`, which is within the volume.
 pub(super) fn next_data(file: &File, offset: u64, end: u64) -> io::Result<(u64, u64)> {
     let data = match seek(file, SeekFrom::Data(offset)) {
         Ok(data) => data.min(end),

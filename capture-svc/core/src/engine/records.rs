@@ -177,7 +177,7 @@ pub struct FileIdentity {
     pub born_ns: u32,
 }
 
-/// What tells one life of the filesystem that holds the state from the next.
+/// What tells one life of the filesystem that holds the state from the next, and the state from a copy of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Place {
     /// Of the mount through which it is reached.
@@ -186,6 +186,12 @@ pub struct Place {
     pub filesystem: [u8; 16],
     /// Number of the device; may change with a boot.
     pub device: u64,
+    /// Number of the inode of the file `tracking`.
+    pub inode: u64,
+    /// When that file was created: seconds since 1970; 0 with the next where the filesystem doesn't tell.
+    pub born_s: i64,
+    /// And nanoseconds.
+    pub born_ns: u32,
 }
 
 /// Who owns the state, and how it was left.
@@ -230,6 +236,9 @@ impl Identity {
         payload.extend_from_slice(&self.state.device.to_le_bytes());
         payload.extend_from_slice(&self.file.born_s.to_le_bytes());
         payload.extend_from_slice(&self.file.born_ns.to_le_bytes());
+        payload.extend_from_slice(&self.state.inode.to_le_bytes());
+        payload.extend_from_slice(&self.state.born_s.to_le_bytes());
+        payload.extend_from_slice(&self.state.born_ns.to_le_bytes());
         seal(IDENTITY_MAGIC, VERSION, &payload)
     }
 
@@ -263,13 +272,17 @@ impl Identity {
             modified_ns: reader.u32()?,
             ..FileIdentity::default()
         };
-        let state = Place {
+        let mut state = Place {
             mount: reader.u64()?,
             filesystem: reader.array()?,
             device: reader.u64()?,
+            ..Place::default()
         };
         file.born_s = i64::from_le_bytes(reader.array()?);
         file.born_ns = reader.u32()?;
+        state.inode = reader.u64()?;
+        state.born_s = i64::from_le_bytes(reader.array()?);
+        state.born_ns = reader.u32()?;
         reader.end()?;
         Ok(Self {
             volume,

@@ -61,6 +61,13 @@ fn has_uuid(file: &FileIdentity) -> bool {
     file.filesystem[8..] != [0; 8]
 }
 
+/// Whether the state is a copy of the recorded one, put back in its place: what was written since it was taken is not
+/// in its maps. A state that was closed cleanly may be moved; then the volume's modification time tells.
+fn copied(recorded: &Place, found: &Place) -> bool {
+    let born = [recorded, found].map(|place| (place.born_s, place.born_ns));
+    recorded.inode != found.inode || (!born.contains(&(0, 0)) && born[0] != born[1])
+}
+
 /// Compares the identity that was recorded with the file and the state directory that were found.
 #[must_use]
 pub fn judge(recorded: &Identity, found: &FileIdentity, state: &Place) -> Judgement {
@@ -78,6 +85,9 @@ pub fn judge(recorded: &Identity, found: &FileIdentity, state: &Place) -> Judgem
         } else {
             Judgement::Everything("the volume file was modified while the service was stopped")
         };
+    }
+    if copied(&recorded.state, state) {
+        return Judgement::Everything("the volume's state is a copy, which may be an older one");
     }
     if was.boot != found.boot || was.mount != found.mount {
         return Judgement::PowerLoss;
@@ -114,6 +124,9 @@ mod tests {
             mount: 8,
             filesystem: [9; 16],
             device: 10,
+            inode: 11,
+            born_s: 12,
+            born_ns: 13,
         };
         let judge = |recorded: &Identity, found: &FileIdentity| judge(recorded, found, &state);
         let running = Identity {
@@ -203,6 +216,18 @@ mod tests {
             let judge = |recorded| super::judge(recorded, &file, &elsewhere);
             assert_eq!(judge(&running), Judgement::PowerLoss);
             assert_eq!(judge(&clean), exact(true));
+        }
+        for copy in [
+            Place { inode: 1, ..state },
+            Place {
+                born_ns: 1,
+                ..state
+            },
+        ] {
+            let judge = |recorded, found| super::judge(recorded, found, &copy);
+            assert!(everything(judge(&running, &file)));
+            assert!(everything(judge(&running, &rebooted)));
+            assert_eq!(judge(&clean, &file), exact(true));
         }
     }
 

@@ -54,6 +54,9 @@ fn identity() -> Identity {
             mount: 8,
             filesystem: [9; 16],
             device: 10,
+            inode: 13,
+            born_s: 14,
+            born_ns: 15,
         },
     }
 }
@@ -234,5 +237,5 @@ fn the_format_page_states_the_constants() {
         DirtyLayout::new(64 * 64 * 64 + 1).total(),
         2 + (64 + 1) + (64 * 64 + 1)
     );
-    assert_eq!(identity().encode().len(), 40 + 152);
+    assert_eq!(identity().encode().len(), 40 + 172);
 }

@@ -250,6 +250,30 @@ fn a_volume_file_modified_behind_our_back_is_compared_whole() {
 }
 
 #[test]
+fn a_copied_state_is_not_trusted() {
+    let setup = Setup::new(16);
+    let engine = setup.create();
+    write(&engine, 1, 1);
+    let copy = setup.dir.path().join("copy");
+    let copied = |from: &Path, to: &Path| {
+        let done = std::process::Command::new("cp")
+            .arg("-a")
+            .args([from, to])
+            .status();
+        assert!(done.unwrap().success());
+    };
+    copied(&setup.state(), &copy);
+    // Only the original's map has this one.
+    write(&engine, 7, 7);
+    drop(engine);
+    fs::remove_dir_all(setup.state()).unwrap();
+    copied(&copy, &setup.state());
+    let (engine, trust) = setup.open();
+    assert!(matches!(trust, Trust::Everything { .. }), "{trust:?}");
+    assert_eq!(engine.tracked(extent(0, 16)).len().get(), 16);
+}
+
+#[test]
 fn a_file_or_a_state_in_use_is_refused() {
     let setup = Setup::new(16);
     let engine = setup.create();
