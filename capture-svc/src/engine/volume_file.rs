@@ -227,9 +227,12 @@ fn write_zeroes(file: &File, mut offset: u64, mut length: u64) -> io::Result<()>
 }
 
 /// The next data at or after `offset`, and the next hole after that; both at most `end`, which is within the volume.
+///
+/// What a file that was cut short no longer has is no hole: nobody may take it for zeroes.
 pub(super) fn next_data(file: &File, offset: u64, end: u64) -> io::Result<(u64, u64)> {
     let data = match seek(file, SeekFrom::Data(offset)) {
         Ok(data) => data.min(end),
+        Err(Errno::NXIO) if file.metadata()?.len() < end => return Err(Errno::IO.into()),
         Err(Errno::NXIO) => return Ok((end, end)),
         // Without knowledge of holes all is data.
         Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset, end)),

@@ -450,6 +450,9 @@ fn a_file_cut_short_while_in_use_gives_errors_not_a_dead_process() {
             .read_blocks(extent(32, 1), &mut bytes[..4096])
             .is_err()
     );
+    // It is no hole, which would be shipped as zeroes.
+    assert!(interval.reader.data_extents(extent(0, 64)).is_err());
+    assert!(engine.extents(0, 64 * BLOCK, 16).is_err());
     // The before-image can't be read: the block is not overwritten.
     assert!(
         engine
