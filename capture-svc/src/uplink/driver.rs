@@ -9,7 +9,7 @@ use capture_core::{
 };
 use tidemark_block::{BlockSet, Coherence, IntervalHeader, IntervalId, Receipt, Trigger};
 use tidemark_proto::{
-    Reason, RpcError,
+    ErrorKind, Reason, RpcError,
     convert::{CurrentMark, TermRequest},
 };
 use tokio::{
@@ -233,9 +233,10 @@ impl Driver {
         let (link, grant) = match granted {
             Ok(granted) => granted,
             Err(error) => {
-                let failure = match failure_of(&error) {
-                    Failure::Fenced => Failure::Fenced,
-                    _ => Failure::Transient,
+                let failure = if error.kind == ErrorKind::Fenced {
+                    Failure::Fenced
+                } else {
+                    Failure::Transient
                 };
                 return self.failed("ask the vault for the writer term", &error, failure);
             }

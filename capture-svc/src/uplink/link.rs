@@ -102,13 +102,13 @@ pub(crate) fn bad_answer(error: WireError) -> RpcError {
     )
 }
 
-/// What a failed call to the vault means for the uplink.
+/// What a failed call to the vault, other than StartTerm, means for the uplink. `FENCED` is not the last word then: a
+/// vault that was put back from a copy doesn't know the term any more, and grants it again when it is asked for.
 pub(crate) fn failure_of(error: &RpcError) -> Failure {
     match (error.kind, error.reason) {
-        (ErrorKind::Fenced, _) => Failure::Fenced,
         (_, Reason::DigestMismatch | Reason::FrameCorrupt) => Failure::Mismatch,
         (_, Reason::BaseNotHead) => Failure::HeadMoved,
-        (ErrorKind::Unavailable | ErrorKind::Exhausted, _)
+        (ErrorKind::Unavailable | ErrorKind::Exhausted | ErrorKind::Fenced, _)
         | (_, Reason::StoreCorrupt | Reason::GeometryMismatch | Reason::IoFailed) => {
             Failure::Transient
         }
@@ -123,7 +123,6 @@ mod tests {
     #[test]
     fn every_reason_has_its_meaning_for_the_uplink() {
         let meaning = |reason| failure_of(&RpcError::new(reason, "", ""));
-        assert_eq!(meaning(Reason::Fenced), Failure::Fenced);
         assert_eq!(meaning(Reason::BaseNotHead), Failure::HeadMoved);
         assert_eq!(meaning(Reason::DigestMismatch), Failure::Mismatch);
         assert_eq!(meaning(Reason::FrameCorrupt), Failure::Mismatch);
@@ -136,6 +135,7 @@ mod tests {
             Reason::Busy,
             Reason::ShuttingDown,
             Reason::LimitReached,
+            Reason::Fenced,
         ] {
             assert_eq!(meaning(reason), Failure::Transient, "{reason}");
         }
