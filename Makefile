@@ -1,7 +1,7 @@
 # Tidemark: `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test fuzz bench lint fmt fmt-check doc deny clean
+.PHONY: help setup build demo test soak fuzz bench lint fmt fmt-check doc deny clean
 
 CARGO ?= cargo
 
@@ -22,6 +22,11 @@ demo: ## the whole round trip on real files: protect, write, kill, restore, comp
 test: ## every test (cargo-nextest where it is installed, else cargo test)
 	@integration/setup.sh
 	@integration/test.sh
+
+soak: ## kill either service 2,000 times under load and compare every generation (40 min; ROUNDS=n, TIDEMARK_SEED=n)
+	$(CARGO) build --workspace --bins
+	TIDEMARK_KILL_ROUNDS=$${ROUNDS:-2000} $(CARGO) test -p tidemark-integration --test it -- \
+		--exact kills::either_service_killed_at_random_moments_loses_nothing --nocapture
 
 fuzz: ## fuzz each decoder and state machine for FUZZ_SECONDS (60), two at a time (FUZZ="frame ingest" for some of them)
 	@integration/setup.sh --fuzz

@@ -9,3 +9,4 @@
 
 pub mod nbd;
 pub mod programs;
+pub mod small_disk;

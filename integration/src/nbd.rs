@@ -89,6 +89,11 @@ impl Client {
         })
     }
 
+    /// The connection itself, to misuse it.
+    pub fn raw(&self) -> UnixStream {
+        self.stream.try_clone().unwrap()
+    }
+
     pub fn write(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
         self.request(WRITE, offset, data.len() as u64, data)?;
         self.answer(&mut [])

@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsStr,
+    fs::{self, File},
     io::{BufRead, BufReader},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::net::UnixStream,
@@ -119,8 +120,9 @@ impl Process {
         }
     }
 
-    /// `kill -9`.
+    /// `kill -9`; until then it must have run.
     pub fn kill(mut self) {
+        self.assert_runs();
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
@@ -315,12 +317,18 @@ pub struct Split {
     vault: Option<Process>,
     pub cli: Cli,
     pub socket: PathBuf,
+    /// Directory of the vault's object store.
+    pub store: PathBuf,
+    /// Directory of the capture service's state.
+    pub capture_state: PathBuf,
     /// Flags of the capture service beyond its addresses.
     pub capture_flags: Vec<String>,
     /// Flags of the vault service beyond its addresses.
     pub vault_flags: Vec<String>,
     /// A command that runs the capture service.
     pub capture_wrapper: Vec<String>,
+    /// A command that runs the vault service.
+    pub vault_wrapper: Vec<String>,
 }
 
 impl Split {
@@ -338,49 +346,91 @@ impl Split {
                 vault: format!("http://{vault_addr}"),
             },
             socket: dir.join("nbd.sock"),
+            store: dir.join("store"),
+            capture_state: dir.join("capture"),
             capture_flags: Vec::new(),
             vault_flags: Vec::new(),
             capture_wrapper: Vec::new(),
+            vault_wrapper: Vec::new(),
         }
     }
 
     pub fn start_vault(&mut self) {
-        let mut command = program("vault-svc");
+        self.spawn_vault();
+        self.vault_is_up();
+    }
+
+    /// Does not wait until it listens.
+    pub fn spawn_vault(&mut self) {
+        let mut command = wrapped(&self.vault_wrapper, "vault-svc");
         command
             .args(["--listen", &self.vault_addr.to_string()])
             .arg("--store-dir")
-            .arg(self.dir.join("store"))
+            .arg(&self.store)
             .arg("--state-dir")
             .arg(self.dir.join("vault"))
-            .args(&self.vault_flags);
-        let mut process = Process::spawn(&mut command, "vault-svc");
-        listens(self.vault_addr, &mut process);
-        self.vault = Some(process);
+            .args(&self.vault_flags)
+            .stderr(self.log("vault-svc"));
+        self.vault = Some(Process::spawn(&mut command, "vault-svc"));
+    }
+
+    /// Waits until it listens.
+    pub fn vault_is_up(&mut self) {
+        listens(self.vault_addr, self.vault.as_mut().unwrap());
     }
 
     pub fn start_capture(&mut self) {
-        let mut command = match self.capture_wrapper.split_first() {
-            None => program("capture-svc"),
-            Some((wrapper, rest)) => {
-                let mut command = Command::new(wrapper);
-                command.args(rest).arg(bin_dir().join("capture-svc"));
-                command
-            }
-        };
+        self.spawn_capture();
+        self.capture_is_up();
+    }
+
+    /// Does not wait until it listens.
+    pub fn spawn_capture(&mut self) {
+        let mut command = wrapped(&self.capture_wrapper, "capture-svc");
         command
             .args(["--listen", &self.capture_addr.to_string()])
             .args(["--vault", &self.cli.vault])
             .arg("--state")
-            .arg(self.dir.join("capture"))
+            .arg(&self.capture_state)
             .arg(format!("--nbd=unix:{}", self.socket.display()))
-            .args(&self.capture_flags);
-        let mut process = Process::spawn(&mut command, "capture-svc");
-        listens(self.capture_addr, &mut process);
+            .args(&self.capture_flags)
+            .stderr(self.log("capture-svc"));
+        self.capture = Some(Process::spawn(&mut command, "capture-svc"));
+    }
+
+    /// Waits until it listens.
+    pub fn capture_is_up(&mut self) {
+        let process = self.capture.as_mut().unwrap();
+        listens(self.capture_addr, process);
         wait_for("the NBD server", || {
             process.assert_runs();
             UnixStream::connect(&self.socket).ok()
         });
-        self.capture = Some(process);
+    }
+
+    /// Both ran until now.
+    pub fn assert_both_run(&mut self) {
+        self.capture.as_mut().unwrap().assert_runs();
+        self.vault.as_mut().unwrap().assert_runs();
+    }
+
+    fn log_path(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.log"))
+    }
+
+    fn log(&self, name: &str) -> File {
+        File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path(name))
+            .unwrap()
+    }
+
+    /// Everything that both services have logged since they were first started.
+    pub fn logged(&self) -> String {
+        ["vault-svc", "capture-svc"]
+            .map(|name| fs::read_to_string(self.log_path(name)).unwrap_or_default())
+            .concat()
     }
 
     pub fn capture_pid(&self) -> u32 {
@@ -404,10 +454,40 @@ impl Split {
         self.capture.take().unwrap().terminate();
     }
 
-    pub fn stop(mut self) {
-        self.stop_capture();
+    /// SIGTERM, and waits for the end.
+    pub fn stop_vault(&mut self) {
         self.vault.take().unwrap().terminate();
     }
+
+    pub fn stop(mut self) {
+        self.stop_capture();
+        self.stop_vault();
+    }
+}
+
+impl Drop for Split {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for line in last_lines(&self.logged(), 200) {
+                eprintln!("{line}");
+            }
+        }
+    }
+}
+
+fn last_lines(text: &str, count: usize) -> impl Iterator<Item = &str> {
+    let skipped = text.lines().count().saturating_sub(count);
+    text.lines().skip(skipped)
+}
+
+/// One of the services, run by another command where there is one.
+fn wrapped(wrapper: &[String], name: &str) -> Command {
+    let Some((first, rest)) = wrapper.split_first() else {
+        return program(name);
+    };
+    let mut command = Command::new(first);
+    command.args(rest).arg(bin_dir().join(name));
+    command
 }
 
 fn listens(addr: SocketAddr, process: &mut Process) {

@@ -5,16 +5,28 @@ use tidemark_integration::{nbd, programs};
 
 #[path = "it/bad_input.rs"]
 mod bad_input;
+#[path = "it/clocks.rs"]
+mod clocks;
 #[path = "it/crash.rs"]
 mod crash;
 #[path = "it/demo.rs"]
 mod demo;
+#[path = "it/disks.rs"]
+mod disks;
 #[path = "it/docs.rs"]
 mod docs;
+#[path = "it/files.rs"]
+mod files;
 #[path = "it/first_use.rs"]
 mod first_use;
+#[path = "it/kills.rs"]
+mod kills;
+#[path = "it/peers.rs"]
+mod peers;
 #[path = "it/real_clients.rs"]
 mod real_clients;
+#[path = "it/shutdown.rs"]
+mod shutdown;
 #[path = "it/snapshots.rs"]
 mod snapshots;
 #[path = "it/workload.rs"]

@@ -4,7 +4,7 @@ use std::{fs, time::Duration};
 
 use crate::{
     programs::{Split, args, wait_for},
-    workload::Writer,
+    workload::{Writer, seed},
 };
 
 const SIZE: usize = 32 << 20;
@@ -36,7 +36,7 @@ fn services(dir: &std::path::Path) -> Split {
 }
 
 /// Ends the writing, ships the rest, and checks every retained generation, the volume and the tracking.
-fn settle_and_check(services: &Split, writer: &mut Writer, dir: &std::path::Path) {
+pub(crate) fn settle_and_check(services: &Split, writer: &mut Writer, dir: &std::path::Path) {
     writer.stop();
     let all = writer.done();
     let receipt = wait_for("the last interval", || {
@@ -57,6 +57,8 @@ fn settle_and_check(services: &Split, writer: &mut Writer, dir: &std::path::Path
         "the volume holds every write"
     );
 
+    // Retires what would otherwise be retired while it is looked at.
+    services.cli.json(args!["maintain"]);
     let generations = services.cli.generations("data");
     assert!(!generations.is_empty());
     let mut last = 0;
@@ -75,7 +77,7 @@ fn settle_and_check(services: &Split, writer: &mut Writer, dir: &std::path::Path
 }
 
 /// Until the vault has committed something after the kill: it went on by itself.
-fn goes_on(services: &Split) {
+pub(crate) fn goes_on(services: &Split) {
     let head = || {
         let generations = services.cli.generations("data");
         generations
@@ -92,7 +94,7 @@ fn goes_on(services: &Split) {
 fn the_capture_service_killed_again_and_again_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let mut services = services(dir.path());
-    let mut writer = Writer::start(services.socket.clone(), "data", SIZE, 0xca);
+    let mut writer = Writer::start(services.socket.clone(), "data", SIZE, seed(0xca));
     for round in 0..5 {
         writer.wait_for(200 + 130 * round);
         services.kill_capture();
@@ -108,7 +110,7 @@ fn the_capture_service_killed_again_and_again_loses_nothing() {
 fn the_vault_killed_again_and_again_delays_intervals_and_no_writes() {
     let dir = tempfile::tempdir().unwrap();
     let mut services = services(dir.path());
-    let mut writer = Writer::start(services.socket.clone(), "data", SIZE, 0x7a);
+    let mut writer = Writer::start(services.socket.clone(), "data", SIZE, seed(0x7a));
     for round in 0..5 {
         writer.wait_for(200 + 130 * round);
         services.kill_vault();
@@ -126,7 +128,7 @@ fn the_vault_killed_again_and_again_delays_intervals_and_no_writes() {
 fn both_services_killed_at_the_same_moment_find_their_way_back() {
     let dir = tempfile::tempdir().unwrap();
     let mut services = services(dir.path());
-    let mut writer = Writer::start(services.socket.clone(), "data", SIZE, 0xb0);
+    let mut writer = Writer::start(services.socket.clone(), "data", SIZE, seed(0xb0));
     for round in 0..3 {
         writer.wait_for(300);
         services.kill_capture();
@@ -150,10 +152,12 @@ fn many_writers_at_once_survive_the_kills_each_in_its_own_order() {
     let dir = tempfile::tempdir().unwrap();
     let mut services = services(dir.path());
     let part = SIZE / 8;
+    let first_seed = seed(0xe0);
     let mut writers: Vec<_> = (0..8)
         .map(|n| {
+            let seed = first_seed + n as u64;
             let (socket, bytes) = (services.socket.clone(), n * part..(n + 1) * part);
-            Writer::start_in(socket, "data", bytes, 0xe0 + n as u64)
+            Writer::start_in(socket, "data", bytes, seed)
         })
         .collect();
     for writer in &writers[..3] {
@@ -164,6 +168,7 @@ fn many_writers_at_once_survive_the_kills_each_in_its_own_order() {
     }
     writers.iter_mut().for_each(Writer::stop);
     services.cli.json(args!["ship", "data"]);
+    services.cli.json(args!["maintain"]);
     let mut last = [0; 8];
     for generation in services.cli.generations("data") {
         let number = generation["generation"].as_u64().unwrap();
@@ -191,7 +196,7 @@ fn many_writers_at_once_survive_the_kills_each_in_its_own_order() {
 fn intervals_cut_under_load_are_the_volume_at_one_moment() {
     let dir = tempfile::tempdir().unwrap();
     let services = services(dir.path());
-    let mut writer = Writer::start(services.socket.clone(), "data", SIZE, 0x1d);
+    let mut writer = Writer::start(services.socket.clone(), "data", SIZE, seed(0x1d));
     for _ in 0..4 {
         writer.wait_for(150);
         let before = writer.done();

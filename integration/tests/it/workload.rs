@@ -17,7 +17,7 @@ use std::{
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use crate::nbd::Client;
+use crate::{nbd::Client, programs::wait_for};
 
 const BLOCK: usize = 4096;
 /// Between two writes: a log of some thousand writes a second is long enough, and quick to go through.
@@ -88,6 +88,29 @@ struct Log {
     retries: usize,
 }
 
+/// How far a writer is.
+#[derive(Debug, Clone)]
+pub(crate) struct Progress(Arc<Mutex<Log>>);
+
+impl Progress {
+    /// How many writes are certainly in the volume.
+    pub(crate) fn done(&self) -> usize {
+        self.0.lock().unwrap().done
+    }
+
+    /// How many writes may be in the volume.
+    pub(crate) fn begun(&self) -> usize {
+        self.0.lock().unwrap().begun.len()
+    }
+}
+
+/// The seed of a test: `TIDEMARK_SEED`, else this one. The same seed gives the same writes, not the same timing.
+pub(crate) fn seed(otherwise: u64) -> u64 {
+    let seed = std::env::var("TIDEMARK_SEED").map_or(otherwise, |text| text.parse().unwrap());
+    println!("seed {seed}: TIDEMARK_SEED={seed} gives the same writes");
+    seed
+}
+
 /// Writes into its part of a volume, in its own thread, until it is stopped.
 #[derive(Debug)]
 pub(crate) struct Writer {
@@ -105,9 +128,6 @@ impl Writer {
 
     /// Writes only within these bytes of the volume.
     pub(crate) fn start_in(socket: PathBuf, export: &str, part: Range<usize>, seed: u64) -> Self {
-        // Another `TIDEMARK_SEED` is another workload; the same one is the same.
-        let seed = std::env::var("TIDEMARK_SEED").map_or(seed, |text| text.parse().unwrap());
-        println!("workload seed {seed}");
         let log = Arc::new(Mutex::new(Log::default()));
         let stop = Arc::new(AtomicBool::new(false));
         let thread = std::thread::spawn({
@@ -123,22 +143,25 @@ impl Writer {
         }
     }
 
+    /// For another thread to ask how far it is.
+    pub(crate) fn progress(&self) -> Progress {
+        Progress(Arc::clone(&self.log))
+    }
+
     /// How many writes are certainly in the volume.
     pub(crate) fn done(&self) -> usize {
-        self.log.lock().unwrap().done
+        self.progress().done()
     }
 
     /// How many writes may be in the volume.
     pub(crate) fn begun(&self) -> usize {
-        self.log.lock().unwrap().begun.len()
+        self.progress().begun()
     }
 
     /// Waits until this many more writes are done.
     pub(crate) fn wait_for(&self, more: usize) {
         let wanted = self.done() + more;
-        while self.done() < wanted {
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        wait_for("the writer", || (self.done() >= wanted).then_some(()));
     }
 
     /// Ends the writing with a flush; every write of the log is then done.
