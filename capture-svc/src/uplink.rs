@@ -4,6 +4,8 @@
 //! work goes to blocking threads. The order of durable steps is here, and only here: id before header, base before
 //! release, release before table, doubt before anything that could make it look unneeded.
 
+#[cfg(test)]
+mod crash;
 mod driver;
 mod link;
 mod open;

@@ -30,7 +30,7 @@ pub(super) fn record_path(dir: &Path) -> PathBuf {
     dir.join("uplink")
 }
 
-fn table_path(dir: &Path) -> PathBuf {
+pub(super) fn table_path(dir: &Path) -> PathBuf {
     dir.join("table")
 }
 
@@ -123,7 +123,7 @@ pub(super) fn release_unrecorded(engine: &Arc<Engine>, committed: Epoch) -> Resu
 }
 
 /// Whether the table is that of the base, now or after the last interval's checksums are applied again.
-fn sound_table(
+pub(super) fn sound_table(
     dir: &Path,
     record: &UplinkRecord,
     table: &BaseTable,

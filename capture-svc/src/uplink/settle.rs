@@ -1,19 +1,33 @@
 //! The ends of an interval: committed, unchanged, given up, or made moot by another head.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use anyhow::{Context, Result};
 use capture_core::{interval::Event as IntervalEvent, uplink::Event};
 use tidemark_block::{GenerationId, Head, Receipt};
 
 use super::{
-    blocking,
+    BaseTable, blocking,
     driver::{Driver, Outcome, jitter},
     open::record_path,
     pending::{PendingKey, path_in},
     record::{IntervalRecord, UplinkRecord},
 };
 use crate::engine::EngineError;
+
+/// Records the base; then releases the interval and applies its checksums. An error means that nothing was recorded;
+/// the inner one is that of the release.
+pub(super) fn record_base(
+    dir: &Path,
+    record: &UplinkRecord,
+    table: &BaseTable,
+    pending: Option<PendingKey>,
+    release: impl FnOnce() -> Result<()>,
+) -> Result<Result<()>> {
+    record.store(&record_path(dir))?;
+    let path = path_in(dir);
+    Ok(table.advance(pending.map(|key| (path.as_path(), key)), release))
+}
 
 impl Driver {
     pub(super) fn pending_key(&self, interval: &IntervalRecord) -> PendingKey {
@@ -71,20 +85,17 @@ impl Driver {
         pending: Option<PendingKey>,
     ) -> Result<()> {
         let (engine, table) = (Arc::clone(&self.engine), Arc::clone(&self.table));
-        let (path, pending_path) = (record_path(&self.settings.dir), path_in(&self.settings.dir));
-        let stored = record.clone();
+        let (dir, stored) = (self.settings.dir.clone(), record.clone());
         let cut = self.cut.take();
         let stored = blocking(move || {
             drop(cut);
-            stored.store(&path)?;
-            let released = table.advance(pending.map(|key| (pending_path.as_path(), key)), || {
+            record_base(&dir, &stored, &table, pending, || {
                 match engine.commit_interval(interval.epoch) {
                     // It was given up after it had been read whole: its blocks are compared once more.
                     Ok(()) | Err(EngineError::NoInterval(_)) => Ok(()),
                     Err(error) => Err(error).context("release the interval"),
                 }
-            });
-            Ok(released)
+            })
         });
         // From here on the base is recorded, whatever else failed.
         let released = stored.await?;

@@ -97,8 +97,9 @@ impl BaseTable {
         released
     }
 
-    /// Applies an interval's checksums again, after a crash that may have torn the first time. False where they are
-    /// not all there, or the table doesn't have the image digest `expected` then.
+    /// Applies an interval's checksums again, after a crash that may have torn the first time. Where they are not all
+    /// there, those of the next interval may have taken their place: then the table had them. False where it doesn't
+    /// have the image digest `expected` in the end.
     pub(crate) fn replay(
         &self,
         path: &Path,
@@ -107,8 +108,8 @@ impl BaseTable {
     ) -> io::Result<bool> {
         let mut sound = self.sound.write();
         *sound = false;
-        if !super::pending::is_complete(path, key)? || !self.apply(path, key, true)? {
-            return Ok(false);
+        if super::pending::is_complete(path, key)? {
+            self.apply(path, key, true)?;
         }
         let table = self.table();
         table.rebuild_upper_levels()?;

@@ -351,21 +351,19 @@ impl Sim {
         }
     }
 
-    /// Writes, or where the crash comes, some of the sectors.
+    /// Writes, or where a crash or a failure comes, some of the sectors.
     fn write(&self, file: fn(&mut Inner) -> &mut Sectors, offset: u64, data: &[u8]) -> MediaResult {
         let inner = &mut *self.0.inner.borrow_mut();
-        if self.tick(inner, offset ^ data.len() as u64)? {
-            let reached = (inner.random.index(data.len() / SECTOR + 2) * SECTOR).min(data.len());
-            if reached > 0 {
-                file(inner).write(offset, &data[..reached]);
-            }
-            return Err(CRASHED);
+        let crash = self.tick(inner, offset ^ data.len() as u64)?;
+        if !crash && !self.fails_now(inner, false) {
+            file(inner).write(offset, data);
+            return Ok(());
         }
-        if self.fails_now(inner, false) {
-            return Err(EIO);
+        let reached = (inner.random.index(data.len() / SECTOR + 2) * SECTOR).min(data.len());
+        if reached > 0 {
+            file(inner).write(offset, &data[..reached]);
         }
-        file(inner).write(offset, data);
-        Ok(())
+        Err(if crash { CRASHED } else { EIO })
     }
 
     fn fails(&self, random: &mut Random, choose: fn(&Faults) -> Option<u64>) -> bool {
