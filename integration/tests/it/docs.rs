@@ -89,6 +89,25 @@ fn sources(dir: &Path, ending: &str, text: &mut String) {
     }
 }
 
+#[test]
+fn every_test_that_the_fault_model_names_is_there() {
+    let mut text = String::new();
+    for folder in ["crates", "capture-svc", "vault-svc", "integration/tests/it"] {
+        sources(&root().join(folder), "rs", &mut text);
+    }
+    let page = fs::read_to_string(root().join("docs/FAULT-MODEL.md")).unwrap();
+    let named: Vec<&str> = page
+        .split('`')
+        .skip(1)
+        .step_by(2)
+        .filter(|name| name.contains('_'))
+        .collect();
+    assert!(named.len() > 30);
+    for name in named {
+        assert!(text.contains(&format!("fn {name}(")), "{name}");
+    }
+}
+
 /// Rows of the glossary's first table: word, and the words that are not used for it.
 fn glossary() -> Vec<(String, Vec<String>)> {
     let text = fs::read_to_string(root().join("docs/GLOSSARY.md")).unwrap();
