@@ -25,7 +25,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
-    tidemark_disk::heap::share_arenas();
+    tidemark_disk::heap::keep_small();
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

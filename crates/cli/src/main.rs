@@ -6,7 +6,7 @@ use clap::Parser;
 use tidemark_cli::{args::Cli, command, failure::Failure};
 
 fn main() -> ExitCode {
-    tidemark_disk::heap::share_arenas();
+    tidemark_disk::heap::keep_small();
     let cli = Cli::parse();
     let json = cli.global.json;
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -4,16 +4,21 @@
 #[cfg(target_env = "gnu")]
 const ARENAS_MAX: libc::c_int = 2;
 
-/// Has all threads share a few arenas, to be called first thing in `main`.
+/// Bytes from which a buffer has pages of its own: segments, not frames.
+#[cfg(target_env = "gnu")]
+const OWN_PAGES_LEN: libc::c_int = 1 << 20;
+
+/// Has all threads share a few arenas and gives large buffers back at once, to be called first thing in `main`.
 ///
 /// Buffers of frames are made by one thread and freed by another, and each arena keeps what was freed in it: with an
-/// arena for each thread a service holds several times the memory that its bounds speak of. Elsewhere than with the
-/// GNU C library nothing happens.
-pub fn share_arenas() {
+/// arena for each thread, and segments in them, a service holds several times the memory that its bounds speak of.
+/// Elsewhere than with the GNU C library nothing happens.
+pub fn keep_small() {
     #[cfg(target_env = "gnu")]
     #[allow(unsafe_code)]
-    // SAFETY: sets a number in the allocator, under its own lock; a refusal changes nothing.
+    // SAFETY: sets numbers in the allocator, under its own lock; a refusal changes nothing.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, ARENAS_MAX);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, OWN_PAGES_LEN);
     }
 }
