@@ -21,8 +21,8 @@ pub const TRACKING_MAGIC: [u8; 8] = *b"TMTRACK\0";
 pub const DIRTY_MAGIC: [[u8; 8]; 2] = [*b"TMDIRTY0", *b"TMDIRTY1"];
 /// Magic of the header of `spool.slots`.
 pub const SLOTS_MAGIC: [u8; 8] = *b"TMSLOTS\0";
-/// Epochs only ever rise: there must be room to.
-const EPOCH_LIMIT_MAX: u64 = 1 << 62;
+/// Epochs and numbers only ever rise: there must be room to.
+const COUNTER_MAX: u64 = 1 << 62;
 /// The most bytes of a snapshot's label.
 pub const LABEL_MAX: usize = 255;
 
@@ -146,7 +146,10 @@ impl SnapshotTable {
         }
         reader.end()?;
         let ascending = snapshots.is_sorted_by(|a, b| a.cut < b.cut);
-        if ascending {
+        let numbered = last_id <= COUNTER_MAX && snapshots.iter().all(|s| s.id <= last_id);
+        if !numbered {
+            Err(WireError::Range("number of a snapshot").into())
+        } else if ascending {
             Ok(Self { last_id, snapshots })
         } else {
             Err(WireError::Range("order of snapshots").into())
@@ -259,7 +262,7 @@ impl Identity {
             _ => return Err(WireError::Range("clean mark").into()),
         };
         let epoch_limit = reader.u64()?;
-        if !(1..=EPOCH_LIMIT_MAX).contains(&epoch_limit) {
+        if !(1..=COUNTER_MAX).contains(&epoch_limit) {
             return Err(WireError::Range("epoch limit").into());
         }
         let mut file = FileIdentity {

@@ -48,6 +48,16 @@ struct Found {
     snapshots: SnapshotTable,
 }
 
+impl Found {
+    /// The newest of the recorded cuts, all of which closed an epoch before the open one.
+    fn newest_cut(&self) -> Option<u64> {
+        let snapshots = self.snapshots.snapshots.iter().map(|snapshot| snapshot.cut);
+        snapshots
+            .chain(self.interval.as_ref().map(|(cut, _)| *cut))
+            .max()
+    }
+}
+
 impl<M: Media> Capture<M> {
     /// Opens a volume. Afterwards, before any request, the caller writes the identity with a limit of
     /// [`EPOCHS_RESERVED`] past the open epoch, and calls [`Self::confirm`].
@@ -63,7 +73,7 @@ impl<M: Media> Capture<M> {
         epoch_limit: u64,
     ) -> Result<(Self, Outcome), CaptureError> {
         let (found, damage) = read_records(&media, geometry)?;
-        let examined = examine(&media, geometry, judgement, epoch_limit)?;
+        let examined = examine(&media, geometry, judgement, epoch_limit, &found)?;
         let judgement = match damage {
             Some(record) => Err(format!("the {record} is damaged")),
             None => examined,
@@ -236,6 +246,7 @@ fn examine<M: Media>(
     geometry: Geometry,
     judgement: Judgement,
     epoch_limit: u64,
+    found: &Found,
 ) -> Result<Result<Judgement, String>, CaptureError> {
     let words = media.words(Map::Tracking);
     let failed_before = words[MARKS_WORD].load(SeqCst) & MARK_SYNC_FAILED != 0;
@@ -263,8 +274,11 @@ fn examine<M: Media>(
     {
         return Ok(Err("a dirty map is damaged".to_owned()));
     }
+    let open = open_epoch(media, epoch_limit);
     // Openings that end before the identity is durable go a little past the limit.
-    if words[EPOCH_WORD].load(SeqCst) > epoch_limit.saturating_add(EPOCHS_RESERVED) {
+    if open > epoch_limit.saturating_add(EPOCHS_RESERVED)
+        || found.newest_cut().is_some_and(|cut| cut >= open)
+    {
         return Ok(Err("the epoch counter is damaged".to_owned()));
     }
     let mut block_bytes = vec![0; geometry.block_size().as_usize()];
@@ -298,6 +312,15 @@ fn read_intent<M: Media>(
         .collect()
 }
 
+/// The epoch that was open when the last process ended.
+fn open_epoch<M: Media>(media: &M, epoch_limit: u64) -> u64 {
+    match media.words(Map::Tracking)[EPOCH_WORD].load(SeqCst) {
+        // Made anew, by an opening that came no further.
+        0 => epoch_limit,
+        epoch => epoch,
+    }
+}
+
 /// Takes up the tracking where it was left: the dirty maps' blocks join the carry.
 fn resume<M: Media>(
     media: &M,
@@ -305,11 +328,7 @@ fn resume<M: Media>(
     found: Found,
     epoch_limit: u64,
 ) -> Result<(Table, u64), CaptureError> {
-    let epoch = match media.words(Map::Tracking)[EPOCH_WORD].load(SeqCst) {
-        // Made anew, by an opening that came no further.
-        0 => epoch_limit,
-        epoch => epoch,
-    };
+    let epoch = open_epoch(media, epoch_limit);
     let layout = DirtyLayout::new(geometry.block_count().get());
     let maps = [0, 1].map(|parity| layout.map(media.words(Map::Dirty(parity))));
     let mut drained = maps[0].collect(geometry.all());

@@ -155,6 +155,18 @@ fn an_identity_leaves_room_for_epochs_to_rise() {
 }
 
 #[test]
+fn snapshots_have_numbers_that_were_given() {
+    for (last_id, is_read) in [(9, true), (8, false), (u64::MAX, false)] {
+        let table = SnapshotTable {
+            last_id,
+            ..snapshots()
+        };
+        let read = SnapshotTable::decode(&table.encode());
+        assert_eq!(read.is_ok(), is_read, "{last_id}");
+    }
+}
+
+#[test]
 fn a_damaged_byte_is_seen_in_every_structure() {
     let all = geometry().all();
     type Decode = fn(&[u8], Extent) -> bool;

@@ -711,6 +711,20 @@ fn mapped_words_that_nobody_stored_put_everything_in_doubt() {
 }
 
 #[test]
+fn an_epoch_counter_that_fell_behind_a_recorded_cut_puts_everything_in_doubt() {
+    for purpose in [snapshot(), Purpose::Interval] {
+        let bench = Bench::new();
+        bench.write(3, 1);
+        let cut = bench.cut(purpose);
+        bench.sim.words(Map::Tracking)[EPOCH_WORD].store(cut, SeqCst);
+        let (bench, outcome) = bench.reopen(false);
+        assert!(matches!(outcome, Outcome::Everything(_)), "{outcome:?}");
+        assert!(bench.capture.epoch() > cut);
+        assert_eq!(bench.tracked().len() as u64, BLOCKS);
+    }
+}
+
+#[test]
 fn a_recorded_block_is_invalid_while_it_is_written() {
     let bench = Bench::new();
     let recorded = |bench: &Bench| {
