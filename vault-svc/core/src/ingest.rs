@@ -1,7 +1,7 @@
 //! Receiving one interval: what is admitted, what a batch must look like, and what a commit needs.
 //!
-//! The state machine is handed verified frames only ([`VerifiedFrame`] is the only type it takes), so nothing
-//! unverified is ever stored or counted. It gathers frames into parts, knows the durable prefix, and computes the
+//! The state machine is handed verified frames only ([`tidemark_block::VerifiedFrame`] is the only type it takes), so
+//! nothing unverified is ever stored or counted. It gathers frames into parts, knows the durable prefix, and computes the
 //! digest of the image on the way, so that the seal finds it almost done. Every refusal leaves it, and the volume,
 //! as they were.
 

@@ -81,7 +81,7 @@ pub struct DurablePrefix {
 }
 
 impl Interval {
-    /// Starts an interval that [`admit`] let in.
+    /// Starts an interval that [`super::admit`] let in.
     #[must_use]
     pub fn new(header: IntervalHeader, sequence: Sequence, part_bytes_max: u64) -> Self {
         let digest = DigestUpdate::new(header.geometry);
