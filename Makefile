@@ -23,7 +23,7 @@ test: ## every test (cargo-nextest where it is installed, else cargo test)
 	@integration/setup.sh
 	@integration/test.sh
 
-soak: ## kill either service 2,000 times under load and compare every generation (40 min; ROUNDS=n, TIDEMARK_SEED=n)
+soak: ## kill either service 2,000 times under load and compare every generation (some 50 min; ROUNDS=n, TIDEMARK_SEED=n)
 	$(CARGO) build --workspace --bins
 	TIDEMARK_KILL_ROUNDS=$${ROUNDS:-2000} $(CARGO) test -p tidemark-integration --test it -- \
 		--exact kills::either_service_killed_at_random_moments_loses_nothing --nocapture
