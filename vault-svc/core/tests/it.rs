@@ -15,5 +15,7 @@ mod image;
 mod page;
 #[path = "it/resume.rs"]
 mod resume;
+#[path = "it/retention.rs"]
+mod retention;
 #[path = "it/samples.rs"]
 mod samples;
