@@ -17,3 +17,5 @@ mod page;
 mod resume;
 #[path = "it/samples.rs"]
 mod samples;
+#[path = "it/scrub.rs"]
+mod scrub;
