@@ -25,6 +25,8 @@ mod kills;
 mod peers;
 #[path = "it/real_clients.rs"]
 mod real_clients;
+#[path = "it/scrub.rs"]
+mod scrub;
 #[path = "it/shutdown.rs"]
 mod shutdown;
 #[path = "it/snapshots.rs"]
