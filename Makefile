@@ -34,7 +34,7 @@ fuzz: ## fuzz each decoder and state machine for FUZZ_SECONDS (60), two at a tim
 
 bench: ## figures, as ratios to peers in the same run (BENCH="interval nbd --rounds 3" for some of them)
 	@integration/setup.sh --bench
-	$(CARGO) build --release --workspace --bins --benches
+	$(CARGO) build --release --workspace --bins
 	$(CARGO) bench --workspace --bench figures -- $(BENCH)
 
 lint: ## clippy on everything, warnings are errors
