@@ -112,7 +112,7 @@ struct Gathered {
     files: u64,
 }
 
-/// Copies regular files below `from` into folders below `stage`, until there is enough of them.
+/// Links, or copies, regular files below `from` into folders below `stage`, until there is enough of them.
 fn gather(from: &Path, stage: &Path, wanted: u64, gathered: &mut Gathered) -> Result<()> {
     // What can't be read is left out.
     let Ok(entries) = std::fs::read_dir(from) else {
@@ -133,7 +133,8 @@ fn gather(from: &Path, stage: &Path, wanted: u64, gathered: &mut Gathered) -> Re
             let folder = stage.join((gathered.files / FOLDER_FILES).to_string());
             std::fs::create_dir_all(&folder)?;
             let to = folder.join((gathered.files % FOLDER_FILES).to_string());
-            if length > 0 && std::fs::copy(&path, &to).is_ok() {
+            let linked = || std::fs::hard_link(&path, &to).is_ok();
+            if length > 0 && (linked() || std::fs::copy(&path, &to).is_ok()) {
                 gathered.bytes += length;
                 gathered.files += 1;
             }
