@@ -1,5 +1,6 @@
 //! Tests of the capture service's decisions.
 
+#![cfg(not(feature = "shuttle"))]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 #[path = "it/bench.rs"]

@@ -3,12 +3,8 @@
 //! All decisions of the engine are methods of [`Capture`]; none of them waits for another request. Where one must,
 //! it says so and the caller comes again: on threads by blocking, in the model test by taking another turn.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
-};
+use std::sync::Arc;
 
-use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
 use tidemark_block::{BlockCount, BlockSet, Extent, Geometry, VolumeId};
 
@@ -19,6 +15,10 @@ use super::{
     records::{RecordError, SnapshotTable, encode_carry},
     ring::{RING_WORDS, Ring},
     spool::{Spool, SpoolLimits},
+};
+use crate::sync::{
+    Mutex, RwLock,
+    atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
 };
 
 /// Word of the open epoch in [`Map::Tracking`].

@@ -3,10 +3,7 @@
 //! A cut is begun (the flip), settles by itself, and is finished: only then is anything written, so that the flip
 //! takes no longer on a large volume or a slow disk. Cuts follow each other; the caller sees to that.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering::SeqCst},
-};
+use std::sync::Arc;
 
 use tidemark_block::BlockSet;
 
@@ -15,6 +12,7 @@ use super::{
     media::{Media, Record},
     records::{Snapshot, encode_cut},
 };
+use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 /// What a cut is for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -2,10 +2,7 @@
 //!
 //! Each step leaves files from which another opening finds the same blocks or more.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering::SeqCst},
-};
+use std::sync::Arc;
 
 use tidemark_block::{
     BlockCount, BlockIndex, BlockSet, Extent, Geometry, VolumeId, block_checksum,
@@ -24,6 +21,7 @@ use super::{
     spool::Spool,
     trust::Judgement,
 };
+use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 /// How far the tracking could be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]

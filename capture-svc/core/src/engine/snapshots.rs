@@ -1,6 +1,6 @@
 //! Snapshots: listing, deleting, reading, what changed between two, and giving up when the spool is full.
 
-use std::sync::{Arc, atomic::Ordering::SeqCst};
+use std::sync::Arc;
 
 use tidemark_block::BlockSet;
 
@@ -9,6 +9,7 @@ use super::{
     media::{Media, Record},
     records::{Snapshot, SnapshotTable, decode_cut, encode_cut},
 };
+use crate::sync::atomic::Ordering::SeqCst;
 
 impl<M: Media> Capture<M> {
     /// All snapshots, oldest first.

@@ -13,15 +13,16 @@
 //! | 4, 5 | block checksum of the bytes |
 //! | 6, 7 | XXH3-128 of words 1 to 5 |
 
-use std::{
-    collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering::SeqCst},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
-use parking_lot::Mutex;
 use tidemark_block::{BlockIndex, Checksum128, block_checksum, xxh3_128};
 
 use super::media::{Map, Media, MediaError};
+use crate::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering::SeqCst},
+    many,
+};
 
 /// Words of an entry.
 pub const ENTRY_WORDS: usize = 8;
@@ -30,7 +31,7 @@ pub const INDEX_BYTES_PER_ENTRY: u64 = 40;
 /// First word of a used entry: "TMSLOT" and version 1.
 pub const ENTRY_TAG: u64 = u64::from_le_bytes(*b"TMSLOT\x01\0");
 const ZEROES: u64 = u64::MAX;
-const SHARDS: usize = 64;
+const SHARDS: usize = many(64, 2);
 /// Blocks that stay together in a shard: a request rarely meets more than one.
 const SHARD_BLOCKS: u64 = 256;
 
@@ -336,7 +337,7 @@ impl Spool {
 
     /// Frees what no open cut reads. `open` gives the open cuts, ascending; it is asked under the lock that also
     /// guards the entering of before-images, so that a cut opened meanwhile keeps its own.
-    pub fn sweep<M: Media>(&self, media: &M, open: impl Fn() -> std::sync::Arc<[u64]>) {
+    pub fn sweep<M: Media>(&self, media: &M, open: impl Fn() -> Arc<[u64]>) {
         for shard in &self.shards {
             let mut freed = Vec::new();
             {

@@ -3,8 +3,6 @@
 //! The order of the steps is the order of `docs/CRASH-RULES.md`: intent durable, lock, before-images, dirty bits,
 //! volume. A large request goes region by region, so that no lock is held for long.
 
-use std::sync::atomic::Ordering::SeqCst;
-
 use tidemark_block::{BlockIndex, Extent};
 
 use super::{
@@ -13,6 +11,7 @@ use super::{
     media::Media,
     spool::SpoolError,
 };
+use crate::sync::atomic::Ordering::SeqCst;
 
 /// What is to be written.
 #[derive(Debug, Clone, Copy)]
