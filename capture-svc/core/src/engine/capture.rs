@@ -298,9 +298,18 @@ impl<M: Media> Capture<M> {
         last && self.epoch() != epoch
     }
 
-    /// Whether all requests of a closed epoch have ended.
+    /// Whether all requests of a closed epoch have ended. Once it is so it stays so: a request that comes too late to
+    /// be of the epoch is counted in it for a moment all the same, see [`Self::enter`].
     pub fn is_settled(&self, epoch: u64) -> bool {
-        self.inflight[parity(epoch)].0.load(SeqCst) == 0
+        if epoch <= self.settled_through.load(SeqCst) {
+            return true;
+        }
+        // The flip first: whoever is of the epoch was counted before it.
+        let settled = epoch < self.epoch() && self.inflight[parity(epoch)].0.load(SeqCst) == 0;
+        if settled {
+            self.settled_through.fetch_max(epoch, SeqCst);
+        }
+        settled
     }
 
     /// Whether no request is in flight.

@@ -100,7 +100,6 @@ impl<M: Media> Capture<M> {
         );
         let mut table = self.table.lock();
         table.cutting = None;
-        self.settled_through.fetch_max(cut.epoch, SeqCst);
         let result = self.check().and_then(|()| match cut.purpose {
             _ if !table.cuts.contains_key(&cut.epoch) => Err(CaptureError::GivenUp(cut.epoch)),
             Purpose::Interval => self.finish_interval(&mut table, cut.epoch),
