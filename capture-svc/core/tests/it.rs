@@ -5,6 +5,8 @@
 
 #[path = "it/bench.rs"]
 mod bench;
+#[path = "it/changes.rs"]
+mod changes;
 #[path = "it/crash.rs"]
 mod crash;
 #[path = "it/formats.rs"]

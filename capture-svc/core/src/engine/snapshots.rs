@@ -85,6 +85,13 @@ impl<M: Media> Capture<M> {
             return Ok(());
         }
         let mut union = drained.clone();
+        // An earlier attempt to close the epoch may have come this far, and have merged others into its record.
+        let mut noted = None;
+        if table.changes.contains(&epoch) {
+            let before = self.changes_of(epoch)?;
+            union.union_with(&before);
+            noted = Some(before);
+        }
         let since: Vec<u64> = table.changes.range(newest + 1..epoch).copied().collect();
         let merged = if since.len() >= self.tuning.changes_max {
             &since[..]
@@ -94,8 +101,10 @@ impl<M: Media> Capture<M> {
         for &cut in merged {
             union.union_with(&self.changes_of(cut)?);
         }
-        self.put(Record::Changes(epoch), Some(&encode_cut(epoch, &union)))?;
-        table.changes.insert(epoch);
+        if noted.as_ref() != Some(&union) {
+            self.put(Record::Changes(epoch), Some(&encode_cut(epoch, &union)))?;
+            table.changes.insert(epoch);
+        }
         for cut in merged {
             self.put(Record::Changes(*cut), None)?;
             table.changes.remove(cut);
