@@ -171,7 +171,7 @@ pub struct Capture<M> {
     pub(super) ring: Ring,
     pub(super) table: Mutex<Table>,
     /// Open cuts, ascending: a copy for those who must not take the table's lock.
-    pub(super) open_cuts: RwLock<Arc<[u64]>>,
+    open_cuts: RwLock<Arc<[u64]>>,
     /// By parity of the epoch: the newest open cut before it, 0 for none.
     pub(super) cut_before: [AtomicU64; 2],
     inflight: [Padded; 2],
@@ -458,13 +458,15 @@ impl<M: Media> Capture<M> {
         *self.open_cuts.write() = cuts;
     }
 
-    /// Frees the before-images that no open cut reads. Not once work is refused: the next opening may find a cut
-    /// that this process has given up believing in.
+    /// The open cuts, ascending. None once work is refused: the next opening may find a cut that this process has
+    /// given up believing in. Such a cut is taken back only after the refusal, which is therefore asked last.
+    pub(super) fn open_cuts(&self) -> Option<Arc<[u64]>> {
+        let cuts = Arc::clone(&self.open_cuts.read());
+        (!self.is_poisoned()).then_some(cuts)
+    }
+
+    /// Frees the before-images that no open cut reads.
     pub(super) fn sweep(&self) {
-        if self.is_poisoned() {
-            return;
-        }
-        self.spool
-            .sweep(&self.media, || Arc::clone(&self.open_cuts.read()));
+        self.spool.sweep(&self.media, || self.open_cuts());
     }
 }

@@ -227,7 +227,8 @@ impl Spool {
         found
     }
 
-    /// Stores a before-image. On return it is found, also after a process crash.
+    /// Stores a before-image. On return it is found, also after a process crash, unless no open cut reads it any more:
+    /// then nothing is kept, for nobody would free it. `open` is as for [`Self::sweep`], and asked under the same lock.
     ///
     /// # Errors
     /// [`SpoolError::Full`], or what the medium says; nothing is stored then.
@@ -237,6 +238,7 @@ impl Spool {
         block: BlockIndex,
         epoch: u64,
         content: &[u8],
+        open: impl Fn() -> Option<Arc<[u64]>>,
     ) -> Result<(), SpoolError> {
         let checksum = block_checksum(content);
         let (id, slot) = self.allocate(media, checksum != Checksum128::ZERO)?;
@@ -252,11 +254,20 @@ impl Spool {
             slot: slot.unwrap_or(ZEROES),
             checksum,
         };
-        entry.store(entry_words(media.words(Map::Slots), id));
+        let words = entry_words(media.words(Map::Slots), id);
+        entry.store(words);
         media.instant()?;
-        self.shard(block.get())
-            .lock()
-            .insert((block.get(), epoch), id);
+        let key = (block.get(), epoch);
+        let mut shard = self.shard(block.get()).lock();
+        let before = shard.range((block.get(), 0)..key).next_back();
+        let from = before.map_or(0, |(&(_, epoch), _)| epoch);
+        if open().is_none_or(|cuts| is_read(&cuts, from, epoch)) {
+            shard.insert(key, id);
+        } else {
+            drop(shard);
+            words[0].store(0, SeqCst);
+            self.release(id, slot);
+        }
         Ok(())
     }
 
@@ -335,21 +346,20 @@ impl Spool {
         }
     }
 
-    /// Frees what no open cut reads. `open` gives the open cuts, ascending; it is asked under the lock that also
-    /// guards the entering of before-images, so that a cut opened meanwhile keeps its own.
-    pub fn sweep<M: Media>(&self, media: &M, open: impl Fn() -> Arc<[u64]>) {
+    /// Frees what no open cut reads. `open` gives the open cuts, ascending, or none where nobody can tell and nothing is
+    /// freed; it is asked under the lock that also guards the entering of before-images, so that a cut opened meanwhile
+    /// keeps its own.
+    pub fn sweep<M: Media>(&self, media: &M, open: impl Fn() -> Option<Arc<[u64]>>) {
         for shard in &self.shards {
             let mut freed = Vec::new();
             {
                 let mut shard = shard.lock();
-                let cuts = open();
+                let Some(cuts) = open() else { return };
                 let mut before = (u64::MAX, 0);
                 shard.retain(|&(block, epoch), &mut id| {
                     let from = if before.0 == block { before.1 } else { 0 };
                     before = (block, epoch);
-                    let needed = cuts[cuts.partition_point(|&cut| cut < from)..]
-                        .first()
-                        .is_some_and(|&cut| cut < epoch);
+                    let needed = is_read(&cuts, from, epoch);
                     if !needed {
                         let words = entry_words(media.words(Map::Slots), id);
                         freed.push((id, words[3].load(SeqCst)));
@@ -403,6 +413,13 @@ impl Spool {
         let allocation = self.allocation.lock();
         (allocation.entries.used, allocation.slots.used)
     }
+}
+
+/// Whether one of the cuts (ascending) reads a before-image of `epoch`, of a block whose last one before it is of `from`.
+fn is_read(cuts: &[u64], from: u64, epoch: u64) -> bool {
+    cuts[cuts.partition_point(|&cut| cut < from)..]
+        .first()
+        .is_some_and(|&cut| cut < epoch)
 }
 
 /// What an entry says.
