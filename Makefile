@@ -1,7 +1,7 @@
 # Tidemark: `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test soak fuzz bench lint fmt fmt-check doc deny clean
+.PHONY: help setup build demo test soak fuzz mutants bench lint fmt fmt-check doc deny clean
 
 CARGO ?= cargo
 
@@ -31,6 +31,10 @@ soak: ## kill either service 2,000 times under load and compare every generation
 fuzz: ## fuzz each decoder and state machine for FUZZ_SECONDS (60), two at a time (FUZZ="frame ingest" for some of them)
 	@integration/setup.sh --fuzz
 	@integration/fuzz.sh $(FUZZ)
+
+mutants: ## plant bugs and show that the tests catch each of them (some 15 min; MUTANTS="03 07" for some of them)
+	@integration/setup.sh
+	@integration/mutants.sh $(MUTANTS)
 
 bench: ## figures, as ratios to peers in the same run (BENCH="interval nbd --rounds 3" for some of them)
 	@integration/setup.sh --bench

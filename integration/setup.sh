@@ -29,6 +29,7 @@ needed=(
     e2fsck:e2fsprogs
     debugfs:e2fsprogs
     cmp:diffutils
+    patch:patch
 )
 [[ "${1:-}" != "--fuzz" ]] || needed+=(g++:g++)
 

@@ -21,6 +21,8 @@ mod files;
 mod first_use;
 #[path = "it/kills.rs"]
 mod kills;
+#[path = "it/mutants.rs"]
+mod mutants;
 #[path = "it/peers.rs"]
 mod peers;
 #[path = "it/real_clients.rs"]

@@ -18,6 +18,7 @@ mod maps;
 mod marker;
 mod strays;
 mod tables;
+mod writers;
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
@@ -276,9 +277,17 @@ impl World {
             return Ok(());
         };
         prepared.header.term = self.source.term;
-        match self.vault().await.ship(prepared.header).await? {
-            Begun::Committed(again) => assert_eq!(again, receipt),
-            Begun::Open(_) => panic!("a committed interval was let in again"),
+        match self.vault().await.ship(prepared.header).await {
+            Ok(Begun::Committed(again)) => assert_eq!(again, receipt),
+            Ok(Begun::Open(_)) => panic!("a committed interval was let in again"),
+            Err(error) => {
+                assert_ne!(
+                    error.reason,
+                    Reason::BaseNotHead,
+                    "its receipt is forgotten"
+                );
+                return Err(error);
+            }
         }
         Ok(())
     }

@@ -15,6 +15,9 @@ use rustix::{
     io::Errno,
 };
 
+#[cfg(test)]
+mod ext4;
+
 /// Name ending of files that are not complete yet. Whatever carries it after a crash can be removed.
 pub const TEMPORARY_SUFFIX: &str = ".tmp";
 
@@ -171,9 +174,7 @@ fn parent(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
-
-    use super::*;
+    use super::{ext4::Ext4, *};
 
     #[test]
     fn a_file_is_replaced_whole_and_its_temporary_is_gone() {
@@ -227,68 +228,64 @@ mod tests {
         assert!(file.metadata().unwrap().blocks() * 512 >= 1 << 20);
     }
 
-    /// A filesystem of 16 MiB whose partial allocations stay after a failure, as tmpfs's don't; nothing where it can't
-    /// be mounted.
-    struct SmallDisk(tempfile::TempDir);
+    #[test]
+    fn what_has_returned_survives_a_loss_of_power() {
+        let Some(disk) = Ext4::mount() else {
+            return;
+        };
+        let at = |name: &str| disk.path().join(name);
+        let old = |name: &str| write_file(&at(name), b"old").unwrap();
+        // Each looks at the disk before the next one syncs anything.
+        let lost = || disk.after_a_loss_of_power();
+        let content = |name: &str| fs::read(lost().path().join(name)).unwrap();
+        let is_there = |name: &str| lost().path().join(name).exists();
 
-    impl SmallDisk {
-        fn mount() -> Option<Self> {
-            if !rustix::process::geteuid().is_root() {
-                assert!(
-                    std::env::var_os("CI").is_none_or(|ci| ci != "true"),
-                    "mounting needs root"
-                );
-                println!("skipped: mounting needs root");
-                return None;
-            }
-            let dir = tempfile::tempdir().unwrap();
-            let image = dir.path().join("image");
-            File::create(&image).unwrap().set_len(16 << 20).unwrap();
-            fs::create_dir(dir.path().join("mounted")).unwrap();
-            run(Command::new("mkfs.ext4").arg("-q").arg(&image));
-            let at = dir.path().join("mounted");
-            run(Command::new("mount")
-                .args(["-o", "loop"])
-                .arg(&image)
-                .arg(at));
-            Some(Self(dir))
-        }
+        old("replaced");
+        write_file(&at("replaced"), b"new").unwrap();
+        assert_eq!(content("replaced"), b"new", "write_file");
 
-        fn path(&self) -> PathBuf {
-            self.0.path().join("mounted")
-        }
+        old("renamed");
+        rename(&at("renamed"), &at("other")).unwrap();
+        assert_eq!(content("other"), b"old", "rename");
 
-        fn free(&self) -> u64 {
-            let found = rustix::fs::statvfs(self.path()).unwrap();
-            found.f_bavail * found.f_frsize
-        }
+        old("named");
+        rename_new(&at("named"), &at("free")).unwrap();
+        assert_eq!(content("free"), b"old", "rename_new");
+
+        remove_file(&at("free")).unwrap();
+        assert!(!is_there("free"), "remove_file");
+
+        create_dir(&at("a/b")).unwrap();
+        assert!(is_there("a/b"), "create_dir");
+
+        write_file(&at("a/b/file"), b"x").unwrap();
+        remove_dir(&at("a")).unwrap();
+        assert!(!is_there("a"), "remove_dir");
+
+        drop(open_allocated(&at("map"), 8192).unwrap());
+        assert_eq!(content("map").len(), 8192, "open_allocated");
     }
 
-    impl Drop for SmallDisk {
-        fn drop(&mut self) {
-            run(Command::new("umount").arg(self.path()));
-        }
+    fn free_on(disk: &Ext4) -> u64 {
+        let found = rustix::fs::statvfs(disk.path()).unwrap();
+        found.f_bavail * found.f_frsize
     }
 
-    fn run(command: &mut Command) {
-        let status = command.status().unwrap();
-        assert!(status.success(), "{command:?}");
-    }
-
+    /// On a filesystem whose partial allocations stay after a failure, as tmpfs's don't.
     #[test]
     fn a_file_that_cannot_grow_keeps_its_length_and_gives_the_space_back() {
-        let Some(disk) = SmallDisk::mount() else {
+        let Some(disk) = Ext4::mount() else {
             return;
         };
         let file = open_allocated(&disk.path().join("map"), 8192).unwrap();
-        let free = disk.free();
+        let free = free_on(&disk);
         let error = extend_allocated(&file, 8192, 64 << 20).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::StorageFull);
         assert_eq!(file.metadata().unwrap().len(), 8192);
         // The filesystem may keep a block or two of its own for the extents that there were.
-        assert!(free - disk.free() < 64 << 10);
+        assert!(free - free_on(&disk) < 64 << 10);
         extend_allocated(&file, 8192, 1 << 20).unwrap();
         assert_eq!(file.metadata().unwrap().len(), 1 << 20);
-        assert!(disk.free() < free);
+        assert!(free_on(&disk) < free);
     }
 }

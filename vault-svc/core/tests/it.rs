@@ -15,6 +15,8 @@ mod image;
 mod page;
 #[path = "it/resume.rs"]
 mod resume;
+#[path = "it/retention.rs"]
+mod retention;
 #[path = "it/samples.rs"]
 mod samples;
 #[path = "it/scrub.rs"]

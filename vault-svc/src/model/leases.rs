@@ -1,25 +1,28 @@
 //! Readers and reclaim at the same time.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use object_store::memory::InMemory;
 use tidemark_block::{BlockCount, BlockIndex, Extent};
 
 use super::{BLOCKS, POLICY, config, deliver, scratch};
 use crate::{
-    Vault,
+    Config, Vault,
     image::ImageReader,
     interval::Source,
     store::{Store, VolumeStore},
 };
 
-#[test]
-fn a_reader_keeps_what_it_reads_and_nothing_is_left_when_it_has_gone() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .unwrap();
-    runtime.block_on(async {
+        .unwrap()
+}
+
+#[test]
+fn a_reader_keeps_what_it_reads_and_nothing_is_left_when_it_has_gone() {
+    runtime().block_on(async {
         let dir = scratch();
         let objects = Arc::new(InMemory::new());
         let store = Store::new(Arc::clone(&objects) as _);
@@ -69,5 +72,46 @@ fn a_reader_keeps_what_it_reads_and_nothing_is_left_when_it_has_gone() {
             .map(|found| found.id)
             .collect();
         assert_eq!(there, named, "what is there is what is named");
+    });
+}
+
+/// Leases are known to this process only; whoever reads the store in another way has the grace.
+#[test]
+fn nothing_that_is_condemned_goes_before_the_grace_of_readers_is_over() {
+    runtime().block_on(async {
+        let dir = scratch();
+        let store = Store::new(Arc::new(InMemory::new()));
+        let patient = Config {
+            reader_grace: Duration::from_secs(86_400).into(),
+            ..config(dir.path(), 1)
+        };
+        let vault = Vault::open_with(patient, store.clone(), POLICY)
+            .await
+            .unwrap();
+        let mut source = Source::new(5, BLOCKS);
+        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        let volume = vault.volume(source.volume).unwrap();
+        let mut put = 0;
+        for _ in 0..3 {
+            (0..BLOCKS).for_each(|block| source.write(block));
+            let prepared = source.prepare();
+            source.committed(&deliver(&vault, &prepared).await.unwrap());
+            put += volume.manifest().tail.len();
+            let passed = vault.pass(&volume, true).await.unwrap();
+            assert_eq!(passed.deleted_segments, 0);
+            put -= volume.manifest().tail.len();
+        }
+        let condemned = volume.manifest().condemned.len();
+        assert!(condemned > 0 && condemned == put, "{condemned} of {put}");
+        let there = volume.store.segments().await.unwrap().len();
+        assert_eq!(there, condemned + volume.manifest().tail.len());
+        drop((vault, volume));
+
+        let vault = Vault::open_with(config(dir.path(), 1), store, POLICY)
+            .await
+            .unwrap();
+        let volume = vault.volume(source.volume).unwrap();
+        let passed = vault.pass(&volume, true).await.unwrap();
+        assert_eq!(passed.deleted_segments, condemned as u64, "it is over");
     });
 }

@@ -127,8 +127,12 @@ impl Reserve {
 }
 
 #[cfg(test)]
+#[path = "../../../crates/disk/src/durable/ext4.rs"]
+mod ext4;
+
+#[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{ext4::Ext4, *};
 
     #[test]
     fn unfinished_writes_are_cleared_and_nothing_else() {
@@ -145,6 +149,26 @@ mod tests {
             .collect();
         left.sort();
         assert_eq!(left, ["#", "00000000", "a#b"]);
+    }
+
+    /// A put whose last sync failed: the object has its bytes and its name, and nobody knows for how long.
+    #[test]
+    fn what_is_visible_and_was_settled_survives_a_loss_of_power() {
+        let Some(disk) = Ext4::mount() else {
+            return;
+        };
+        let local = LocalDir::open(&disk.path().join("store")).unwrap();
+        for (version, content) in ["first", "second"].into_iter().enumerate() {
+            let manifests = local.root.join("volumes/v/manifest");
+            fs::create_dir_all(&manifests).unwrap();
+            let (staged, name) = (format!("{version}#1"), version.to_string());
+            fs::write(manifests.join(&staged), content).unwrap();
+            fs::rename(manifests.join(&staged), manifests.join(&name)).unwrap();
+            local.settle("volumes/v/manifest").unwrap();
+            let lost = disk.after_a_loss_of_power();
+            let found = fs::read(lost.path().join("store/volumes/v/manifest").join(&name));
+            assert_eq!(found.unwrap(), content.as_bytes());
+        }
     }
 
     #[test]

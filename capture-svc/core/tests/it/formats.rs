@@ -3,10 +3,11 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use capture_core::engine::{
-    capture::{MARKS_WORD, RING_WORD, TRACKING_WORDS},
+    capture::{CaptureError, MARKS_WORD, RING_WORD, TRACKING_WORDS},
     dirty::DirtyLayout,
     intent::{HEADER_LEN, PAGE_LEN, PAGE_REGIONS, decode_page, encode_page},
     media::{Map, Media},
+    read::SnapshotRead,
     records::{
         CARRY_MAGIC, CUT_MAGIC, DIRTY_MAGIC, FileIdentity, IDENTITY_MAGIC, Identity, Place,
         SLOTS_MAGIC, SNAPSHOTS_MAGIC, Snapshot, SnapshotTable, TRACKING_MAGIC, decode_carry,
@@ -17,7 +18,10 @@ use capture_core::engine::{
 use proptest::prelude::*;
 use tidemark_block::{BlockIndex, BlockSet, BlockSize, Extent, Geometry, VolumeId};
 
-use crate::sim::Sim;
+use crate::{
+    bench::{BLOCK, Bench, extent, snapshot},
+    sim::Sim,
+};
 
 fn geometry() -> Geometry {
     Geometry::new(64 * 4096, BlockSize::MIN).unwrap()
@@ -196,6 +200,36 @@ fn a_damaged_byte_is_seen_in_every_structure() {
         }
         assert!(!decodes(&encoded[..encoded.len() - 1], all));
     }
+}
+
+#[test]
+fn a_damaged_before_image_is_refused_by_the_number_of_its_block() {
+    let bench = Bench::new();
+    bench.write(5, 1);
+    let cut = bench.cut(snapshot());
+    bench.write(5, 2);
+    let read = || {
+        let mut buffer = vec![0; BLOCK];
+        let view = bench.capture.open_cut(cut).unwrap();
+        let mut read = SnapshotRead::new(view, extent(5, 1));
+        read.before_images(&bench.capture, &mut buffer)
+            .map(|()| buffer[0])
+    };
+    let mut whole = vec![0; BLOCK];
+    bench.sim.read_before(0, &mut whole).unwrap();
+    for at in [0, 700, BLOCK - 1] {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 1;
+        bench.sim.write_before(0, &damaged).unwrap();
+        assert_eq!(read(), Err(CaptureError::SpoolDamaged(5)), "byte {at}");
+    }
+    bench.sim.write_before(0, &whole).unwrap();
+    for word in &bench.sim.words(Map::Slots)[..ENTRY_WORDS] {
+        let was = word.fetch_xor(1 << 9, SeqCst);
+        assert_eq!(read(), Err(CaptureError::SpoolDamaged(5)));
+        word.store(was, SeqCst);
+    }
+    assert_eq!(read(), Ok(1));
 }
 
 proptest! {

@@ -1,8 +1,9 @@
-//! Syncs of the volume at the same time, on a medium that reports a failure as the kernel does: to one of them only.
+//! Syncs of the volume while something else goes on, on a medium that reports a failure as the kernel does: to one of
+//! them only.
 
 use std::{
     sync::{
-        Condvar, Mutex,
+        Condvar, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering::SeqCst},
     },
     thread,
@@ -23,7 +24,7 @@ use tidemark_block::{BlockSize, Geometry, VolumeId};
 
 const BLOCK: usize = 4096;
 
-/// Nothing but words, and a sync that fails once when it is told to.
+/// Nothing but words, and a sync that fails once, or takes its time, when it is told to.
 struct Reporting {
     words: [Vec<AtomicU64>; 4],
     syncs: Mutex<Syncs>,
@@ -36,6 +37,10 @@ struct Syncs {
     failing: bool,
     /// Syncs that ended while another one was failing.
     passed: u64,
+    begun: u64,
+    hold_next: bool,
+    /// One is under way until this is taken back.
+    held: bool,
 }
 
 fn geometry() -> Geometry {
@@ -59,6 +64,13 @@ impl Media for Reporting {
     }
     fn sync_volume(&self) -> MediaResult {
         let mut syncs = self.syncs.lock().unwrap();
+        syncs.begun += 1;
+        if std::mem::take(&mut syncs.hold_next) {
+            syncs.held = true;
+            self.changed.notify_all();
+            drop(self.changed.wait_while(syncs, |syncs| syncs.held).unwrap());
+            return Ok(());
+        }
         if !std::mem::take(&mut syncs.fail_next) {
             syncs.passed += u64::from(syncs.failing);
             self.changed.notify_all();
@@ -124,8 +136,18 @@ impl Media for Reporting {
     fn unlock(&self, _: u64, _: u64) {}
 }
 
-#[test]
-fn a_sync_that_fails_is_heard_by_a_commit_at_the_same_time() {
+impl Reporting {
+    fn syncs(&self) -> MutexGuard<'_, Syncs> {
+        self.syncs.lock().unwrap()
+    }
+
+    /// Waits until the syncs are so.
+    fn until(&self, are: impl Fn(&Syncs) -> bool) {
+        drop(self.changed.wait_while(self.syncs(), |s| !are(s)).unwrap());
+    }
+}
+
+fn capture() -> Capture<Reporting> {
     let words = |n: usize| std::iter::repeat_with(AtomicU64::default).take(n).collect();
     let dirty = DirtyLayout::new(16).total();
     let media = Reporting {
@@ -145,27 +167,60 @@ fn a_sync_that_fails_is_heard_by_a_commit_at_the_same_time() {
         changes_max: 1,
     };
     let exact = Judgement::Exact { clean: true };
-    let (capture, _) = Capture::recover(media, volume(), geometry(), tuning, exact, 1).unwrap();
+    Capture::recover(media, volume(), geometry(), tuning, exact, 1)
+        .unwrap()
+        .0
+}
+
+/// Writes a block, and cuts an interval of it.
+fn write_and_cut(capture: &Capture<Reporting>) -> u64 {
     let epoch = capture.enter().unwrap();
-    let mut write = WriteOp::new(&capture, epoch, 0, Change::Data(&[1; BLOCK]));
-    while write.step(&capture, &mut [0; BLOCK]).unwrap() != Step::Done {}
+    let mut write = WriteOp::new(capture, epoch, 0, Change::Data(&[1; BLOCK]));
+    while write.step(capture, &mut [0; BLOCK]).unwrap() != Step::Done {}
     capture.exit(epoch);
     let cut = capture.begin_cut(Purpose::Interval).unwrap();
     capture.finish_cut(cut).unwrap();
+    epoch
+}
 
-    capture.media().syncs.lock().unwrap().fail_next = true;
+#[test]
+fn a_sync_that_fails_is_heard_by_a_commit_at_the_same_time() {
+    let capture = capture();
+    let epoch = write_and_cut(&capture);
+    capture.media().syncs().fail_next = true;
     thread::scope(|scope| {
         let flush = scope.spawn(|| capture.sync());
-        let syncs = capture.media().syncs.lock().unwrap();
-        let waiting = capture
-            .media()
-            .changed
-            .wait_while(syncs, |syncs| !syncs.failing);
-        drop(waiting.unwrap());
+        capture.media().until(|syncs| syncs.failing);
         assert_eq!(capture.commit_interval(epoch), Err(CaptureError::Poisoned));
         assert!(matches!(flush.join().unwrap(), Err(CaptureError::Media(_))));
     });
     assert!(capture.open_interval().is_some(), "it is not dropped");
     assert_eq!(capture.intent().set_regions(), [0], "and no intent cleared");
     assert_eq!(capture.media().words(Map::Tracking)[1].load(SeqCst), 1);
+}
+
+#[test]
+fn a_sync_that_began_before_a_cut_had_settled_does_not_count_for_it() {
+    let capture = capture();
+    let media = capture.media();
+    let opened = media.syncs().begun;
+    media.syncs().hold_next = true;
+    let epoch = thread::scope(|scope| {
+        let flush = scope.spawn(|| capture.sync());
+        media.until(|syncs| syncs.held);
+        // What is written now, that sync may have passed by already.
+        let epoch = write_and_cut(&capture);
+        media.syncs().held = false;
+        media.changed.notify_all();
+        flush.join().unwrap().unwrap();
+        epoch
+    });
+    assert_eq!(media.syncs().begun, opened + 1);
+    capture.commit_interval(epoch).unwrap();
+    assert_eq!(
+        media.syncs().begun,
+        opened + 2,
+        "committed without one of its own"
+    );
+    assert_eq!(capture.intent().set_regions(), [0; 0]);
 }

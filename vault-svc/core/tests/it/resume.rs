@@ -5,7 +5,7 @@ use tidemark_block::{
     WriterTerm,
 };
 use vault_core::{
-    ingest::Interval,
+    ingest::{IngestError, Interval},
     segment::{SealedSegment, SegmentIndex, decode_checksums},
 };
 
@@ -13,8 +13,8 @@ use crate::samples::{INTERVAL, VOLUME, extent, frame, geometry};
 
 const PART_BYTES_MAX: u64 = 16 << 20;
 
-fn interval() -> Interval {
-    let header = IntervalHeader {
+fn header() -> IntervalHeader {
+    IntervalHeader {
         volume: VOLUME,
         term: WriterTerm::new(1),
         interval: INTERVAL,
@@ -24,8 +24,11 @@ fn interval() -> Interval {
         cut_time_ms: 1_700_000_000_000,
         coherence: Coherence::Crash,
         trigger: Trigger::Request,
-    };
-    Interval::new(header, Sequence::new(1), PART_BYTES_MAX)
+    }
+}
+
+fn interval() -> Interval {
+    Interval::new(header(), Sequence::new(1), PART_BYTES_MAX)
 }
 
 /// Receives the blocks, all below `end`, as one part.
@@ -90,4 +93,26 @@ fn a_part_that_leaves_a_gap_is_not_taken_up() {
         !after.continues(&late.footer).unwrap(),
         "block 2 is in neither part"
     );
+}
+
+#[test]
+fn a_part_of_another_cut_or_base_is_a_conflict() {
+    let part = receive(&mut interval(), &[1, 2], 10);
+    type Change = fn(&mut IntervalHeader);
+    let changes: [(&str, Change); 3] = [
+        ("epoch", |header| header.epoch = Epoch::new(4)),
+        ("cut time", |header| header.cut_time_ms += 1),
+        ("base generation", |header| {
+            header.base = GenerationId::new(1);
+        }),
+    ];
+    for (what, change) in changes {
+        let mut other = header();
+        change(&mut other);
+        let other = Interval::new(other, Sequence::new(1), PART_BYTES_MAX);
+        assert_eq!(
+            other.continues(&part.footer),
+            Err(IngestError::Conflict(what))
+        );
+    }
 }
