@@ -38,7 +38,7 @@ mutants: ## plant bugs and show that the tests catch each of them (some 15 min; 
 
 bench: ## figures, as ratios to peers in the same run (BENCH="interval nbd --rounds 3" for some of them)
 	@integration/setup.sh --bench
-	$(CARGO) build --release --workspace --bins --benches
+	$(CARGO) build --release --workspace --bins
 	$(CARGO) bench --workspace --bench figures -- $(BENCH)
 
 lint: ## clippy on everything, warnings are errors

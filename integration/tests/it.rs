@@ -27,6 +27,8 @@ mod mutants;
 mod peers;
 #[path = "it/real_clients.rs"]
 mod real_clients;
+#[path = "it/scrub.rs"]
+mod scrub;
 #[path = "it/shutdown.rs"]
 mod shutdown;
 #[path = "it/snapshots.rs"]

@@ -61,6 +61,10 @@ settings! {
     reserve_bytes: ByteSize = ByteSize::mib(32);
     /// How often volumes are looked after even if nothing was committed.
     maintenance_period: Span = Span::from_secs(60);
+    /// Time for one pass of the scrub, which reads and verifies all that is stored. 0s: no scrub.
+    scrub_period: Span = Span::from_secs(7 * 24 * 3600);
+    /// The most bytes per second that the scrub reads.
+    scrub_bytes_per_second_max: ByteSize = ByteSize::mib(64);
     /// Filter of log lines, as `RUST_LOG` has it.
     log: String = "info".to_owned();
     /// `text` or `json`.
@@ -121,6 +125,11 @@ impl Config {
             ByteSize::mib(1)..=ByteSize::tib(1024),
         );
         rules.at_least("cache_bytes_max", self.cache_bytes_max, ByteSize::mib(8));
+        rules.at_least(
+            "scrub_bytes_per_second_max",
+            self.scrub_bytes_per_second_max,
+            ByteSize::kib(64),
+        );
         // Streams stall with less: one part is received while the other is put.
         let two_parts = self.part_bytes_max.get().saturating_mul(2);
         for (key, size) in [

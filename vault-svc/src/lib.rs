@@ -1,13 +1,15 @@
 //! The vault service: receives intervals, commits generations, keeps and serves them.
 //!
 //! In the order of the data: [`rpc`] → [`ship`] (one interval) → [`volume`] (manifest and checksum table) →
-//! [`store`]; back out through [`image`]; beside it [`upkeep`] (retention, reclaim).
+//! [`store`]; back out through [`image`]; beside it [`upkeep`] (retention, reclaim) and
+//! [`scrub`].
 
 mod cache;
 pub mod config;
 mod error;
 pub mod image;
 mod rpc;
+mod scrub;
 mod ship;
 pub mod store;
 mod upkeep;
@@ -53,6 +55,7 @@ pub struct Running {
     stop: watch::Sender<bool>,
     server: JoinHandle<Result<()>>,
     upkeep: JoinHandle<()>,
+    scrub: JoinHandle<()>,
 }
 
 impl Running {
@@ -72,6 +75,7 @@ impl Running {
             }
         };
         self.upkeep.await.context("join the upkeep task")?;
+        self.scrub.await.context("join the scrub")?;
         self.vault.close().await?;
         served
     }
@@ -142,12 +146,14 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
             .await
             .context("serve")
     });
-    let upkeep = tokio::spawn(Arc::clone(&vault).look_after(stopping));
+    let upkeep = tokio::spawn(Arc::clone(&vault).look_after(stopping.clone()));
+    let scrub = tokio::spawn(Arc::clone(&vault).scrub_always(stopping));
     Ok(Running {
         listen_addr,
         vault,
         stop,
         server,
         upkeep,
+        scrub,
     })
 }

@@ -33,6 +33,7 @@ use crate::{
     config::ByteSize,
     image::ImageReader,
     interval::{Numbers, Prepared, Source},
+    scrub::Pace,
     ship::{Begun, Session},
     store::{Store, VolumeStore},
     volume::Volume,
@@ -389,6 +390,19 @@ impl World {
     }
 }
 
+impl World {
+    /// Whatever has happened, every byte that is stored is sound.
+    async fn scrub(&mut self) {
+        self.fuse.disarm();
+        let volume = self.vault().await.volume(self.source.volume).unwrap();
+        let found = volume
+            .scrub(&mut Pace::unbounded(), &mut |_| ())
+            .await
+            .unwrap();
+        assert!(found.damaged.is_empty(), "{:?}", found.damaged);
+    }
+}
+
 /// Ships an interval whole, from wherever the vault has it.
 async fn deliver(vault: &Vault, prepared: &Prepared) -> Result<Receipt, RpcError> {
     let mut session = match vault.ship(prepared.header.clone()).await? {
@@ -455,6 +469,7 @@ fn run(seed: u64, steps: u64) -> (u64, u64) {
             }
         }
         world.check().await;
+        world.scrub().await;
         (world.commits, world.lost)
     })
 }

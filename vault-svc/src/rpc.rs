@@ -2,6 +2,7 @@
 
 mod ingest;
 mod reader;
+mod scrub;
 
 use std::{sync::Arc, time::Duration};
 

@@ -8,6 +8,7 @@
 //! volumes/<uuid>/current                       advisory
 //! ```
 
+mod check;
 mod error;
 mod found;
 mod local;

@@ -98,6 +98,7 @@ impl Vault {
                 maps: Cache::new(MAPS_BYTES_MAX),
                 frames: Cache::new(FRAMES_BYTES_MAX),
                 manifest_keep: config.manifest_keep.get(),
+                marker,
             }),
             limits: Arc::new(IngestLimits::new(&config)),
             tables: TableFiles { dir: tables },

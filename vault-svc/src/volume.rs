@@ -17,7 +17,7 @@ use tidemark_block::{Checksum128, Extent, GenerationId, VolumeId};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::Mutex;
 use vault_core::{
-    manifest::{CondemnedObject, Current, Manifest, NewPage, check_invariants},
+    manifest::{CondemnedObject, Current, Manifest, NewPage, StoreMarker, check_invariants},
     segment::{SegmentIndex, SegmentRecord},
 };
 
@@ -42,6 +42,7 @@ pub(crate) struct Shared {
     pub(crate) maps: MapCache,
     pub(crate) frames: FrameCache,
     pub(crate) manifest_keep: Duration,
+    pub(crate) marker: StoreMarker,
 }
 
 /// Milliseconds since the Unix epoch.
@@ -70,6 +71,7 @@ pub(crate) struct Volume {
     pub(crate) shipping: crate::ship::Gate,
     pub(crate) receiving: crate::ship::Receiving,
     pub(crate) upkeep: Mutex<crate::upkeep::Upkeep>,
+    pub(crate) scrub: crate::scrub::Account,
 }
 
 #[derive(Debug)]
@@ -121,6 +123,7 @@ impl Volume {
             shipping: crate::ship::Gate::default(),
             receiving: crate::ship::Receiving::default(),
             upkeep: Mutex::default(),
+            scrub: crate::scrub::Account::default(),
         }
     }
 
@@ -263,6 +266,12 @@ impl Volume {
         let mut now = self.current.lock();
         now.written |= (now.generation, now.through_ms) == (current.generation, current.through_ms);
         Ok(())
+    }
+
+    /// Writes the advisory object whatever it said: it is damaged.
+    pub(crate) async fn rewrite_current(&self) -> Result<(), StoreError> {
+        self.current.lock().written = false;
+        self.write_current().await
     }
 
     /// The records of a page.

@@ -3,4 +3,5 @@
 pub mod codec;
 pub mod engine;
 pub mod interval;
+mod sync;
 pub mod uplink;

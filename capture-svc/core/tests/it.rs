@@ -1,9 +1,12 @@
 //! Tests of the capture service's decisions.
 
+#![cfg(not(feature = "shuttle"))]
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 #[path = "it/bench.rs"]
 mod bench;
+#[path = "it/changes.rs"]
+mod changes;
 #[path = "it/crash.rs"]
 mod crash;
 #[path = "it/formats.rs"]

@@ -253,11 +253,18 @@ Every block that has not changed since the newest generation is read and compare
 with. One that differs was written past the NBD export, or its change was missed: it is in the next interval then, and
 the command exits with 6. The service does the same by itself all the time, slowly.
 
-Example:
-  tidemark scrub data")]
+With --stored the vault reads and verifies every byte that it stores of the volume, and names what is damaged and which
+generations need it; the command exits with 6 where anything is. The vault does the same by itself, slowly.
+
+Examples:
+  tidemark scrub data
+  tidemark scrub data --stored")]
 pub struct ScrubArgs {
     /// Name or UUID
     pub volume: String,
+    /// Read what the vault stores, not the volume
+    #[arg(long)]
+    pub stored: bool,
 }
 
 /// `tidemark generation …`.

@@ -180,6 +180,8 @@ pub struct Generation {
     pub block_size: u32,
     /// UUID.
     pub interval_id: String,
+    /// The vault's scrub has found that it can't be read whole.
+    pub damaged: bool,
 }
 
 /// A volume at the vault.
@@ -205,6 +207,23 @@ pub struct VaultVolume {
     pub stored_bytes: u64,
     /// The newest generation was still current at this time.
     pub current_through: Time,
+    /// The vault's scrub.
+    pub scrub: StoredScrub,
+}
+
+/// The vault's scrub of one volume.
+#[derive(Debug, Serialize)]
+pub struct StoredScrub {
+    /// Full passes since the service started.
+    pub passes: u64,
+    /// When the last one ended.
+    pub completed: Time,
+    /// Of the pass under way.
+    pub bytes_done: u64,
+    /// Of the pass under way.
+    pub bytes_total: u64,
+    /// Objects that don't match their checksums, as far as known. Anything but 0 wants a look at the store's disk.
+    pub damaged_objects: u64,
 }
 
 /// An image that was written to a file.
@@ -464,6 +483,7 @@ impl Generation {
             size,
             block_size,
             interval_id: uuid(&g.interval_id)?,
+            damaged: g.damaged,
         })
     }
 }
@@ -483,7 +503,20 @@ impl VaultVolume {
             generations: v.generations,
             stored_bytes: v.stored_bytes,
             current_through: time(v.current_through_ms),
+            scrub: StoredScrub::new(&v.scrub.unwrap_or_default()),
         })
+    }
+}
+
+impl StoredScrub {
+    fn new(s: &vault::ScrubState) -> Self {
+        Self {
+            passes: s.passes,
+            completed: time(s.completed_ms),
+            bytes_done: s.bytes_done,
+            bytes_total: s.bytes_total,
+            damaged_objects: s.damaged_objects,
+        }
     }
 }
 

@@ -88,9 +88,9 @@ fn make(image: &Path, stage: &Path, args: &Args) -> Result<u64> {
     )]
     let wanted = (args.image_gib * GIB as f64) as u64;
     std::fs::create_dir(stage)?;
-    let mut held = 0;
+    let mut gathered = Gathered::default();
     for from in &args.image_from {
-        gather(from, stage, wanted, &mut held)?;
+        gather(from, stage, wanted, &mut gathered)?;
     }
     run_program(
         "mkfs.ext4",
@@ -100,17 +100,26 @@ fn make(image: &Path, stage: &Path, args: &Args) -> Result<u64> {
     File::open(image)?.sync_all()?;
     // Both are measured with the image in the page cache.
     run_program("cp", args!["--sparse=never", image, "/dev/null"]);
-    Ok(held)
+    Ok(gathered.bytes)
 }
 
-/// Links or copies regular files below `from` into one folder, until there is enough of them.
-fn gather(from: &Path, stage: &Path, wanted: u64, held: &mut u64) -> Result<()> {
+/// Files of one folder: mke2fs looks through a whole folder for each file that it adds.
+const FOLDER_FILES: u64 = 256;
+
+#[derive(Default)]
+struct Gathered {
+    bytes: u64,
+    files: u64,
+}
+
+/// Links, or copies, regular files below `from` into folders below `stage`, until there is enough of them.
+fn gather(from: &Path, stage: &Path, wanted: u64, gathered: &mut Gathered) -> Result<()> {
     // What can't be read is left out.
     let Ok(entries) = std::fs::read_dir(from) else {
         return Ok(());
     };
     for entry in entries.flatten() {
-        if *held >= wanted {
+        if gathered.bytes >= wanted {
             return Ok(());
         }
         let Ok(kind) = entry.file_type() else {
@@ -118,12 +127,16 @@ fn gather(from: &Path, stage: &Path, wanted: u64, held: &mut u64) -> Result<()> 
         };
         let path: PathBuf = entry.path();
         if kind.is_dir() {
-            gather(&path, stage, wanted, held)?;
+            gather(&path, stage, wanted, gathered)?;
         } else if kind.is_file() {
             let length = entry.metadata().map_or(0, |meta| meta.len());
-            let to = stage.join(format!("{:x}", *held + length));
-            if length > 0 && !to.exists() && std::fs::copy(&path, &to).is_ok() {
-                *held += length;
+            let folder = stage.join((gathered.files / FOLDER_FILES).to_string());
+            std::fs::create_dir_all(&folder)?;
+            let to = folder.join((gathered.files % FOLDER_FILES).to_string());
+            let linked = || std::fs::hard_link(&path, &to).is_ok();
+            if length > 0 && (linked() || std::fs::copy(&path, &to).is_ok()) {
+                gathered.bytes += length;
+                gathered.files += 1;
             }
         }
     }

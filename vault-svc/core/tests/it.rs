@@ -19,3 +19,5 @@ mod resume;
 mod retention;
 #[path = "it/samples.rs"]
 mod samples;
+#[path = "it/scrub.rs"]
+mod scrub;

@@ -338,6 +338,10 @@ impl Settle for FaultyStore {
             }
         }
     }
+
+    fn forget(&self, _: &str) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 fn failure() -> Error {

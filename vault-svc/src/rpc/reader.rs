@@ -9,8 +9,9 @@ use tidemark_proto::{
     vault::v1::{
         Generation, GetGenerationRequest, GetStatusRequest, ListGenerationsRequest,
         ListGenerationsResponse, ListVolumesRequest, ListVolumesResponse, MaintainRequest,
-        MaintainResponse, RestoreEnd, RestoreHeader, RestoreRequest, RestoreResponse, VaultStatus,
-        Volume as VolumeMessage, restore_response::Message, vault_server::Vault,
+        MaintainResponse, RestoreEnd, RestoreHeader, RestoreRequest, RestoreResponse, ScrubRequest,
+        ScrubResponse, ScrubState, VaultStatus, Volume as VolumeMessage, restore_response::Message,
+        vault_server::Vault,
     },
 };
 use tokio::sync::mpsc;
@@ -18,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use vault_core::manifest::{self, Manifest};
 
-use super::{Service, stopping, to_the_end};
+use super::{Service, scrub, stopping, to_the_end};
 use crate::{
     image::{ImageReader, restore},
     volume::Volume,
@@ -126,6 +127,16 @@ impl Vault for Service {
         Ok(Response::new(MaintainResponse { volumes }))
     }
 
+    type ScrubStream = ReceiverStream<Result<ScrubResponse, Status>>;
+
+    async fn scrub(
+        &self,
+        request: Request<ScrubRequest>,
+    ) -> Result<Response<Self::ScrubStream>, Status> {
+        let volume = self.vault.find(&request.into_inner().volume)?;
+        Ok(Response::new(scrub::stream(volume, self.stopping.clone())))
+    }
+
     async fn get_status(
         &self,
         _: Request<GetStatusRequest>,
@@ -195,6 +206,18 @@ fn volume_message(volume: &Volume) -> VolumeMessage {
         generations: manifest.generations.len() as u64,
         stored_bytes: manifest.stored_bytes(),
         current_through_ms: volume.current_through(&manifest),
+        scrub: Some(scrub_state(volume)),
+    }
+}
+
+fn scrub_state(volume: &Volume) -> ScrubState {
+    let counts = volume.scrub.counts();
+    ScrubState {
+        passes: counts.passes,
+        completed_ms: counts.completed_ms,
+        bytes_done: counts.progress.bytes,
+        bytes_total: counts.progress.bytes_total,
+        damaged_objects: counts.damaged,
     }
 }
 
@@ -220,5 +243,6 @@ fn generation(volume: &Volume, manifest: &Manifest, of: &manifest::Generation) -
         changed_blocks: of.changed_blocks,
         frame_bytes: of.frame_bytes,
         epoch: of.epoch.get(),
+        damaged: volume.scrub.is_damaged(of.id),
     }
 }

@@ -20,6 +20,9 @@ pub(super) struct LocalDir {
 pub(crate) trait Settle: std::fmt::Debug + Send + Sync {
     /// Makes what is visible in a directory durable. Blocks.
     fn settle(&self, prefix: &str) -> io::Result<()>;
+
+    /// Drops an object from the page cache. Blocks.
+    fn forget(&self, object: &str) -> io::Result<()>;
 }
 
 impl LocalDir {
@@ -60,6 +63,12 @@ impl Settle for LocalDir {
             }
         }
         durable::sync_dir(&self.root)
+    }
+
+    fn forget(&self, object: &str) -> io::Result<()> {
+        let file = File::open(self.root.join(object))?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+        Ok(())
     }
 }
 

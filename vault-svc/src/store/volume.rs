@@ -43,16 +43,20 @@ impl VolumeStore {
         self.root.clone().join("manifest")
     }
 
-    fn manifest_path(&self, version: u64) -> Path {
+    pub(super) fn manifest_path(&self, version: u64) -> Path {
         self.manifests().join(format!("{version:020}"))
     }
 
-    fn page_path(&self, name: Checksum128) -> Path {
+    pub(super) fn page_path(&self, name: Checksum128) -> Path {
         self.root.clone().join("pages").join(name.to_string())
     }
 
+    pub(super) fn current_path(&self) -> Path {
+        self.root.clone().join("current")
+    }
+
     /// The numbers of the manifests above `version`, ascending.
-    async fn versions_above(&self, version: u64) -> Result<Vec<u64>, StoreError> {
+    pub(super) async fn versions_above(&self, version: u64) -> Result<Vec<u64>, StoreError> {
         let prefix = self.manifests();
         let listed = self
             .store
@@ -72,7 +76,7 @@ impl VolumeStore {
         Ok(versions)
     }
 
-    async fn manifest(&self, version: u64) -> Result<Manifest, StoreError> {
+    pub(super) async fn manifest(&self, version: u64) -> Result<Manifest, StoreError> {
         let path = self.manifest_path(version);
         let bytes = self.store.get(&path).await?;
         Manifest::decode(&bytes, self.volume, version).map_err(|e| StoreError::corrupt(&path, e))
@@ -184,11 +188,7 @@ impl VolumeStore {
 
     /// Reads the advisory object; none where there is none or it is damaged, since nothing depends on it.
     pub async fn current(&self) -> Option<Current> {
-        let bytes = self
-            .store
-            .get(&self.root.clone().join("current"))
-            .await
-            .ok()?;
+        let bytes = self.store.get(&self.current_path()).await.ok()?;
         Current::decode(&bytes, self.volume).ok()
     }
 
@@ -197,7 +197,7 @@ impl VolumeStore {
     /// # Errors
     /// The store can't.
     pub async fn put_current(&self, current: Current) -> Result<(), StoreError> {
-        let path = self.root.clone().join("current");
+        let path = self.current_path();
         let bytes = current.encode(self.volume);
         self.store
             .put(&path, bytes.into(), PutMode::Overwrite)

@@ -170,8 +170,12 @@ impl Volume {
                 }
                 tracing::error!(volume = %self.id, "the checksum table doesn't have the head's digest; it is made anew");
             }
-            Ok(_) => {
-                tracing::warn!(volume = %self.id, "the checksum table is ahead of the manifest; it is made anew")
+            Ok(table) => {
+                tracing::error!(
+                    volume = %self.id, committed = %table.stamp(), newest = %head,
+                    "this vault has committed a newer generation than its store has: the store was put back from a \
+                     copy, or its newest manifest is lost; the source ships what differs"
+                );
             }
             Err(TableError::Missing(_)) => {}
             Err(error) => {

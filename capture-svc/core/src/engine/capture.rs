@@ -3,12 +3,8 @@
 //! All decisions of the engine are methods of [`Capture`]; none of them waits for another request. Where one must,
 //! it says so and the caller comes again: on threads by blocking, in the model test by taking another turn.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
-};
+use std::sync::Arc;
 
-use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
 use tidemark_block::{BlockCount, BlockSet, Extent, Geometry, VolumeId};
 
@@ -19,6 +15,10 @@ use super::{
     records::{RecordError, SnapshotTable, encode_carry},
     ring::{RING_WORDS, Ring},
     spool::{Spool, SpoolLimits},
+};
+use crate::sync::{
+    Mutex, RwLock,
+    atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
 };
 
 /// Word of the open epoch in [`Map::Tracking`].
@@ -171,7 +171,7 @@ pub struct Capture<M> {
     pub(super) ring: Ring,
     pub(super) table: Mutex<Table>,
     /// Open cuts, ascending: a copy for those who must not take the table's lock.
-    pub(super) open_cuts: RwLock<Arc<[u64]>>,
+    open_cuts: RwLock<Arc<[u64]>>,
     /// By parity of the epoch: the newest open cut before it, 0 for none.
     pub(super) cut_before: [AtomicU64; 2],
     inflight: [Padded; 2],
@@ -298,9 +298,18 @@ impl<M: Media> Capture<M> {
         last && self.epoch() != epoch
     }
 
-    /// Whether all requests of a closed epoch have ended.
+    /// Whether all requests of a closed epoch have ended. Once it is so it stays so: a request that comes too late to
+    /// be of the epoch is counted in it for a moment all the same, see [`Self::enter`].
     pub fn is_settled(&self, epoch: u64) -> bool {
-        self.inflight[parity(epoch)].0.load(SeqCst) == 0
+        if epoch <= self.settled_through.load(SeqCst) {
+            return true;
+        }
+        // The flip first: whoever is of the epoch was counted before it.
+        let settled = epoch < self.epoch() && self.inflight[parity(epoch)].0.load(SeqCst) == 0;
+        if settled {
+            self.settled_through.fetch_max(epoch, SeqCst);
+        }
+        settled
     }
 
     /// Whether no request is in flight.
@@ -449,13 +458,15 @@ impl<M: Media> Capture<M> {
         *self.open_cuts.write() = cuts;
     }
 
-    /// Frees the before-images that no open cut reads. Not once work is refused: the next opening may find a cut
-    /// that this process has given up believing in.
+    /// The open cuts, ascending. None once work is refused: the next opening may find a cut that this process has
+    /// given up believing in. Such a cut is taken back only after the refusal, which is therefore asked last.
+    pub(super) fn open_cuts(&self) -> Option<Arc<[u64]>> {
+        let cuts = Arc::clone(&self.open_cuts.read());
+        (!self.is_poisoned()).then_some(cuts)
+    }
+
+    /// Frees the before-images that no open cut reads.
     pub(super) fn sweep(&self) {
-        if self.is_poisoned() {
-            return;
-        }
-        self.spool
-            .sweep(&self.media, || Arc::clone(&self.open_cuts.read()));
+        self.spool.sweep(&self.media, || self.open_cuts());
     }
 }

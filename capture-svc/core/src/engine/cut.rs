@@ -3,10 +3,7 @@
 //! A cut is begun (the flip), settles by itself, and is finished: only then is anything written, so that the flip
 //! takes no longer on a large volume or a slow disk. Cuts follow each other; the caller sees to that.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering::SeqCst},
-};
+use std::sync::Arc;
 
 use tidemark_block::BlockSet;
 
@@ -15,6 +12,7 @@ use super::{
     media::{Media, Record},
     records::{Snapshot, encode_cut},
 };
+use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 /// What a cut is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -102,7 +100,6 @@ impl<M: Media> Capture<M> {
         );
         let mut table = self.table.lock();
         table.cutting = None;
-        self.settled_through.fetch_max(cut.epoch, SeqCst);
         let result = self.check().and_then(|()| match cut.purpose {
             _ if !table.cuts.contains_key(&cut.epoch) => Err(CaptureError::GivenUp(cut.epoch)),
             Purpose::Interval => self.finish_interval(&mut table, cut.epoch),

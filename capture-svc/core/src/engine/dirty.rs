@@ -4,9 +4,9 @@
 //! It lies in mapped memory and must be right after a crash at any store: a bit is set from the top down, so that a
 //! set bit is always found, and cleared from the bottom up.
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-
 use tidemark_block::{BlockIndex, BlockSet, Extent};
+
+use crate::sync::atomic::{AtomicU64, Ordering::SeqCst};
 
 /// Sizes of the levels, in words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,7 +177,7 @@ fn each_bit(mut bits: u64, mut then: impl FnMut(usize)) {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(feature = "shuttle")))]
 mod tests {
     use std::collections::BTreeSet;
 

@@ -18,10 +18,12 @@
 //! | 48 | 16 | volume |
 //! | 64 | 4032 | one bit per region |
 
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-
-use parking_lot::Mutex;
 use tidemark_block::{VolumeId, xxh3_128};
+
+use crate::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering::SeqCst},
+};
 
 /// Bytes of a page.
 pub const PAGE_LEN: usize = 4096;

@@ -1,9 +1,9 @@
 //! What the engine stands on: the volume file, the files of its state, and the locks, as a trait, so that the same
 //! decisions run on files and on a simulated disk that crashes.
 
-use std::sync::atomic::AtomicU64;
-
 use thiserror::Error;
+
+use crate::sync::atomic::AtomicU64;
 
 /// A failed operation of the medium: the number that the system gave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]

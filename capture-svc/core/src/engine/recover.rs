@@ -2,10 +2,7 @@
 //!
 //! Each step leaves files from which another opening finds the same blocks or more.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering::SeqCst},
-};
+use std::sync::Arc;
 
 use tidemark_block::{
     BlockCount, BlockIndex, BlockSet, Extent, Geometry, VolumeId, block_checksum,
@@ -24,6 +21,7 @@ use super::{
     spool::Spool,
     trust::Judgement,
 };
+use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 /// How far the tracking could be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -337,7 +335,7 @@ fn resume<M: Media>(
     let mut changes: std::collections::BTreeSet<u64> = media.changes()?.into_iter().collect();
     if !drained.is_empty() {
         if !found.snapshots.snapshots.is_empty() {
-            media.put(Record::Changes(epoch), Some(&encode_cut(epoch, &drained)))?;
+            note_drained(media, geometry, epoch, &drained)?;
             changes.insert(epoch);
         }
         let mut carry = found.carry.clone();
@@ -386,6 +384,24 @@ fn resume<M: Media>(
         });
     }
     Ok((table, epoch + 1))
+}
+
+/// Keeps the drained blocks for [`Capture::changed_between`], beside those that an opening which ended early had drained.
+/// A record that is damaged stays so: whoever asks for it is told.
+fn note_drained<M: Media>(
+    media: &M,
+    geometry: Geometry,
+    epoch: u64,
+    drained: &BlockSet,
+) -> Result<(), CaptureError> {
+    let mut noted = drained.clone();
+    if let Some(bytes) = media.get(Record::Changes(epoch))? {
+        match decode_cut(&bytes, geometry.all()) {
+            Ok((_, before)) => noted.union_with(&before),
+            Err(_) => return Ok(()),
+        }
+    }
+    Ok(media.put(Record::Changes(epoch), Some(&encode_cut(epoch, &noted)))?)
 }
 
 /// Gives up all cuts of a table, because their before-images are damaged.

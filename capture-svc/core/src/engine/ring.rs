@@ -4,15 +4,15 @@
 //! Direct-mapped: a block has one place, by its hash. A record is invalid from before its block is written until the
 //! write has ended, so a mismatch is never a request in flight.
 
-use std::{
-    hint,
-    sync::atomic::{
-        AtomicBool, AtomicU32, AtomicU64,
+use tidemark_block::{BlockIndex, Checksum128, Extent, block_checksum};
+
+use crate::sync::{
+    atomic::{
+        AtomicBool, AtomicU64, AtomicUsize,
         Ordering::{Acquire, Relaxed, Release, SeqCst},
     },
+    hint, many,
 };
-
-use tidemark_block::{BlockIndex, Checksum128, Extent, block_checksum};
 
 /// Records.
 pub const RING_LEN: usize = 256;
@@ -21,13 +21,13 @@ const RECORD_WORDS: usize = 4;
 /// Words of all records.
 pub const RING_WORDS: usize = RING_LEN * RECORD_WORDS;
 /// One write in this many makes a record in a place of another block.
-const SAMPLE: u32 = 16;
+const SAMPLE: usize = many(16, 2);
 
 /// What the process knows besides the mapped words.
 #[derive(Debug)]
 pub struct Ring {
     busy: Vec<AtomicBool>,
-    writes: AtomicU32,
+    writes: AtomicUsize,
 }
 
 impl Default for Ring {
@@ -36,7 +36,7 @@ impl Default for Ring {
             busy: std::iter::repeat_with(AtomicBool::default)
                 .take(RING_LEN)
                 .collect(),
-            writes: AtomicU32::new(0),
+            writes: AtomicUsize::new(0),
         }
     }
 }

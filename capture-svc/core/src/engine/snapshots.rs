@@ -1,6 +1,6 @@
 //! Snapshots: listing, deleting, reading, what changed between two, and giving up when the spool is full.
 
-use std::sync::{Arc, atomic::Ordering::SeqCst};
+use std::sync::Arc;
 
 use tidemark_block::BlockSet;
 
@@ -9,6 +9,7 @@ use super::{
     media::{Media, Record},
     records::{Snapshot, SnapshotTable, decode_cut, encode_cut},
 };
+use crate::sync::atomic::Ordering::SeqCst;
 
 impl<M: Media> Capture<M> {
     /// All snapshots, oldest first.
@@ -84,6 +85,13 @@ impl<M: Media> Capture<M> {
             return Ok(());
         }
         let mut union = drained.clone();
+        // An earlier attempt to close the epoch may have come this far, and have merged others into its record.
+        let mut noted = None;
+        if table.changes.contains(&epoch) {
+            let before = self.changes_of(epoch)?;
+            union.union_with(&before);
+            noted = Some(before);
+        }
         let since: Vec<u64> = table.changes.range(newest + 1..epoch).copied().collect();
         let merged = if since.len() >= self.tuning.changes_max {
             &since[..]
@@ -93,8 +101,10 @@ impl<M: Media> Capture<M> {
         for &cut in merged {
             union.union_with(&self.changes_of(cut)?);
         }
-        self.put(Record::Changes(epoch), Some(&encode_cut(epoch, &union)))?;
-        table.changes.insert(epoch);
+        if noted.as_ref() != Some(&union) {
+            self.put(Record::Changes(epoch), Some(&encode_cut(epoch, &union)))?;
+            table.changes.insert(epoch);
+        }
         for cut in merged {
             self.put(Record::Changes(*cut), None)?;
             table.changes.remove(cut);

@@ -13,15 +13,16 @@
 //! | 4, 5 | block checksum of the bytes |
 //! | 6, 7 | XXH3-128 of words 1 to 5 |
 
-use std::{
-    collections::BTreeMap,
-    sync::atomic::{AtomicU64, Ordering::SeqCst},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
-use parking_lot::Mutex;
 use tidemark_block::{BlockIndex, Checksum128, block_checksum, xxh3_128};
 
 use super::media::{Map, Media, MediaError};
+use crate::sync::{
+    Mutex,
+    atomic::{AtomicU64, Ordering::SeqCst},
+    many,
+};
 
 /// Words of an entry.
 pub const ENTRY_WORDS: usize = 8;
@@ -30,7 +31,7 @@ pub const INDEX_BYTES_PER_ENTRY: u64 = 40;
 /// First word of a used entry: "TMSLOT" and version 1.
 pub const ENTRY_TAG: u64 = u64::from_le_bytes(*b"TMSLOT\x01\0");
 const ZEROES: u64 = u64::MAX;
-const SHARDS: usize = 64;
+const SHARDS: usize = many(64, 2);
 /// Blocks that stay together in a shard: a request rarely meets more than one.
 const SHARD_BLOCKS: u64 = 256;
 
@@ -226,7 +227,8 @@ impl Spool {
         found
     }
 
-    /// Stores a before-image. On return it is found, also after a process crash.
+    /// Stores a before-image. On return it is found, also after a process crash, unless no open cut reads it any more:
+    /// then nothing is kept, for nobody would free it. `open` is as for [`Self::sweep`], and asked under the same lock.
     ///
     /// # Errors
     /// [`SpoolError::Full`], or what the medium says; nothing is stored then.
@@ -236,6 +238,7 @@ impl Spool {
         block: BlockIndex,
         epoch: u64,
         content: &[u8],
+        open: impl Fn() -> Option<Arc<[u64]>>,
     ) -> Result<(), SpoolError> {
         let checksum = block_checksum(content);
         let (id, slot) = self.allocate(media, checksum != Checksum128::ZERO)?;
@@ -251,11 +254,20 @@ impl Spool {
             slot: slot.unwrap_or(ZEROES),
             checksum,
         };
-        entry.store(entry_words(media.words(Map::Slots), id));
+        let words = entry_words(media.words(Map::Slots), id);
+        entry.store(words);
         media.instant()?;
-        self.shard(block.get())
-            .lock()
-            .insert((block.get(), epoch), id);
+        let key = (block.get(), epoch);
+        let mut shard = self.shard(block.get()).lock();
+        let before = shard.range((block.get(), 0)..key).next_back();
+        let from = before.map_or(0, |(&(_, epoch), _)| epoch);
+        if open().is_none_or(|cuts| is_read(&cuts, from, epoch)) {
+            shard.insert(key, id);
+        } else {
+            drop(shard);
+            words[0].store(0, SeqCst);
+            self.release(id, slot);
+        }
         Ok(())
     }
 
@@ -334,21 +346,20 @@ impl Spool {
         }
     }
 
-    /// Frees what no open cut reads. `open` gives the open cuts, ascending; it is asked under the lock that also
-    /// guards the entering of before-images, so that a cut opened meanwhile keeps its own.
-    pub fn sweep<M: Media>(&self, media: &M, open: impl Fn() -> std::sync::Arc<[u64]>) {
+    /// Frees what no open cut reads. `open` gives the open cuts, ascending, or none where nobody can tell and nothing is
+    /// freed; it is asked under the lock that also guards the entering of before-images, so that a cut opened meanwhile
+    /// keeps its own.
+    pub fn sweep<M: Media>(&self, media: &M, open: impl Fn() -> Option<Arc<[u64]>>) {
         for shard in &self.shards {
             let mut freed = Vec::new();
             {
                 let mut shard = shard.lock();
-                let cuts = open();
+                let Some(cuts) = open() else { return };
                 let mut before = (u64::MAX, 0);
                 shard.retain(|&(block, epoch), &mut id| {
                     let from = if before.0 == block { before.1 } else { 0 };
                     before = (block, epoch);
-                    let needed = cuts[cuts.partition_point(|&cut| cut < from)..]
-                        .first()
-                        .is_some_and(|&cut| cut < epoch);
+                    let needed = is_read(&cuts, from, epoch);
                     if !needed {
                         let words = entry_words(media.words(Map::Slots), id);
                         freed.push((id, words[3].load(SeqCst)));
@@ -402,6 +413,13 @@ impl Spool {
         let allocation = self.allocation.lock();
         (allocation.entries.used, allocation.slots.used)
     }
+}
+
+/// Whether one of the cuts (ascending) reads a before-image of `epoch`, of a block whose last one before it is of `from`.
+fn is_read(cuts: &[u64], from: u64, epoch: u64) -> bool {
+    cuts[cuts.partition_point(|&cut| cut < from)..]
+        .first()
+        .is_some_and(|&cut| cut < epoch)
 }
 
 /// What an entry says.

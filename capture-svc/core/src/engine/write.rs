@@ -3,8 +3,6 @@
 //! The order of the steps is the order of `docs/CRASH-RULES.md`: intent durable, lock, before-images, dirty bits,
 //! volume. A large request goes region by region, so that no lock is held for long.
 
-use std::sync::atomic::Ordering::SeqCst;
-
 use tidemark_block::{BlockIndex, Extent};
 
 use super::{
@@ -13,6 +11,7 @@ use super::{
     media::Media,
     spool::SpoolError,
 };
+use crate::sync::atomic::Ordering::SeqCst;
 
 /// What is to be written.
 #[derive(Debug, Clone, Copy)]
@@ -250,10 +249,11 @@ impl<'d> WriteOp<'d> {
         capture: &Capture<M>,
         scratch: &mut [u8],
     ) -> Result<Step, CaptureError> {
-        // The engine may have been stopped since the request entered: then memory no longer tells what is kept.
-        capture.check()?;
         self.kept = [0; KEPT_WORDS];
         let cut = capture.cut_before[parity(self.epoch)].load(SeqCst);
+        // The engine may have been stopped since the request entered: then memory no longer tells what is kept. Asked
+        // after the cut, which is taken back only after the stop.
+        capture.check()?;
         if cut != 0 {
             let dirty = capture.dirty(self.epoch);
             for (n, block) in self.blocks(capture).iter().enumerate() {
@@ -387,7 +387,8 @@ fn copy_block<M: Media>(
     capture
         .media
         .read_volume(capture.geometry.offset_of(block).get(), scratch)?;
-    capture.spool.store(&capture.media, block, epoch, scratch)?;
+    let (spool, media) = (&capture.spool, &capture.media);
+    spool.store(media, block, epoch, scratch, || capture.open_cuts())?;
     capture.counters.copied.fetch_add(1, SeqCst);
     Ok(())
 }

@@ -123,12 +123,12 @@ fn golden_files_keep_decoding() {
         entries_max: 2,
         slots_max: 2,
     });
-    spool
-        .store(&sim, BlockIndex::new(5), 7, &[1; 4096])
-        .unwrap();
-    spool
-        .store(&sim, BlockIndex::new(6), 8, &[0; 4096])
-        .unwrap();
+    for (block, epoch, byte) in [(5, 7, 1), (6, 8, 0)] {
+        let open = || Some([epoch - 1].into());
+        spool
+            .store(&sim, BlockIndex::new(block), epoch, &[byte; 4096], open)
+            .unwrap();
+    }
     let words = sim.words(Map::Slots);
     let bytes: Vec<u8> = words
         .iter()

@@ -43,6 +43,8 @@ async fn list(global: &Global, volume: String) -> Result<(), Failure> {
     output::print(global.json, &generations, &text)
 }
 
+const DAMAGED: &str = "the vault's scrub has found stored objects damaged";
+
 fn table(generations: &[Generation]) -> String {
     let rows: Vec<_> = generations
         .iter()
@@ -58,7 +60,7 @@ fn table(generations: &[Generation]) -> String {
             ]
         })
         .collect();
-    format::table(
+    let mut text = format::table(
         [
             "GENERATION",
             "CUT",
@@ -69,11 +71,18 @@ fn table(generations: &[Generation]) -> String {
             "IMAGE DIGEST",
         ],
         &rows,
-    )
+    );
+    for g in generations.iter().filter(|g| g.damaged) {
+        text.push_str(&format!(
+            "{} can't be read whole: {DAMAGED}\n",
+            g.generation
+        ));
+    }
+    text
 }
 
 fn describe(volume: &str, g: &Generation) -> String {
-    format::fields(&[
+    let mut fields = vec![
         ("generation", format!("{volume}@{}", g.generation)),
         ("parent", g.parent.to_string()),
         ("term", g.term.to_string()),
@@ -96,7 +105,11 @@ fn describe(volume: &str, g: &Generation) -> String {
         ("sent", format::bytes(g.bytes_sent)),
         ("epoch", g.epoch.to_string()),
         ("interval", g.interval_id.clone()),
-    ])
+    ];
+    if g.damaged {
+        fields.push(("damaged", DAMAGED.to_owned()));
+    }
+    format::fields(&fields)
 }
 
 #[cfg(test)]
@@ -124,6 +137,7 @@ mod tests {
             changed_blocks: 12,
             frame_bytes: 20_000,
             epoch: 9,
+            damaged: true,
         })
         .unwrap()
     }

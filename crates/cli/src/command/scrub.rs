@@ -1,5 +1,7 @@
 //! `tidemark scrub`.
 
+mod stored;
+
 use serde::Serialize;
 use tidemark_proto::capture::v1::{ScrubEnd, ScrubVolumeRequest, scrub_volume_response::Message};
 
@@ -22,6 +24,9 @@ struct Found {
 }
 
 pub(super) async fn run(global: &Global, args: ScrubArgs) -> Result<(), Failure> {
+    if args.stored {
+        return stored::run(global, args.volume).await;
+    }
     let request = ScrubVolumeRequest {
         volume: args.volume.clone(),
     };

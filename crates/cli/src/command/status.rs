@@ -239,6 +239,14 @@ fn describe(status: &Status, now: Timestamp) -> String {
             &rows,
         ));
     }
+    for v in &status.vault.volumes {
+        if v.scrub.damaged_objects > 0 {
+            text.push_str(&format!(
+                "{}: {} stored objects are damaged; `tidemark scrub {} --stored` names them\n",
+                v.volume, v.scrub.damaged_objects, v.volume
+            ));
+        }
+    }
     text
 }
 
@@ -280,6 +288,13 @@ mod tests {
                     generations: 4,
                     stored_bytes: 123 << 20,
                     current_through: report::time(1_793_337_404_000),
+                    scrub: report::StoredScrub {
+                        passes: 1,
+                        completed: report::time(1_793_337_000_000),
+                        bytes_done: 23 << 20,
+                        bytes_total: 123 << 20,
+                        damaged_objects: 1,
+                    },
                 }],
             },
         }

@@ -266,6 +266,15 @@ impl Vault for Service {
         none()
     }
 
+    type ScrubStream = Streamed<vault::ScrubResponse>;
+
+    async fn scrub(
+        &self,
+        _: Request<vault::ScrubRequest>,
+    ) -> Result<Response<Self::ScrubStream>, Status> {
+        none()
+    }
+
     async fn get_status(
         &self,
         _: Request<vault::GetStatusRequest>,

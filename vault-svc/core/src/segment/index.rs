@@ -47,7 +47,8 @@ impl IndexEntry {
         share + blocks.get() * Checksum128::LEN as u64 + ENTRY_LEN as u64
     }
 
-    pub(super) fn encode(&self, out: &mut Vec<u8>) {
+    /// Appends its [`ENTRY_LEN`] bytes.
+    pub fn encode(&self, out: &mut Vec<u8>) {
         let count = u32::try_from(self.blocks.count().get()).unwrap_or(u32::MAX);
         out.extend_from_slice(&self.blocks.start().get().to_le_bytes());
         out.extend_from_slice(&count.to_le_bytes());
