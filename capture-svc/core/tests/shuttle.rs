@@ -35,6 +35,8 @@ mod readers;
 mod rig;
 #[path = "shuttle/room.rs"]
 mod room;
+#[path = "shuttle/together.rs"]
+mod together;
 
 use shuttle::{
     Config, MaxSteps, Runner,
@@ -45,9 +47,8 @@ use tidemark_block::{BlockSize, Geometry, VolumeId};
 pub(crate) const BLOCK: usize = 4096;
 pub(crate) const BLOCKS: u64 = 4;
 pub(crate) const REGION_BLOCKS: u64 = 2;
-pub(crate) const REGIONS: u64 = BLOCKS / REGION_BLOCKS;
 /// Runs of a scenario under each scheduler.
-const ITERATIONS: usize = 1000;
+const ITERATIONS: usize = 2000;
 /// Changes of priority, plus one, in a run of PCT.
 const DEPTHS: [usize; 2] = [2, 4];
 /// Steps of a run that has come to no end.

@@ -1,9 +1,11 @@
 //! What must hold: at any moment, once all threads have ended, and after the end of the process at any moment.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use capture_core::engine::{
+    capture::View,
     media::Record,
+    records::{decode_carry, decode_cut},
     recover::{EPOCHS_RESERVED, Outcome},
     trust::Judgement,
 };
@@ -11,10 +13,10 @@ use shuttle::{
     rand::{Rng, thread_rng},
     sync::atomic::{AtomicU64, Ordering::SeqCst},
 };
-use tidemark_block::BlockIndex;
+use tidemark_block::{BlockIndex, BlockSet};
 
 use crate::{
-    geometry,
+    REGION_BLOCKS, geometry,
     history::{Flip, History},
     memory::{Image, Puts, Remains},
     rig::{Base, Known, Policy, Rig, Setting},
@@ -46,6 +48,45 @@ impl Rig {
         }
     }
 
+    /// Whatever differs from the base would be found after the end of the process at this point, and after a loss of
+    /// power. Lets nobody come between.
+    pub(crate) fn look_for_losses(&self) {
+        let media = self.capture.media();
+        let base = self.base.lock();
+        let [live, synced] =
+            [media.live(), media.synced()].map(|image| differing(&image, &base.image));
+        let recorded = self.recorded();
+        let dirty = media.dirty(0) | media.dirty(1);
+        for block in &live {
+            let tracked = recorded.contains(BlockIndex::new(*block)) || dirty >> block & 1 == 1;
+            assert!(
+                tracked,
+                "the end of the process would lose that block {block} differs"
+            );
+        }
+        let [written, durable] = media.intent();
+        for block in live.iter().chain(&synced) {
+            let tracked = recorded.contains(BlockIndex::new(*block))
+                || (written & durable) >> (block / REGION_BLOCKS) & 1 == 1;
+            assert!(
+                tracked,
+                "a loss of power would lose that block {block} differs"
+            );
+        }
+    }
+
+    /// The blocks of the carry and of the interval, as recorded at this point.
+    fn recorded(&self) -> BlockSet {
+        let (media, all) = (self.capture.media(), geometry().all());
+        let carry = media.record(Record::Carry);
+        let mut blocks =
+            carry.map_or_else(BlockSet::new, |bytes| decode_carry(&bytes, all).unwrap());
+        if let Some(bytes) = media.record(Record::Interval) {
+            blocks.union_with(&decode_cut(&bytes, all).unwrap().1);
+        }
+        blocks
+    }
+
     /// Once nobody else is at work: everything is as it was promised, and nothing is left over.
     pub(crate) fn finish(self) {
         assert!(self.capture.is_idle());
@@ -58,6 +99,7 @@ impl Rig {
         let live = self.capture.media().live();
         assert!(live == content, "written was {content:?}, found {live:?}");
         self.look_for_gaps();
+        self.look_for_losses();
         for snapshot in self.capture.snapshots() {
             self.look_at(snapshot.id, 1);
         }
@@ -167,7 +209,7 @@ impl End {
         }
         let rig = Rig::over(capture, setting, now, base);
         rig.look_for_gaps();
-        rig.check_snapshots(&self.history, &self.flips);
+        rig.check_cuts(&self.history, &self.flips);
         for (id, known) in self.snapshots {
             let found = rig.capture.snapshots();
             let found = found.iter().find(|found| found.id == id);
@@ -188,16 +230,22 @@ impl End {
 
 impl Rig {
     fn image_of(&self, id: u64) -> Image {
-        let view = self.capture.open_snapshot(id).unwrap();
+        self.image_at(self.capture.open_snapshot(id).unwrap())
+    }
+
+    fn image_at(&self, view: Arc<View>) -> Image {
         let image = self.read(&view, geometry().all()).unwrap();
         self.capture.close_view(&view);
         image
     }
 
-    fn check_snapshots(&self, history: &History, flips: &[Flip]) {
-        for snapshot in self.capture.snapshots() {
-            let flip = flips.iter().find(|flip| flip.epoch == snapshot.cut);
-            history.assert_image(*flip.unwrap(), &self.image_of(snapshot.id));
+    /// What can be read of snapshots and of the interval is the image of its cut.
+    fn check_cuts(&self, history: &History, flips: &[Flip]) {
+        let snapshots = self.capture.snapshots().into_iter();
+        let views = snapshots.map(|found| self.capture.open_snapshot(found.id).unwrap());
+        for view in views.chain(self.open_interval().map(|(_, view)| view)) {
+            let flip = flips.iter().find(|flip| flip.epoch == view.cut());
+            history.assert_image(*flip.unwrap(), &self.image_at(view));
         }
     }
 }

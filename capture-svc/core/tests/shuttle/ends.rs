@@ -1,5 +1,6 @@
 //! The end of the process, or of the power, at any point of a schedule; records that find no room; flushes.
 
+use capture_core::engine::cut::Purpose;
 use shuttle::{
     rand::{Rng, thread_rng},
     thread,
@@ -147,5 +148,21 @@ fn a_record_of_which_nobody_knows_whether_it_was_replaced_stops_the_work_and_bre
         let end = rig.end_here();
         rig.finish();
         end.reopen(setting, false);
+    });
+}
+
+#[test]
+fn a_sweep_under_way_leaves_what_a_cut_needs_of_which_only_the_disk_knows() {
+    explore(|| {
+        let setting = Setting::default();
+        let rig = Rig::new(setting);
+        rig.write(1);
+        let first = rig.snapshot().unwrap();
+        *rig.capture.media().puts.lock() = Puts::EndUnknownOfInterval;
+        thread::scope(|scope| {
+            scope.spawn(|| rig.delete(first));
+            scope.spawn(|| rig.cut_and(Purpose::Interval, || rig.write(1)));
+        });
+        rig.end_here().reopen(setting, false);
     });
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use capture_core::engine::{
     capture::TRACKING_WORDS,
     dirty::DirtyLayout,
-    intent::{PAGE_LEN, encode_page, page_count, place_of},
+    intent::{PAGE_LEN, decode_page, encode_page, place_of},
     media::{Map, Media, MediaError, MediaResult, Record},
     spool::ENTRY_WORDS,
 };
@@ -22,7 +22,7 @@ use shuttle::{
     thread,
 };
 
-use crate::{BLOCK, BLOCKS, REGIONS, volume};
+use crate::{BLOCK, BLOCKS, volume};
 
 /// Bytes that are copied between two points at which another thread may come.
 pub(crate) const CHUNK: usize = 1024;
@@ -115,7 +115,25 @@ struct Stripe {
 #[derive(Debug, Clone)]
 struct Synced {
     volume: Vec<Tag>,
-    intent: Vec<Vec<u8>>,
+    intent: Vec<Place>,
+}
+
+/// A place of the intent file. There is one page, in two of them.
+#[derive(Debug, Clone)]
+struct Place {
+    bytes: Vec<u8>,
+    /// Its sequence and the regions that are set.
+    regions: Option<(u64, u64)>,
+}
+
+impl Place {
+    fn new(bytes: &[u8]) -> Self {
+        let page = decode_page(volume(), 0, bytes);
+        Self {
+            bytes: bytes.to_vec(),
+            regions: page.map(|(sequence, bits)| (sequence, bits[0])),
+        }
+    }
 }
 
 /// The medium.
@@ -140,6 +158,8 @@ pub(crate) enum Puts {
     FindNoRoom(u64),
     /// Once in so many times they fail, and nobody can tell which record is there now.
     EndUnknown(u64),
+    /// The same, each time, but for intervals only.
+    EndUnknownOfInterval,
 }
 
 #[derive(Debug, Clone)]
@@ -147,7 +167,7 @@ struct Files {
     records: BTreeMap<Record, Vec<u8>>,
     /// Records can't be read.
     unreadable: bool,
-    intent: Vec<Vec<u8>>,
+    intent: Vec<Place>,
     synced: Synced,
 }
 
@@ -181,11 +201,9 @@ impl Memory {
     /// A medium for a new volume, all zeroes.
     pub(crate) fn new(entries: u64, slots: u64) -> Self {
         let dirty = DirtyLayout::new(BLOCKS).total();
-        let pages = page_count(REGIONS) as u64;
-        let mut intent = vec![vec![0; PAGE_LEN]; index(pages * 2)];
-        for number in 0..pages {
-            intent[index(place_of(number, 1))] = encode_page(volume(), number, 1, &[0; _]).to_vec();
-        }
+        let mut intent = vec![Place::new(&[0; PAGE_LEN]); 2];
+        let page = encode_page(volume(), 0, 1, &[0; _]);
+        intent[index(place_of(0, 1))] = Place::new(&page[..]);
         let zeroes = vec![0; index(BLOCKS) * CHUNKS];
         Self::from(Remains {
             files: Files {
@@ -227,6 +245,30 @@ impl Memory {
     /// The records that there are.
     pub(crate) fn records(&self) -> Vec<Record> {
         self.files.lock().records.keys().copied().collect()
+    }
+
+    /// A record's content at this point.
+    pub(crate) fn record(&self, record: Record) -> Option<Vec<u8>> {
+        self.files.lock().records.get(&record).cloned()
+    }
+
+    /// The lowest level of a dirty map at this point.
+    pub(crate) fn dirty(&self, parity: u8) -> u64 {
+        let words: Vec<_> = self.words(Map::Dirty(parity)).iter().map(peek).collect();
+        // Of so few blocks each level is one word.
+        let [groups, words, blocks] = words[..] else {
+            panic!("a dirty map of {} words", words.len())
+        };
+        if groups & words & 1 == 1 { blocks } else { 0 }
+    }
+
+    /// The regions that are set in the intent map at this point, as written and as synced: a bit for each.
+    pub(crate) fn intent(&self) -> [u64; 2] {
+        let files = self.files.lock();
+        [&files.intent, &files.synced.intent].map(|places| {
+            let newest = places.iter().filter_map(|place| place.regions).max();
+            newest.map_or(u64::MAX, |(_, regions)| regions)
+        })
     }
 
     /// What a process that ended at this point would leave.
@@ -338,13 +380,13 @@ impl Media for Memory {
     }
 
     fn read_intent(&self, place: u64, page: &mut [u8]) -> MediaResult {
-        page.copy_from_slice(&self.files.lock().intent[index(place)]);
+        page.copy_from_slice(&self.files.lock().intent[index(place)].bytes);
         Ok(())
     }
 
     fn write_intent(&self, place: u64, page: &[u8]) -> MediaResult {
         self.step();
-        self.files.lock().intent[index(place)] = page.to_vec();
+        self.files.lock().intent[index(place)] = Place::new(page);
         Ok(())
     }
 
@@ -359,21 +401,28 @@ impl Media for Memory {
         self.step();
         let mut random = thread_rng();
         let mut once_in = |times| random.gen_range(0..times) == 0;
+        let puts = *self.puts.lock();
+        let unknown = match puts {
+            Puts::EndUnknown(times) => once_in(times),
+            Puts::EndUnknownOfInterval => record == Record::Interval,
+            Puts::Succeed | Puts::FindNoRoom(_) => false,
+        };
         let files = &mut *self.files.lock();
-        match *self.puts.lock() {
-            // To remove one takes no room.
-            Puts::FindNoRoom(times) if content.is_some() && once_in(times) => return Err(ENOSPC),
-            Puts::EndUnknown(times) if once_in(times) => {
-                files.unreadable = true;
-                if once_in(2) {
-                    files.replace(record, content);
-                }
-                return Err(EIO);
+        if unknown {
+            files.unreadable = true;
+            if once_in(2) {
+                files.replace(record, content);
             }
-            _ => {}
+            return Err(EIO);
         }
-        files.replace(record, content);
-        Ok(())
+        match puts {
+            // To remove one takes no room.
+            Puts::FindNoRoom(times) if content.is_some() && once_in(times) => Err(ENOSPC),
+            _ => {
+                files.replace(record, content);
+                Ok(())
+            }
+        }
     }
 
     fn get(&self, record: Record) -> MediaResult<Option<Vec<u8>>> {

@@ -124,7 +124,7 @@ impl Rig {
         }
     }
 
-    fn open_interval(&self) -> Option<(Interval, Arc<View>)> {
+    pub(crate) fn open_interval(&self) -> Option<(Interval, Arc<View>)> {
         let interval = self.capture.open_interval()?;
         let view = self.capture.open_cut(interval.cut)?;
         Some((interval, view))

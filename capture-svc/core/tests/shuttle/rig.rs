@@ -176,7 +176,9 @@ impl Rig {
         let puts = *self.capture.media().puts.lock();
         let expected = match error {
             CaptureError::Media(_) => puts != Puts::Succeed,
-            CaptureError::Poisoned => matches!(puts, Puts::EndUnknown(_)),
+            CaptureError::Poisoned => {
+                matches!(puts, Puts::EndUnknown(_) | Puts::EndUnknownOfInterval)
+            }
             CaptureError::GivenUp(_) | CaptureError::NoInterval(_) => self.may_be_given_up(),
             _ => false,
         };
@@ -229,7 +231,9 @@ impl Rig {
             {
                 self.history().write(number, block.get());
             }
-            let Some(step) = self.accept(op.step(&self.capture, &mut scratch)) else {
+            let step = op.step(&self.capture, &mut scratch);
+            self.look_for_losses();
+            let Some(step) = self.accept(step) else {
                 return false;
             };
             match step {
@@ -285,12 +289,18 @@ impl Rig {
 
     /// Cuts, if nothing prevents it.
     pub(crate) fn cut(&self, purpose: Purpose) -> Option<Flip> {
+        self.cut_and(purpose, || {})
+    }
+
+    /// Cuts, and does something between the flip and the settle.
+    pub(crate) fn cut_and(&self, purpose: Purpose, meanwhile: impl FnOnce()) -> Option<Flip> {
         let _cutting = self.cutting.lock().unwrap();
         let from = self.tick();
         let cut = self.accept(self.capture.begin_cut(purpose))?;
         let (epoch, to) = (cut.epoch(), self.tick());
         let flip = Flip { epoch, from, to };
         self.flips.lock().push(flip);
+        meanwhile();
         while !self.capture.is_settled(epoch) {
             yield_now();
         }
