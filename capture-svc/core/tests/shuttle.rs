@@ -48,7 +48,7 @@ pub(crate) const BLOCK: usize = 4096;
 pub(crate) const BLOCKS: u64 = 4;
 pub(crate) const REGION_BLOCKS: u64 = 2;
 /// Runs of a scenario under each scheduler.
-const ITERATIONS: usize = 2000;
+const ITERATIONS: usize = 1500;
 /// Changes of priority, plus one, in a run of PCT.
 const DEPTHS: [usize; 2] = [2, 4];
 /// Steps of a run that has come to no end.

@@ -3,22 +3,23 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use capture_core::engine::{
-    capture::View,
-    media::Record,
+    capture::{RING_WORD, View},
+    media::{Map, Media, Record},
     records::{decode_carry, decode_cut},
     recover::{EPOCHS_RESERVED, Outcome},
+    ring::Ring,
     trust::Judgement,
 };
 use shuttle::{
     rand::{Rng, thread_rng},
     sync::atomic::{AtomicU64, Ordering::SeqCst},
 };
-use tidemark_block::{BlockIndex, BlockSet};
+use tidemark_block::{BlockIndex, BlockSet, block_checksum};
 
 use crate::{
-    REGION_BLOCKS, geometry,
+    BLOCK, REGION_BLOCKS, geometry,
     history::{Flip, History},
-    memory::{Image, Puts, Remains},
+    memory::{CHUNK, Image, Puts, Remains, fill, index},
     rig::{Base, Known, Policy, Rig, Setting},
 };
 
@@ -100,12 +101,26 @@ impl Rig {
         assert!(live == content, "written was {content:?}, found {live:?}");
         self.look_for_gaps();
         self.look_for_losses();
+        self.check_recorded_blocks();
         for snapshot in self.capture.snapshots() {
             self.look_at(snapshot.id, 1);
         }
         self.check_changes();
         self.give_up_interval();
         self.ship_all_and_clear();
+    }
+
+    /// The records of blocks that were written lately are of what is there.
+    fn check_recorded_blocks(&self) {
+        let content = self.history().content();
+        let words = &self.capture.media().words(Map::Tracking)[RING_WORD..];
+        for (block, checksum) in Ring::records(words) {
+            let mut bytes = vec![0; BLOCK];
+            for (bytes, tag) in bytes.chunks_mut(CHUNK).zip(content[index(block.get())]) {
+                fill(bytes, tag);
+            }
+            assert_eq!(block_checksum(&bytes), checksum, "block {block}");
+        }
     }
 
     /// Whatever differs between two snapshots is told.
@@ -141,6 +156,8 @@ impl Rig {
         assert!(self.capture.tracked(geometry().all()).is_empty());
         assert_eq!(self.capture.changed_bound().get(), 0);
         assert_eq!(self.capture.intent().set_regions(), []);
+        // Records of changes that a deletion left are taken by the next one.
+        self.snapshot().unwrap();
         for snapshot in self.capture.snapshots() {
             self.capture.delete_snapshot(snapshot.id).unwrap();
         }

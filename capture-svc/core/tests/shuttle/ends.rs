@@ -86,6 +86,23 @@ fn a_flush_makes_durable_what_had_ended_before_it_though_another_is_under_way() 
 }
 
 #[test]
+fn a_sync_that_began_before_a_cut_had_settled_does_not_count_for_it() {
+    explore(|| {
+        let rig = Rig::new(Setting::default());
+        rig.write(0);
+        thread::scope(|scope| {
+            scope.spawn(|| rig.flush());
+            scope.spawn(|| {
+                rig.write(1);
+                rig.cut_an_interval();
+            });
+        });
+        rig.commit_what_is_open();
+        rig.finish();
+    });
+}
+
+#[test]
 fn records_that_find_no_room_cost_cuts_and_none_of_their_blocks() {
     explore(|| {
         let setting = Setting {

@@ -168,6 +168,7 @@ impl Rig {
             base.generation += 1;
         }
         self.accept(self.capture.commit_interval(cut));
+        self.look_for_losses();
         self.look_for_gaps();
     }
 
