@@ -15,7 +15,7 @@ use crate::sync::{
 };
 
 /// Records.
-pub const RING_LEN: usize = 256;
+pub const RING_LEN: usize = many(256, 2);
 /// Words of a record: block + 1 (0: none), the checksum's halves, 0.
 const RECORD_WORDS: usize = 4;
 /// Words of all records.
@@ -46,7 +46,7 @@ impl Default for Ring {
     reason = "the upper 8 bits of a hash"
 )]
 const fn place_of(block: BlockIndex) -> usize {
-    (block.get().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as usize
+    (block.get().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as usize % RING_LEN
 }
 
 fn halves(checksum: Checksum128) -> [u64; 2] {
