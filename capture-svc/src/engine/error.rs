@@ -158,7 +158,7 @@ pub enum EngineError {
     NoInterval(Epoch),
     /// A before-image in the spool is not what was put there.
     #[error(
-        "the before-image of block {block} in the spool is damaged: delete the snapshot, check the disk"
+        "the before-image of block {block} in spool.data is damaged: delete the snapshots that read it, and check the disk"
     )]
     SpoolDamaged {
         /// The block that can't be read.

@@ -20,6 +20,8 @@ mod bad_input;
 mod crash;
 #[path = "engine/threads.rs"]
 mod threads;
+#[path = "engine/upgrade.rs"]
+mod upgrade;
 
 const BLOCK: u64 = 4096;
 

@@ -26,9 +26,10 @@ use capture_core::engine::{
     dirty::DirtyLayout,
     intent::{PAGE_LEN, encode_page, page_count, place_of},
     media::{Map, Media, MediaError, MediaResult, Record},
+    records::{SnapshotTable, encode_carry, encode_interval},
     spool::ENTRY_WORDS,
 };
-use tidemark_block::{Geometry, VolumeId};
+use tidemark_block::{BlockSet, Geometry, VolumeId};
 
 const SECTOR: usize = 512;
 const CRASHED: MediaError = MediaError(-1);
@@ -194,17 +195,24 @@ impl Sim {
         let pages = page_count(regions);
         let mut intent = Sectors::new(pages * 2 * PAGE_LEN);
         for number in 0..pages as u64 {
-            let page = encode_page(id, number, 1, &[0; _]);
-            intent.write(place_of(number, 1) * PAGE_LEN as u64, &page[..]);
+            for sequence in [0, 1] {
+                let page = encode_page(id, number, sequence, &[0; _]);
+                intent.write(place_of(number, sequence) * PAGE_LEN as u64, &page[..]);
+            }
         }
         intent.sync();
+        let records = [
+            (Record::Carry, encode_carry(id, &BlockSet::new())),
+            (Record::Interval, encode_interval(id, None)),
+            (Record::Snapshots, SnapshotTable::default().encode(id)),
+        ];
         Self(Rc::new(Shared {
             inner: RefCell::new(Inner {
                 random: Random(seed),
                 volume: Sectors::new(usize::try_from(geometry.length()).unwrap()),
                 intent,
                 spool: BTreeMap::new(),
-                records: BTreeMap::new(),
+                records: records.into(),
                 locked: BTreeSet::new(),
                 crash_in: None,
                 fail_in: None,
@@ -301,7 +309,7 @@ impl Sim {
             let lost = match (map, n) {
                 // An old value of the counter.
                 (0, EPOCH_WORD) => random.below(now + 1),
-                (0, 1) => now & random.next() & 1,
+                (0, 1) => now * (random.next() & 1),
                 _ if kind == 0 => 0,
                 _ if kind == 1 => now,
                 _ => random.next() & random.next(),
