@@ -22,7 +22,7 @@ use std::{
     path::Path,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     time::{Duration, Instant},
 };
@@ -127,6 +127,8 @@ pub struct EngineStats {
     pub blocks_copied: u64,
     /// Regions set in the intent map: what would be in doubt if the power were lost now.
     pub intent_regions: u64,
+    /// Files of the state that were found damaged, each time that one was, since and when the engine was opened.
+    pub damaged: u64,
     /// How long the last flip took: what a cut can cost a writer. Zero before the first one.
     pub last_flip: Duration,
     /// Whether the engine refuses work after a failed write or sync.
@@ -174,6 +176,7 @@ pub struct Engine {
     capture: Capture<Files>,
     /// What was found damaged when it was opened.
     damage: Vec<Damage>,
+    damaged: AtomicU64,
     options: EngineOptions,
     dir: std::path::PathBuf,
     closed: AtomicBool,
@@ -287,6 +290,7 @@ impl Engine {
     }
 
     fn tell(&self, damage: &[Damage]) {
+        self.damaged.fetch_add(damage.len() as u64, SeqCst);
         for Damage { file, fault, cost } in damage {
             tracing::error!(
                 volume = %self.capture.volume(), file = %self.dir.join(file.to_string()).display(), %fault,
@@ -321,6 +325,7 @@ impl Engine {
             trims_ignored: counters.trims_ignored.load(SeqCst),
             blocks_copied: counters.copied.load(SeqCst),
             intent_regions: self.capture.intent().set_regions().len() as u64,
+            damaged: self.damaged.load(SeqCst),
             last_flip: *self.last_flip.lock(),
             poisoned: self.capture.is_poisoned(),
         }

@@ -6,6 +6,8 @@
 mod bench;
 #[path = "it/crash.rs"]
 mod crash;
+#[path = "it/damage.rs"]
+mod damage;
 #[path = "it/formats.rs"]
 mod formats;
 #[path = "it/model.rs"]

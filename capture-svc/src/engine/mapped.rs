@@ -181,3 +181,61 @@ impl MappedWords {
         self.file.sync_all()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use capture_core::engine::{media::Map, records::encode_map_header};
+    use tidemark_block::{BlockSize, Geometry, VolumeId};
+
+    use super::*;
+
+    #[test]
+    fn a_flipped_bit_is_seen_at_every_byte_before_the_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("map");
+        let geometry = Geometry::new(1 << 20, BlockSize::MIN).unwrap();
+        let header = encode_map_header(Map::Tracking, VolumeId::from_bytes([7; 16]), geometry);
+        let made = MappedWords::create(&path, &header, Size::Fixed(3)).unwrap();
+        made.words()
+            .iter()
+            .for_each(|word| word.store(u64::MAX, SeqCst));
+        let open = || MappedWords::open(&path, &header, Size::Fixed(3)).unwrap();
+        for at in 0..HEADER_LEN {
+            let mut byte = [0];
+            made.file.read_exact_at(&mut byte, at).unwrap();
+            made.file
+                .write_all_at(&[byte[0] ^ 1 << (at % 8)], at)
+                .unwrap();
+            assert_eq!(open().err(), Some(Fault::Header), "byte {at}");
+            made.file.write_all_at(&byte, at).unwrap();
+        }
+        assert!(open().is_ok());
+    }
+
+    #[test]
+    fn a_file_has_as_many_words_as_it_is_to_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("map");
+        let growing = Size::Growing { entry: 8, max: 64 };
+        let least = HEADER_LEN;
+        let cases = [
+            (Size::Fixed(3), least + 24, None),
+            (Size::Fixed(3), least + 23, Some(Fault::Length)),
+            (Size::Fixed(3), least + 32, Some(Fault::Length)),
+            (growing, least, None),
+            (growing, least + 64, None),
+            (growing, least + 8, Some(Fault::Length)),
+            (growing, least - 1, Some(Fault::Length)),
+        ];
+        for (size, length, fault) in cases {
+            drop(MappedWords::create(&path, b"header", size).unwrap());
+            let file = File::options().write(true).open(&path).unwrap();
+            file.set_len(length).unwrap();
+            let opened = MappedWords::open(&path, b"header", size).unwrap();
+            assert_eq!(opened.err(), fault, "{size:?} {length}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        let missing = MappedWords::open(&path, b"header", growing).unwrap();
+        assert_eq!(missing.err(), Some(Fault::Missing));
+    }
+}

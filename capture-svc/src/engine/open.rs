@@ -1,9 +1,14 @@
 //! Creating, opening and closing a volume's state: what happens around the recovery.
 
-use std::{fs, io, path::Path, sync::atomic::AtomicBool};
+use std::{
+    fs, io,
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicU64},
+};
 
 use capture_core::engine::{
     capture::{Capture, Tuning},
+    media::Map,
     records::{FileIdentity, Identity, Seals},
     recover::{EPOCHS_RESERVED, Outcome},
     spool::INDEX_BYTES_PER_ENTRY,
@@ -108,24 +113,36 @@ pub(super) enum Taken {
     Anew,
 }
 
-/// The identity in a state directory, which must be of this volume.
+/// The identity in a state directory, which must be of this volume. One that is damaged is made up for where the volume
+/// is readopted.
 fn read_identity(
     dir: &Path,
     volume: VolumeId,
     geometry: Geometry,
+    taken: Taken,
 ) -> Result<(Identity, FileLock), EngineError> {
-    let identity_path = dir.join("identity");
-    if !identity_path.exists() {
+    let path = dir.join("identity");
+    if !path.exists() && !files::path_of(dir, Map::Tracking).exists() {
         return Err(EngineError::StateMissing {
             path: dir.to_owned(),
         });
     }
     let state_lock = lock_state(dir)?;
-    let bytes = fs::read(&identity_path).map_err(failed("read the identity", dir))?;
-    let recorded = Identity::decode(&bytes).map_err(|error| EngineError::StateDamaged {
-        path: identity_path,
-        what: error.to_string(),
-    })?;
+    let recorded = match fs::read(&path) {
+        Ok(bytes) => Identity::decode(&bytes).map_err(|error| error.to_string()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err("it is missing".to_owned()),
+        Err(error) => return Err(failed("read the identity", dir)(error)),
+    };
+    let recorded = match (recorded, taken) {
+        (Ok(recorded), _) => recorded,
+        (Err(what), Taken::AsRecorded) => return Err(EngineError::StateDamaged { path, what }),
+        (Err(what), Taken::Anew) => {
+            tracing::error!(%volume, file = %path.display(), what, "the identity of the state is damaged");
+            let made_up = upgrade::made_up(dir, volume, geometry);
+            let made_up = made_up.map_err(failed("read the volume's state", dir))?;
+            made_up.ok_or(EngineError::StateLost { path, what })?
+        }
+    };
     if recorded.volume != volume {
         let (found, expected) = (recorded.volume, volume);
         return Err(EngineError::OtherVolume {
@@ -156,7 +173,7 @@ pub(super) fn open(
     options: EngineOptions,
     taken: Taken,
 ) -> Result<(Engine, Trust), EngineError> {
-    let (recorded, state_lock) = read_identity(dir, volume, geometry)?;
+    let (recorded, state_lock) = read_identity(dir, volume, geometry, taken)?;
     let (opened, volume_lock) = volume_file::open(file, geometry)?;
     let identity = volume_file::identity(&opened).map_err(failed("identify the volume", dir))?;
     // Before anything of the state is touched: the recorded file may come back.
@@ -292,6 +309,7 @@ fn start(
     let engine = Engine {
         capture,
         damage,
+        damaged: AtomicU64::new(0),
         options,
         dir: dir.to_owned(),
         closed: AtomicBool::new(false),

@@ -53,3 +53,51 @@ fn digest(path: &Path) -> io::Result<Checksum128> {
         parts.extend_from_slice(xxh3_128(&part).as_bytes());
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::FileExt};
+
+    use super::*;
+
+    #[test]
+    fn a_flipped_bit_is_seen_at_every_byte_of_every_sealed_file() {
+        let dir = tempfile::tempdir().unwrap();
+        for (file, n) in SEALED.into_iter().zip(1..) {
+            fs::write(path_of(dir.path(), file), vec![n; 900 + usize::from(n)]).unwrap();
+        }
+        let seals = of(dir.path()).unwrap();
+        assert_eq!(broken(dir.path(), &seals).unwrap(), None);
+        for (name, n) in SEALED.into_iter().zip(1_u8..) {
+            let file = File::options()
+                .write(true)
+                .open(path_of(dir.path(), name))
+                .unwrap();
+            let changed = Some(Damage::everything(name, Fault::Changed));
+            for at in 0..file.metadata().unwrap().len() {
+                file.write_all_at(&[n ^ 1 << (at % 8)], at).unwrap();
+                assert_eq!(broken(dir.path(), &seals).unwrap(), changed, "byte {at}");
+                file.write_all_at(&[n], at).unwrap();
+            }
+            assert_eq!(broken(dir.path(), &seals).unwrap(), None);
+            file.set_len(899).unwrap();
+            assert_eq!(broken(dir.path(), &seals).unwrap(), changed);
+            fs::remove_file(path_of(dir.path(), name)).unwrap();
+            let missing = Some(Damage::everything(name, Fault::Missing));
+            assert_eq!(broken(dir.path(), &seals).unwrap(), missing);
+            fs::write(path_of(dir.path(), name), vec![n; 900 + usize::from(n)]).unwrap();
+        }
+    }
+
+    #[test]
+    fn the_digest_of_a_file_is_that_of_its_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        let bytes = vec![7; (2 << 20) + 5];
+        fs::write(&path, &bytes).unwrap();
+        let parts = bytes
+            .chunks(1 << 20)
+            .flat_map(|part| *xxh3_128(part).as_bytes());
+        assert_eq!(digest(&path).unwrap(), xxh3_128(&parts.collect::<Vec<_>>()));
+    }
+}

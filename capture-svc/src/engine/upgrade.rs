@@ -12,14 +12,19 @@ use std::{
 
 use capture_core::engine::{
     capture::{
-        ENTRIES_WORD, EPOCH_GUARD_WORD, EPOCH_WORD, MARK_SYNC_FAILED, MARKS_WORD, RING_WORD,
-        entries_word,
+        CHANGES_WORD, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, MARK_SYNC_FAILED, MARKS_WORD,
+        RING_WORD, TRACKING_WORDS, checked_word, epoch_seal,
     },
     damage::StateFile,
     dirty::DirtyLayout,
+    examine::epoch_of,
     intent::{PAGE_LEN, PAGE_REGIONS, PAGE_WORDS},
     media::{Map, Record},
-    records::{SnapshotTable, encode_carry, encode_interval, encode_map_header, old},
+    records::{
+        FileIdentity, Identity, Place, SnapshotTable, encode_carry, encode_interval,
+        encode_map_header, old,
+    },
+    recover::EPOCHS_RESERVED,
     ring::Ring,
     spool::{ENTRY_WORDS, SpoolLimits},
 };
@@ -69,6 +74,36 @@ pub(super) fn upgrade(
     }
     intent(dir, id, geometry)?;
     tracking(dir, id, geometry, limits)
+}
+
+/// An identity in place of one that is lost, of whatever release, for a volume of which nothing else is believed. None
+/// where the epochs can't be told either.
+pub(super) fn made_up(
+    dir: &Path,
+    volume: VolumeId,
+    geometry: Geometry,
+) -> io::Result<Option<Identity>> {
+    let size = Size::Fixed(TRACKING_WORDS as u64);
+    let open = |header: &[u8]| MappedWords::open(&path_of(dir, Map::Tracking), header, size);
+    let epoch = match open(&encode_map_header(Map::Tracking, volume, geometry))? {
+        Ok(tracking) => epoch_of(tracking.words()),
+        Err(_) => open(&old::encode_map_header(Map::Tracking, volume, geometry))?
+            .ok()
+            .map(|tracking| tracking.words()[EPOCH_WORD].load(SeqCst)),
+    };
+    // After a loss of power it may be that of an opening before the last one, each of which goes on past all that the
+    // one before had reserved.
+    Ok(epoch.map(|epoch| Identity {
+        volume,
+        geometry,
+        clean: false,
+        failed: false,
+        old: true,
+        seals: None,
+        epoch_limit: epoch.saturating_add(4 * EPOCHS_RESERVED),
+        file: FileIdentity::default(),
+        state: Place::default(),
+    }))
 }
 
 /// Replaces a record, unless `convert` makes nothing of what is there.
@@ -189,10 +224,13 @@ fn tracking(dir: &Path, id: VolumeId, geometry: Geometry, limits: SpoolLimits) -
     let epoch = words[EPOCH_WORD].load(SeqCst);
     // Of a file made anew every word stays 0.
     if epoch != 0 {
-        words[EPOCH_GUARD_WORD].store(!epoch, SeqCst);
+        words[EPOCH_SEAL_WORD].store(epoch_seal(epoch), SeqCst);
         if let Ok(slots) = fs::metadata(path_of(dir, Map::Slots)) {
             let entries = slots.len().saturating_sub(HEADER_LEN) / (8 * ENTRY_WORDS as u64);
-            words[ENTRIES_WORD].store(entries_word(entries), SeqCst);
+            words[ENTRIES_WORD].store(checked_word(entries), SeqCst);
+        }
+        if let Some(newest) = changes(dir)?.iter().max() {
+            words[CHANGES_WORD].store(checked_word(*newest), SeqCst);
         }
         Ring::seal_all(&words[RING_WORD..]);
     }

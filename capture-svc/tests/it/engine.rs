@@ -18,6 +18,8 @@ use tidemark_export::{BlockDevice, Durability, ZeroFlags};
 mod bad_input;
 #[path = "engine/crash.rs"]
 mod crash;
+#[path = "engine/damage.rs"]
+mod damage;
 #[path = "engine/threads.rs"]
 mod threads;
 #[path = "engine/upgrade.rs"]
@@ -29,6 +31,7 @@ const BLOCK: u64 = 4096;
 struct Setup {
     dir: TempDir,
     blocks: u64,
+    id: VolumeId,
     options: EngineOptions,
 }
 
@@ -37,6 +40,7 @@ impl Setup {
         let setup = Self {
             dir: tempfile::tempdir().unwrap(),
             blocks,
+            id: volume(),
             options: EngineOptions::default(),
         };
         File::create(setup.file())
@@ -62,7 +66,7 @@ impl Setup {
         let (state, file) = (self.state(), self.file());
         Engine::create(
             &state,
-            volume(),
+            self.id,
             &file,
             self.geometry(),
             self.options.clone(),
@@ -78,7 +82,7 @@ impl Setup {
         let (state, file) = (self.state(), self.file());
         Engine::open(
             &state,
-            volume(),
+            self.id,
             &file,
             self.geometry(),
             self.options.clone(),
@@ -89,7 +93,7 @@ impl Setup {
         let (state, file) = (self.state(), self.file());
         Engine::readopt(
             &state,
-            volume(),
+            self.id,
             &file,
             self.geometry(),
             self.options.clone(),

@@ -10,7 +10,7 @@ use std::sync::{
 
 use parking_lot::{Mutex, RwLock};
 use thiserror::Error;
-use tidemark_block::{BlockCount, BlockSet, Extent, Geometry, VolumeId};
+use tidemark_block::{BlockCount, BlockSet, Extent, Geometry, VolumeId, xxh3_128};
 
 use super::{
     damage::{Cost, Damage, Fault, StateFile},
@@ -26,11 +26,13 @@ use super::{
 pub const EPOCH_WORD: usize = 0;
 /// Word of the marks.
 pub const MARKS_WORD: usize = 1;
-/// Word of the open epoch's complement, or of that of the next one while a flip is under way.
-pub const EPOCH_GUARD_WORD: usize = 2;
-/// Word of the number of entries that `spool.slots` has room for: see [`entries_word`]. The words from the next one to
-/// the first recorded block are 0.
+/// Word of the open epoch's [`epoch_seal`], or of that of the next one while a flip is under way.
+pub const EPOCH_SEAL_WORD: usize = 2;
+/// Word of the number of entries that `spool.slots` has room for: see [`checked_word`].
 pub const ENTRIES_WORD: usize = 3;
+/// Word of the cut of the newest record of changes, likewise. The words from the next one to the first recorded block
+/// are 0.
+pub const CHANGES_WORD: usize = 4;
 /// First word of the recorded blocks.
 pub const RING_WORD: usize = 8;
 /// Words of [`Map::Tracking`].
@@ -39,17 +41,26 @@ pub const TRACKING_WORDS: usize = RING_WORD + RING_WORDS;
 /// unmakes it.
 pub const MARK_SYNC_FAILED: u64 = u64::from_le_bytes(*b"TMFAILED");
 
-/// The word that says so many entries: the number, and its complement in the upper half.
+/// By what an epoch is known to be one that was stored.
 #[must_use]
-pub const fn entries_word(entries: u64) -> u64 {
-    entries & HALF | (!entries & HALF) << 32
+pub fn epoch_seal(epoch: u64) -> u64 {
+    let mut low = [0; 8];
+    low.copy_from_slice(&xxh3_128(&epoch.to_le_bytes()).as_bytes()[..8]);
+    u64::from_le_bytes(low)
 }
 
-/// What a word of [`entries_word`] says; none where it was damaged. 0 is that of a file made anew.
-pub(super) const fn entries_of(word: u64) -> Option<u64> {
-    let entries = word & HALF;
-    if word == 0 || entries_word(entries) == word {
-        Some(entries)
+/// A word that no flipped bit makes another one: the lower half of a number, and its complement above.
+#[must_use]
+pub const fn checked_word(number: u64) -> u64 {
+    number & HALF | (!number & HALF) << 32
+}
+
+/// What a word of [`checked_word`] says: the lower half of a number; none where it was damaged. 0 is that of a file made
+/// anew.
+pub(super) const fn checked(word: u64) -> Option<u64> {
+    let number = word & HALF;
+    if word == 0 || checked_word(number) == word {
+        Some(number)
     } else {
         None
     }
@@ -301,7 +312,7 @@ impl<M: Media> Capture<M> {
     pub(super) fn flip(&self) {
         // A process that ends between the two has opened the next epoch for nobody.
         let next = self.epoch() + 1;
-        self.media.words(Map::Tracking)[EPOCH_GUARD_WORD].store(!next, SeqCst);
+        self.media.words(Map::Tracking)[EPOCH_SEAL_WORD].store(epoch_seal(next), SeqCst);
         self.epoch_word().store(next, SeqCst);
     }
 
@@ -367,6 +378,11 @@ impl<M: Media> Capture<M> {
     pub fn fail(&self) {
         self.media.words(Map::Tracking)[MARKS_WORD].store(MARK_SYNC_FAILED, SeqCst);
         self.poison();
+    }
+
+    /// Notes the newest record of changes, so that one that is gone is missed.
+    pub(super) fn newest_changes(&self, cut: u64) {
+        self.media.words(Map::Tracking)[CHANGES_WORD].store(checked_word(cut), SeqCst);
     }
 
     /// Takes note of a damaged file.

@@ -84,7 +84,7 @@ pub enum Fault {
     /// Pages of the intent map.
     #[error("{0}")]
     Intent(#[from] IntentFault),
-    /// The epoch counter and its complement differ, or it is behind a recorded cut or ahead of all that can be.
+    /// The epoch counter isn't the one that was sealed, or it is behind a recorded cut or ahead of all that can be.
     #[error("the epoch counter is wrong")]
     Epoch,
     /// The marks are none that are ever made.

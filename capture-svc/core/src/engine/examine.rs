@@ -7,8 +7,8 @@ use tidemark_block::{BlockSet, Geometry, VolumeId, block_checksum};
 
 use super::{
     capture::{
-        CaptureError, ENTRIES_WORD, EPOCH_GUARD_WORD, EPOCH_WORD, MARK_SYNC_FAILED, MARKS_WORD,
-        RING_WORD, entries_of,
+        CHANGES_WORD, CaptureError, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, MARK_SYNC_FAILED,
+        MARKS_WORD, RING_WORD, checked, epoch_seal,
     },
     damage::{Damage, Fault},
     dirty::DirtyLayout,
@@ -133,9 +133,11 @@ fn check_maps<M: Media>(
         return Err(in_tracking(Fault::Epoch));
     }
     let words = media.words(Map::Tracking);
-    let reserved = &words[ENTRIES_WORD + 1..RING_WORD];
-    if entries_of(words[ENTRIES_WORD].load(SeqCst)).is_none()
-        || reserved.iter().any(|word| word.load(SeqCst) != 0)
+    let is_checked = |word: usize| checked(words[word].load(SeqCst)).is_some();
+    let zeroes = &words[CHANGES_WORD + 1..RING_WORD];
+    if !is_checked(ENTRIES_WORD)
+        || !is_checked(CHANGES_WORD)
+        || zeroes.iter().any(|word| word.load(SeqCst) != 0)
     {
         return Err(in_tracking(Fault::Word));
     }
@@ -166,6 +168,18 @@ fn overwritten<M: Media>(
     Ok(None)
 }
 
+/// The cut of the newest record of changes; of all that have its lower half the last one that was closed.
+pub(super) fn newest_changes<M: Media>(media: &M, epoch: u64) -> Option<u64> {
+    let word = media.words(Map::Tracking)[CHANGES_WORD].load(SeqCst);
+    let low = checked(word).filter(|_| word != 0)?;
+    let cut = epoch & !u64::from(u32::MAX) | low;
+    if cut <= epoch {
+        Some(cut)
+    } else {
+        cut.checked_sub(1 << 32)
+    }
+}
+
 /// The epoch that was open when the last process ended.
 pub(super) fn open_epoch<M: Media>(media: &M, epoch_limit: u64) -> Result<u64, Fault> {
     let words = media.words(Map::Tracking);
@@ -173,11 +187,17 @@ pub(super) fn open_epoch<M: Media>(media: &M, epoch_limit: u64) -> Result<u64, F
         // Made anew, by an opening that came no further.
         return Ok(epoch_limit);
     }
+    epoch_of(words).ok_or(Fault::Epoch)
+}
+
+/// The open epoch that the words of `tracking` tell; none where they don't.
+#[must_use]
+pub fn epoch_of(words: &[AtomicU64]) -> Option<u64> {
     let epoch = words[EPOCH_WORD].load(SeqCst);
-    let guard = !words[EPOCH_GUARD_WORD].load(SeqCst);
-    if guard == epoch || epoch.checked_add(1) == Some(guard) {
-        Ok(guard)
-    } else {
-        Err(Fault::Epoch)
-    }
+    let seal = words[EPOCH_SEAL_WORD].load(SeqCst);
+    let candidates = [Some(epoch), epoch.checked_add(1)];
+    candidates
+        .into_iter()
+        .flatten()
+        .find(|epoch| epoch_seal(*epoch) == seal)
 }

@@ -14,12 +14,12 @@ use tidemark_block::{BlockCount, BlockIndex, BlockSet, Extent, Geometry, VolumeI
 
 use super::{
     capture::{
-        Capture, CaptureError, ENTRIES_WORD, EPOCH_GUARD_WORD, EPOCH_WORD, Interval, MARKS_WORD,
-        OpenCut, RING_WORD, Table, Tuning, View,
+        CHANGES_WORD, Capture, CaptureError, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, Interval,
+        MARKS_WORD, OpenCut, RING_WORD, Table, Tuning, View, checked_word, epoch_seal,
     },
-    damage::{Cost, Damage, StateFile},
+    damage::{Cost, Damage, Fault, StateFile},
     dirty::DirtyLayout,
-    examine::{Found, examine, open_epoch, read_records},
+    examine::{Found, examine, newest_changes, open_epoch, read_records},
     intent::{IntentFault, IntentMap, PAGE_LEN, page_count},
     media::{Map, Media, Record},
     records::{Changes, SnapshotTable, encode_carry, encode_interval},
@@ -115,7 +115,7 @@ struct Opening<M> {
 impl<M: Media> Opening<M> {
     /// Everything is as it was left: goes on from there.
     fn take_up(self, found: Found, clean: bool) -> Result<(Capture<M>, Outcome), CaptureError> {
-        let (table, epoch) = resume(
+        let (table, epoch, gone) = resume(
             &self.media,
             self.volume,
             self.geometry,
@@ -126,6 +126,7 @@ impl<M: Media> Opening<M> {
         let spool = Spool::new(self.tuning.spool);
         let Some(damage) = spool.rebuild(&self.media)? else {
             let capture = self.assemble(intent, spool, table, epoch)?;
+            capture.note(gone);
             capture.sweep();
             let outcome = if clean {
                 Outcome::Clean
@@ -200,7 +201,7 @@ impl<M: Media> Opening<M> {
     ) -> Result<Capture<M>, CaptureError> {
         record_entries(&self.media, self.media.reserve(0, 0)?.0);
         let words = self.media.words(Map::Tracking);
-        words[EPOCH_GUARD_WORD].store(!epoch, SeqCst);
+        words[EPOCH_SEAL_WORD].store(epoch_seal(epoch), SeqCst);
         words[EPOCH_WORD].store(epoch, SeqCst);
         let faults = intent.faults().to_vec();
         let capture = Capture::assemble(
@@ -254,7 +255,7 @@ fn resume<M: Media>(
     geometry: Geometry,
     found: Found,
     epoch_limit: u64,
-) -> Result<(Table, u64), CaptureError> {
+) -> Result<(Table, u64, Option<Damage>), CaptureError> {
     // It was looked at before.
     let epoch = open_epoch(media, epoch_limit).unwrap_or(epoch_limit);
     let layout = DirtyLayout::new(geometry.block_count().get());
@@ -263,11 +264,15 @@ fn resume<M: Media>(
     drained.union_with(&maps[1].collect(geometry.all()));
 
     let mut changes: BTreeSet<u64> = media.changes()?.into_iter().collect();
+    let gone = gone_changes(media, &found.snapshots, epoch, &changes);
+    // Whoever reads the chain that goes through it misses it.
+    changes.extend(gone);
     if !drained.is_empty() {
         if !found.snapshots.snapshots.is_empty() {
             let changed = changes_at(media, volume, geometry, epoch, &drained, &changes)?;
             media.put(Record::Changes(epoch), Some(&changed.encode(volume)))?;
             changes.insert(epoch);
+            media.words(Map::Tracking)[CHANGES_WORD].store(checked_word(epoch), SeqCst);
         }
         let mut carry = found.carry.clone();
         carry.union_with(&drained);
@@ -314,7 +319,19 @@ fn resume<M: Media>(
             recorded: true,
         });
     }
-    Ok((table, epoch + 1))
+    let gone = gone.map(|cut| Damage::new(Record::Changes(cut), Fault::Missing, Cost::Changes));
+    Ok((table, epoch + 1, gone))
+}
+
+/// The newest record of changes, where it should be there and isn't.
+fn gone_changes<M: Media>(
+    media: &M,
+    snapshots: &SnapshotTable,
+    epoch: u64,
+    changes: &BTreeSet<u64>,
+) -> Option<u64> {
+    let oldest = snapshots.snapshots.first()?.cut;
+    newest_changes(media, epoch).filter(|cut| oldest < *cut && !changes.contains(cut))
 }
 
 /// What changed up to the epoch that a process left open. An earlier opening may have recorded some of it, and have ended

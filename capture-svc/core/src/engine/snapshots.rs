@@ -105,6 +105,7 @@ impl<M: Media> Capture<M> {
         };
         self.put(Record::Changes(epoch), Some(&changes.encode(self.volume)))?;
         table.changes.insert(epoch);
+        self.newest_changes(epoch);
         for cut in merged {
             self.put(Record::Changes(*cut), None)?;
             table.changes.remove(cut);

@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use tidemark_block::{BlockIndex, Checksum128, block_checksum, xxh3_128};
 
 use super::{
-    capture::{ENTRIES_WORD, entries_of, entries_word},
+    capture::{ENTRIES_WORD, checked, checked_word},
     damage::{Cost, Damage, Fault, StateFile},
     media::{Map, Media, MediaError},
 };
@@ -175,7 +175,7 @@ impl Spool {
         };
         let mut allocation = self.allocation.lock();
         let (entries_now, slots_now) = media.reserve(0, 0)?;
-        let recorded = entries_of(media.words(Map::Tracking)[ENTRIES_WORD].load(SeqCst));
+        let recorded = checked(media.words(Map::Tracking)[ENTRIES_WORD].load(SeqCst));
         if recorded.is_none_or(|recorded| entries_now < recorded) {
             found(StateFile::Slots, Fault::Length);
         }
@@ -441,7 +441,7 @@ struct Entry {
 
 /// Notes for how many entries there is room, so that a file that was cut short is not taken for one with fewer.
 pub(super) fn record_entries<M: Media>(media: &M, entries: u64) {
-    media.words(Map::Tracking)[ENTRIES_WORD].store(entries_word(entries), SeqCst);
+    media.words(Map::Tracking)[ENTRIES_WORD].store(checked_word(entries), SeqCst);
 }
 
 fn entry_words(words: &[AtomicU64], id: u32) -> &[AtomicU64] {

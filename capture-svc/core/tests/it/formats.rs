@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use capture_core::engine::{
     capture::{
-        ENTRIES_WORD, EPOCH_GUARD_WORD, MARK_SYNC_FAILED, MARKS_WORD, RING_WORD, TRACKING_WORDS,
-        entries_word,
+        CHANGES_WORD, ENTRIES_WORD, EPOCH_SEAL_WORD, MARK_SYNC_FAILED, MARKS_WORD, RING_WORD,
+        TRACKING_WORDS, checked_word,
     },
     dirty::{DirtyLayout, WORD_BITS},
     intent::{
@@ -355,8 +355,9 @@ fn the_format_page_states_the_constants() {
         format!("{PAGE_SECTORS} sectors of {SECTOR_LEN} bytes"),
         "Page n covers 28,672 regions".to_owned(),
         format!("| {MARKS_WORD} | marks"),
-        format!("| {EPOCH_GUARD_WORD} | the open epoch's complement"),
+        format!("| {EPOCH_SEAL_WORD} | the lower half of the XXH3-128 of the open epoch"),
         format!("| {ENTRIES_WORD} | entries"),
+        format!("| {CHANGES_WORD} | lower half of the cut"),
         format!("| {RING_WORD} + 4 n | recorded block n (0 to 255)"),
         format!("Entries of {ENTRY_WORDS} words"),
         format!("bit n mod {WORD_BITS} of word n / {WORD_BITS}"),
@@ -369,7 +370,7 @@ fn the_format_page_states_the_constants() {
     assert!(page.contains(&sealed), "{sealed}");
     assert_eq!(PAGE_REGIONS, 28_672);
     assert_eq!(MARK_SYNC_FAILED.to_le_bytes(), *b"TMFAILED");
-    assert_eq!(entries_word(16), 16 | (!16 << 32));
+    assert_eq!(checked_word(16), 16 | (!16 << 32));
     assert_eq!(TRACKING_WORDS, RING_WORD + 4 * 256);
     assert_eq!(
         DirtyLayout::new(32 * 32 * 32 + 1).total(),

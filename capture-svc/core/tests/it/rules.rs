@@ -6,7 +6,7 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use capture_core::engine::{
-    capture::{CaptureError, EPOCH_GUARD_WORD, EPOCH_WORD, RING_WORD},
+    capture::{CaptureError, EPOCH_SEAL_WORD, EPOCH_WORD, RING_WORD, epoch_seal},
     cut::Purpose,
     intent::{IntentMap, PAGE_LEN, encode_page},
     media::{Map, Media},
@@ -671,6 +671,39 @@ fn opening_may_be_repeated() {
 }
 
 #[test]
+fn an_opening_that_ends_early_forgets_no_change_between_snapshots() {
+    for operation in 0.. {
+        let bench = Bench::new();
+        bench.cut(snapshot());
+        bench.write(1, 1);
+        // The process ends amid a cut: both dirty maps have something.
+        let _cut = bench.capture.begin_cut(snapshot()).unwrap();
+        bench.write(2, 1);
+        let judgement = Judgement::Exact { clean: false };
+        bench.sim.restart_process();
+        bench.sim.crash_in(operation);
+        let open = || {
+            Bench::recovered(
+                bench.sim.clone(),
+                bench.tuning,
+                judgement.clone(),
+                bench.limit,
+            )
+        };
+        let _ = open();
+        let crashed = bench.sim.has_crashed();
+        bench.sim.restart_process();
+        let (again, _) = open().unwrap();
+        again.cut(snapshot());
+        let changed = again.capture.changed_between(1, 2).unwrap();
+        assert_eq!(blocks(&changed), [1, 2], "{operation}");
+        if !crashed {
+            break;
+        }
+    }
+}
+
+#[test]
 fn epochs_never_come_back() {
     let bench = Bench::new();
     (0..5).for_each(|_| {
@@ -715,7 +748,7 @@ fn an_epoch_counter_that_fell_behind_a_recorded_cut_puts_everything_in_doubt() {
         let cut = bench.cut(purpose);
         let words = bench.sim.words(Map::Tracking);
         words[EPOCH_WORD].store(cut, SeqCst);
-        words[EPOCH_GUARD_WORD].store(!cut, SeqCst);
+        words[EPOCH_SEAL_WORD].store(epoch_seal(cut), SeqCst);
         let (bench, outcome) = bench.reopen(false);
         assert!(matches!(outcome, Outcome::Everything(_)), "{outcome:?}");
         assert!(bench.capture.epoch() > cut);
@@ -729,7 +762,7 @@ fn an_epoch_that_was_about_to_open_counts_as_the_open_one() {
     bench.write(3, 1);
     let next = bench.capture.epoch() + 1;
     // The process ended amid the flip.
-    bench.sim.words(Map::Tracking)[EPOCH_GUARD_WORD].store(!next, SeqCst);
+    bench.sim.words(Map::Tracking)[EPOCH_SEAL_WORD].store(epoch_seal(next), SeqCst);
     let (bench, outcome) = bench.reopen(false);
     assert_eq!(outcome, Outcome::ProcessCrash);
     assert_eq!(bench.capture.epoch(), next + 1);

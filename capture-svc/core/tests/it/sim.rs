@@ -23,6 +23,7 @@ use std::{
 
 use capture_core::engine::{
     capture::{EPOCH_WORD, TRACKING_WORDS},
+    damage::StateFile,
     dirty::DirtyLayout,
     intent::{PAGE_LEN, encode_page, page_count, place_of},
     media::{Map, Media, MediaError, MediaResult, Record},
@@ -32,6 +33,7 @@ use capture_core::engine::{
 use tidemark_block::{BlockSet, Geometry, VolumeId};
 
 const SECTOR: usize = 512;
+const BLOCK: usize = 4096;
 const CRASHED: MediaError = MediaError(-1);
 const EIO: MediaError = MediaError(5);
 const ENOSPC: MediaError = MediaError(28);
@@ -63,7 +65,7 @@ impl Random {
 }
 
 /// A file whose sectors remember every version since the last sync.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Sectors {
     now: Vec<u8>,
     /// By sector: the synced version, then the later ones but the last.
@@ -134,7 +136,7 @@ impl Sectors {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Inner {
     random: Random,
     volume: Sectors,
@@ -230,6 +232,65 @@ impl Sim {
             faults: RefCell::default(),
             syncs: AtomicU64::new(0),
         }))
+    }
+
+    /// Another disk, with the same on it.
+    pub(crate) fn fork(&self) -> Self {
+        let copy = |words: &Vec<AtomicU64>| {
+            let words = words.iter().map(|word| AtomicU64::new(word.load(SeqCst)));
+            words.collect()
+        };
+        Self(Rc::new(Shared {
+            inner: RefCell::new(self.0.inner.borrow().clone()),
+            words: self.0.words.each_ref().map(copy),
+            faults: RefCell::new(*self.0.faults.borrow()),
+            syncs: AtomicU64::new(self.0.syncs.load(SeqCst)),
+        }))
+    }
+
+    /// Nothing of the spool can be read any more.
+    pub(crate) fn lose_spool(&self) {
+        self.0.inner.borrow_mut().spool.clear();
+    }
+
+    /// The bytes of a file of the state.
+    pub(crate) fn file(&self, file: StateFile) -> Option<Vec<u8>> {
+        let inner = self.0.inner.borrow();
+        let words = |map| {
+            let words = self.0.words[map_index(map)].iter();
+            words
+                .flat_map(|word| word.load(SeqCst).to_le_bytes())
+                .collect()
+        };
+        match file {
+            StateFile::Tracking => Some(words(Map::Tracking)),
+            StateFile::Dirty(parity) => Some(words(Map::Dirty(parity))),
+            StateFile::Slots => Some(words(Map::Slots)),
+            StateFile::Spool => Some(inner.spool.values().flatten().copied().collect()),
+            StateFile::Intent => Some(inner.intent.now.clone()),
+            StateFile::Record(record) => inner.records.get(&record).cloned(),
+        }
+    }
+
+    /// Flips a bit of it.
+    pub(crate) fn flip(&self, file: StateFile, byte: usize, bit: u8) {
+        let mut inner = self.0.inner.borrow_mut();
+        let flip = |bytes: &mut Vec<u8>| bytes[byte] ^= 1 << bit;
+        let flip_word = |map| {
+            let word = &self.0.words[map_index(map)][byte / 8];
+            word.fetch_xor(1 << (byte % 8 * 8 + usize::from(bit)), SeqCst);
+        };
+        match file {
+            StateFile::Tracking => flip_word(Map::Tracking),
+            StateFile::Dirty(parity) => flip_word(Map::Dirty(parity)),
+            StateFile::Slots => flip_word(Map::Slots),
+            StateFile::Intent => flip(&mut inner.intent.now),
+            StateFile::Record(record) => flip(inner.records.get_mut(&record).unwrap()),
+            StateFile::Spool => {
+                let bytes = inner.spool.values_mut().nth(byte / BLOCK).unwrap();
+                bytes[byte % BLOCK] ^= 1 << bit;
+            }
+        }
     }
 
     pub(crate) fn set_faults(&self, faults: Faults) {
