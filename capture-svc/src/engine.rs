@@ -12,7 +12,9 @@ mod files;
 mod mapped;
 mod open;
 mod reader;
+mod seals;
 mod stripes;
+mod upgrade;
 mod volume_file;
 
 use std::{
@@ -20,7 +22,7 @@ use std::{
     path::Path,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, Ordering::SeqCst},
+        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     time::{Duration, Instant},
 };
@@ -28,6 +30,7 @@ use std::{
 use capture_core::engine::{
     capture::{Capture, CaptureError},
     cut::{Cut, Purpose},
+    damage::Damage,
     records::{LABEL_MAX, Snapshot},
 };
 pub use error::EngineError;
@@ -124,6 +127,8 @@ pub struct EngineStats {
     pub blocks_copied: u64,
     /// Regions set in the intent map: what would be in doubt if the power were lost now.
     pub intent_regions: u64,
+    /// Files of the state that were found damaged, each time that one was, since and when the engine was opened.
+    pub damaged: u64,
     /// How long the last flip took: what a cut can cost a writer. Zero before the first one.
     pub last_flip: Duration,
     /// Whether the engine refuses work after a failed write or sync.
@@ -169,6 +174,9 @@ impl Signal {
 #[derive(Debug)]
 pub struct Engine {
     capture: Capture<Files>,
+    /// What was found damaged when it was opened.
+    damage: Vec<Damage>,
+    damaged: AtomicU64,
     options: EngineOptions,
     dir: std::path::PathBuf,
     closed: AtomicBool,
@@ -263,6 +271,7 @@ impl Engine {
                 .wait(Duration::from_millis(1), || self.capture.is_idle());
         }
         self.capture.sync().map_err(|error| self.explain(error))?;
+        self.capture.close();
         open::mark_clean(self)
     }
 
@@ -271,6 +280,22 @@ impl Engine {
             Err(EngineError::Closed)
         } else {
             Ok(())
+        }
+    }
+
+    /// The files of the state that were found damaged when it was opened: [`Trust`] says the worst that followed.
+    #[must_use]
+    pub fn damage_at_opening(&self) -> &[Damage] {
+        &self.damage
+    }
+
+    fn tell(&self, damage: &[Damage]) {
+        self.damaged.fetch_add(damage.len() as u64, SeqCst);
+        for Damage { file, fault, cost } in damage {
+            tracing::error!(
+                volume = %self.capture.volume(), file = %self.dir.join(file.to_string()).display(), %fault,
+                "a file of the volume's state is damaged: {cost}; check the disk"
+            );
         }
     }
 
@@ -300,6 +325,7 @@ impl Engine {
             trims_ignored: counters.trims_ignored.load(SeqCst),
             blocks_copied: counters.copied.load(SeqCst),
             intent_regions: self.capture.intent().set_regions().len() as u64,
+            damaged: self.damaged.load(SeqCst),
             last_flip: *self.last_flip.lock(),
             poisoned: self.capture.is_poisoned(),
         }
@@ -367,9 +393,9 @@ impl Engine {
         *self.last_flip.lock() = begun.elapsed();
         self.settle(&cut);
         let epoch = Epoch::new(cut.epoch());
-        self.capture
-            .finish_cut(cut)
-            .map_err(|error| self.explain(error))?;
+        let finished = self.capture.finish_cut(cut);
+        self.tell(&self.capture.take_damage());
+        finished.map_err(|error| self.explain(error))?;
         Ok(epoch)
     }
 
@@ -484,16 +510,17 @@ impl Engine {
     /// The blocks that may differ between two snapshots.
     ///
     /// # Errors
-    /// [`EngineError::NoSuchSnapshot`], [`EngineError::SnapshotOrder`], or where the record can't be read.
+    /// [`EngineError::NoSuchSnapshot`], [`EngineError::SnapshotOrder`], or where a record can't be read. Where one is
+    /// damaged or gone every block counts as changed, and the log says so.
     pub fn changed_between(
         &self,
         older: SnapshotId,
         newer: SnapshotId,
     ) -> Result<BlockSet, EngineError> {
         self.check_open()?;
-        self.capture
-            .changed_between(older.0, newer.0)
-            .map_err(|error| self.explain(error))
+        let changed = self.capture.changed_between(older.0, newer.0);
+        self.tell(&self.capture.take_damage());
+        changed.map_err(|error| self.explain(error))
     }
 
     /// The blocks of the extent that may differ from the base: dirty, carried, or in the open interval.
@@ -537,10 +564,6 @@ impl Engine {
 
     /// What a decision's error is called outside.
     fn explain(&self, error: CaptureError) -> EngineError {
-        let damaged = |what: String| EngineError::StateDamaged {
-            path: self.dir.clone(),
-            what,
-        };
         match error {
             CaptureError::Media(error) => EngineError::io(
                 format!(
@@ -549,7 +572,6 @@ impl Engine {
                 ),
                 io::Error::from_raw_os_error(error.0),
             ),
-            CaptureError::Record(error) => damaged(error.to_string()),
             CaptureError::Poisoned => EngineError::Poisoned,
             CaptureError::GivenUp(cut) => EngineError::GivenUp(Epoch::new(cut)),
             CaptureError::IntervalOpen(cut) => EngineError::IntervalOpen(Epoch::new(cut)),

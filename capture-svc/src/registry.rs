@@ -315,7 +315,8 @@ pub(crate) fn engine_error(error: &EngineError) -> RpcError {
         | EngineError::OtherGeometry { .. }
         | EngineError::StateMissing { .. }
         | EngineError::StateExists { .. }
-        | EngineError::StateDamaged { .. } => Reason::VolumeFailed,
+        | EngineError::StateDamaged { .. }
+        | EngineError::StateLost { .. } => Reason::VolumeFailed,
         EngineError::SpoolDamaged { .. } | EngineError::Io { .. } => Reason::IoFailed,
         EngineError::IntervalOpen(_) | EngineError::NoInterval(_) => Reason::Internal,
     };

@@ -9,6 +9,8 @@ mod bench;
 mod changes;
 #[path = "it/crash.rs"]
 mod crash;
+#[path = "it/damage.rs"]
+mod damage;
 #[path = "it/formats.rs"]
 mod formats;
 #[path = "it/model.rs"]

@@ -110,12 +110,24 @@ pub enum EngineError {
         /// The directory.
         path: PathBuf,
     },
-    /// A file of the state is damaged beyond what tracking can make up for.
+    /// The identity of the state is damaged or gone.
     #[error(
-        "{path} is damaged ({what}): remove the volume and add it again; what the vault has stays"
+        "{path} is damaged ({what}): check the disk, then use `tidemark volume readopt` (every block is compared then, \
+         and the snapshots are gone)"
     )]
     StateDamaged {
         /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Besides the identity the epochs are lost: nothing can be taken up.
+    #[error(
+        "{path} is damaged ({what}), and so is the file tracking beside it: check the disk, then use `tidemark volume \
+         remove` and add the volume again; what the vault has stays"
+    )]
+    StateLost {
+        /// The identity.
         path: PathBuf,
         /// What is wrong with it.
         what: String,
@@ -158,7 +170,7 @@ pub enum EngineError {
     NoInterval(Epoch),
     /// A before-image in the spool is not what was put there.
     #[error(
-        "the before-image of block {block} in the spool is damaged: delete the snapshot, check the disk"
+        "the before-image of block {block} in spool.data is damaged: delete the snapshots that read it, and check the disk"
     )]
     SpoolDamaged {
         /// The block that can't be read.

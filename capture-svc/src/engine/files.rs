@@ -13,18 +13,21 @@ use std::{
 
 use capture_core::engine::{
     capture::TRACKING_WORDS,
+    damage::{Damage, Fault, StateFile},
     dirty::DirtyLayout,
-    intent::{PAGE_LEN, encode_page, page_count, place_of},
+    intent::{PAGE_LEN, PAGE_WORDS, encode_page, page_count, place_of},
     media::{Map, Media, MediaError, MediaResult, Record},
-    records::{
-        DIRTY_MAGIC, SLOTS_MAGIC, SnapshotTable, TRACKING_MAGIC, encode_carry, encode_map_header,
-    },
+    records::{SnapshotTable, encode_carry, encode_interval, encode_map_header},
     spool::{ENTRY_WORDS, SpoolLimits},
 };
-use tidemark_block::{Geometry, VolumeId};
+use tidemark_block::{BlockSet, Geometry, VolumeId};
 use tidemark_disk::{durable, guarded_map::VolumeMap};
 
-use super::{mapped::MappedWords, stripes::Stripes, volume_file};
+use super::{
+    mapped::{MappedWords, Size},
+    stripes::Stripes,
+    volume_file,
+};
 
 /// Entries by which the slots' file grows.
 const ENTRIES_STEP: u64 = 16 << 10;
@@ -62,14 +65,6 @@ pub(super) struct Files {
     stripes: Stripes,
 }
 
-/// Whether the files that are updated in place were found whole.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Wholeness {
-    Whole,
-    /// This one was missing or damaged; all were made anew.
-    Lost(&'static str),
-}
-
 fn errno(error: &io::Error) -> MediaError {
     MediaError(error.raw_os_error().unwrap_or(libc::EIO))
 }
@@ -95,33 +90,71 @@ pub(super) fn remove_all(dir: &Path) -> io::Result<()> {
     durable::remove_dir(&dir.join("changes"))
 }
 
-fn record_path(dir: &Path, record: Record) -> PathBuf {
-    match record {
-        Record::Carry => dir.join("carry"),
-        Record::Interval => dir.join("interval"),
-        Record::Snapshots => dir.join("snapshots"),
-        Record::Changes(cut) => dir.join("changes").join(cut.to_string()),
-    }
+/// Where a file of the state lies.
+pub(super) fn path_of(dir: &Path, file: impl Into<StateFile>) -> PathBuf {
+    dir.join(file.into().to_string())
 }
 
-/// Puts every block into the carry and drops all cuts, durably, before files are made anew: from then on the empty
-/// ones look like any others, and an opening that ends early must not be followed by one that trusts them.
-fn doubt_everything(dir: &Path, geometry: Geometry) -> io::Result<()> {
-    let put = |record, content: &[u8]| durable::write_file(&record_path(dir, record), content);
-    let all = std::iter::once(geometry.all()).collect();
-    put(Record::Carry, &encode_carry(&all))?;
-    let last_id = match fs::read(record_path(dir, Record::Snapshots)) {
-        // A damaged table tells no number; the recovery makes the same of it.
-        Ok(bytes) => SnapshotTable::decode(&bytes).map_or(0, |table| table.last_id),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
-        Err(error) => return Err(error),
-    };
+/// Writes every record of a state that has no cut: all of it durable on return.
+pub(super) fn put_records(
+    dir: &Path,
+    id: VolumeId,
+    carry: &BlockSet,
+    last_id: u64,
+) -> io::Result<()> {
+    let put = |record: Record, content: &[u8]| durable::write_file(&path_of(dir, record), content);
+    put(Record::Carry, &encode_carry(id, carry))?;
     let snapshots = SnapshotTable {
         last_id,
         snapshots: Vec::new(),
     };
-    put(Record::Snapshots, &snapshots.encode())?;
-    durable::remove_file(&record_path(dir, Record::Interval))
+    put(Record::Snapshots, &snapshots.encode(id))?;
+    put(Record::Interval, &encode_interval(id, None))
+}
+
+/// Puts every block into the carry and drops all cuts, durably, before files are made anew: from then on the empty
+/// ones look like any others, and an opening that ends early must not be followed by one that trusts them.
+fn doubt_everything(
+    dir: &Path,
+    id: VolumeId,
+    geometry: Geometry,
+    epoch_limit: u64,
+) -> io::Result<()> {
+    let all = std::iter::once(geometry.all()).collect();
+    let last_id = match fs::read(path_of(dir, Record::Snapshots)) {
+        // Each number was given in an epoch of its own.
+        Ok(bytes) => SnapshotTable::decode(&bytes, id).map_or(epoch_limit, |table| table.last_id),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => epoch_limit,
+        Err(error) => return Err(error),
+    };
+    put_records(dir, id, &all, last_id)
+}
+
+/// How many words a mapped file has.
+pub(super) fn size_of(map: Map, geometry: Geometry, limits: SpoolLimits) -> Size {
+    match map {
+        Map::Tracking => Size::Fixed(TRACKING_WORDS as u64),
+        Map::Dirty(_) => Size::Fixed(DirtyLayout::new(geometry.block_count().get()).total() as u64),
+        Map::Slots => Size::Growing {
+            entry: ENTRY_WORDS as u64,
+            max: limits.entries_max * ENTRY_WORDS as u64,
+        },
+    }
+}
+
+/// Opens the intent file.
+fn open_intent(path: &Path, geometry: Geometry) -> io::Result<Result<File, Fault>> {
+    let file = match File::options().read(true).write(true).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(Fault::Missing)),
+        Err(error) => return Err(error),
+    };
+    let length = page_count(regions(geometry)) as u64 * 2 * PAGE_LEN as u64;
+    Ok(if file.metadata()?.len() == length {
+        Ok(file)
+    } else {
+        Err(Fault::Length)
+    })
 }
 
 impl Files {
@@ -134,92 +167,57 @@ impl Files {
         volume: File,
     ) -> io::Result<Self> {
         durable::create_dir(&dir.join("changes"))?;
-        let words = DirtyLayout::new(geometry.block_count().get()).total() as u64;
-        let mapped = |name: &str, magic, words, max| {
-            MappedWords::create(
-                &dir.join(name),
-                &encode_map_header(magic, id, geometry),
-                words,
-                max,
-            )
+        let mapped = |map| {
+            let header = encode_map_header(map, id, geometry);
+            let size = size_of(map, geometry, limits);
+            MappedWords::create(&path_of(dir, map), &header, size)
         };
-        let tracking = mapped("tracking", TRACKING_MAGIC, TRACKING_WORDS as u64, 0)?;
-        let dirty = [
-            mapped("dirty.0", DIRTY_MAGIC[0], words, 0)?,
-            mapped("dirty.1", DIRTY_MAGIC[1], words, 0)?,
-        ];
-        let slots = mapped(
-            "spool.slots",
-            SLOTS_MAGIC,
-            0,
-            limits.entries_max * ENTRY_WORDS as u64,
-        )?;
-        durable::remove_file(&dir.join("spool.data"))?;
-        let intent = create_intent(&dir.join("intent"), id, geometry)?;
+        let tracking = mapped(Map::Tracking)?;
+        let dirty = [mapped(Map::Dirty(0))?, mapped(Map::Dirty(1))?];
+        let slots = mapped(Map::Slots)?;
+        durable::remove_file(&path_of(dir, StateFile::Spool))?;
+        let intent = create_intent(&path_of(dir, StateFile::Intent), id, geometry, |_| {
+            [0; PAGE_WORDS]
+        })?;
         Self::assemble(
             dir, geometry, limits, volume, tracking, dirty, slots, intent,
         )
     }
 
-    /// Opens the files. If one that is updated in place isn't whole, every block joins the carry and all of them are
-    /// made anew.
+    /// Opens the files. If one that is updated in place isn't whole, every block joins the carry, all of them are made
+    /// anew, and the damage is given.
     pub(super) fn open(
         dir: &Path,
         id: VolumeId,
         geometry: Geometry,
         limits: SpoolLimits,
         volume: File,
-    ) -> io::Result<(Self, Wholeness)> {
-        let words = DirtyLayout::new(geometry.block_count().get()).total() as u64;
-        let mapped = |name: &str, magic, words, max| {
-            MappedWords::open(
-                &dir.join(name),
-                &encode_map_header(magic, id, geometry),
-                words,
-                max,
-            )
+        epoch_limit: u64,
+    ) -> io::Result<(Self, Option<Damage>)> {
+        let mut damage = None;
+        let mut mapped = |map| {
+            let header = encode_map_header(map, id, geometry);
+            let size = size_of(map, geometry, limits);
+            let opened = MappedWords::open(&path_of(dir, map), &header, size)?;
+            Ok::<_, io::Error>(whole(map.into(), opened, &mut damage))
         };
-        let intent_len = page_count(regions(geometry)) as u64 * 2 * PAGE_LEN as u64;
-        let intent = File::options()
-            .read(true)
-            .write(true)
-            .open(dir.join("intent"))
-            .ok();
-        let intent =
-            intent.filter(|file| file.metadata().is_ok_and(|found| found.len() == intent_len));
-        let found = (
-            mapped("tracking", TRACKING_MAGIC, TRACKING_WORDS as u64, 0)?,
-            mapped("dirty.0", DIRTY_MAGIC[0], words, 0)?,
-            mapped("dirty.1", DIRTY_MAGIC[1], words, 0)?,
-            mapped(
-                "spool.slots",
-                SLOTS_MAGIC,
-                0,
-                limits.entries_max * ENTRY_WORDS as u64,
-            )?,
-            intent,
-        );
-        let lost = match &found {
-            (None, ..) => "tracking",
-            (_, None, ..) => "dirty.0",
-            (_, _, None, ..) => "dirty.1",
-            (_, _, _, None, _) => "spool.slots",
-            (.., None) => "intent",
-            _ => "",
-        };
-        if let (Some(tracking), Some(even), Some(odd), Some(slots), Some(intent)) = found {
+        let tracking = mapped(Map::Tracking)?;
+        let dirty = [mapped(Map::Dirty(0))?, mapped(Map::Dirty(1))?];
+        let slots = mapped(Map::Slots)?;
+        let intent = open_intent(&path_of(dir, StateFile::Intent), geometry)?;
+        let intent = whole(StateFile::Intent, intent, &mut damage);
+        if let (Some(tracking), [Some(even), Some(odd)], Some(slots), Some(intent)) =
+            (tracking, dirty, slots, intent)
+        {
             durable::create_dir(&dir.join("changes"))?;
             let dirty = [even, odd];
             let files = Self::assemble(
                 dir, geometry, limits, volume, tracking, dirty, slots, intent,
             )?;
-            return Ok((files, Wholeness::Whole));
+            return Ok((files, None));
         }
-        doubt_everything(dir, geometry)?;
-        Ok((
-            Self::create(dir, id, geometry, limits, volume)?,
-            Wholeness::Lost(lost),
-        ))
+        doubt_everything(dir, id, geometry, epoch_limit)?;
+        Ok((Self::create(dir, id, geometry, limits, volume)?, damage))
     }
 
     #[allow(clippy::too_many_arguments, reason = "the two constructors above")]
@@ -297,21 +295,35 @@ impl Files {
 /// Bytes of a region of the intent map.
 pub(super) const REGION_LEN: u64 = 1 << 20;
 
-fn regions(geometry: Geometry) -> u64 {
+pub(super) fn regions(geometry: Geometry) -> u64 {
     geometry.length().div_ceil(REGION_LEN)
 }
 
-/// Makes an intent file with no region set. Its bytes are written, not only allocated: so that no later sync has to
-/// record that they are in use now.
-fn create_intent(path: &Path, id: VolumeId, geometry: Geometry) -> io::Result<File> {
+/// What was opened; a fault becomes the damage, unless there is one already.
+fn whole<T>(file: StateFile, opened: Result<T, Fault>, damage: &mut Option<Damage>) -> Option<T> {
+    opened
+        .map_err(|fault| {
+            damage
+                .get_or_insert(Damage::everything(file, fault))
+                .clone()
+        })
+        .ok()
+}
+
+/// Makes an intent file with pages of these bits, in both of their places. They are written, not only allocated: so that
+/// no later sync has to record that they are in use now.
+pub(super) fn create_intent(
+    path: &Path,
+    id: VolumeId,
+    geometry: Geometry,
+    bits: impl Fn(u64) -> [u64; PAGE_WORDS],
+) -> io::Result<File> {
     durable::remove_file(path)?;
     let pages = page_count(regions(geometry)) as u64;
     let file = durable::open_allocated(path, pages * 2 * PAGE_LEN as u64)?;
-    let at = |place: u64| place * PAGE_LEN as u64;
-    for number in 0..pages {
-        file.write_all_at(&[0; PAGE_LEN], at(place_of(number, 0)))?;
-        let page = encode_page(id, number, 1, &[0; _]);
-        file.write_all_at(&page[..], at(place_of(number, 1)))?;
+    for (number, sequence) in (0..pages).flat_map(|number| [(number, 0), (number, 1)]) {
+        let page = encode_page(id, number, sequence, &bits(number));
+        file.write_all_at(&page[..], place_of(number, sequence) * PAGE_LEN as u64)?;
     }
     file.sync_all()?;
     Ok(file)
@@ -366,7 +378,7 @@ impl Media for Files {
     }
 
     fn put(&self, record: Record, content: Option<&[u8]>) -> MediaResult {
-        let path = record_path(&self.dir, record);
+        let path = path_of(&self.dir, record);
         done(match content {
             Some(content) => durable::write_file(&path, content),
             None => durable::remove_file(&path),
@@ -374,7 +386,7 @@ impl Media for Files {
     }
 
     fn get(&self, record: Record) -> MediaResult<Option<Vec<u8>>> {
-        match fs::read(record_path(&self.dir, record)) {
+        match fs::read(path_of(&self.dir, record)) {
             Ok(content) => Ok(Some(content)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(errno(&error)),

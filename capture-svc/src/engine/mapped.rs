@@ -11,6 +11,7 @@ use std::{
     sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
 };
 
+use capture_core::engine::damage::Fault;
 use memmap2::{MmapOptions, MmapRaw};
 use parking_lot::Mutex;
 use tidemark_disk::durable;
@@ -18,6 +19,43 @@ use tidemark_disk::durable;
 /// Bytes before the words.
 pub(super) const HEADER_LEN: u64 = 4096;
 const WORD_LEN: u64 = 8;
+
+/// How many words a file has.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Size {
+    /// So many.
+    Fixed(u64),
+    /// At first none, then any number of whole entries.
+    Growing {
+        /// Words of an entry.
+        entry: u64,
+        /// The most words.
+        max: u64,
+    },
+}
+
+impl Size {
+    const fn least(self) -> u64 {
+        match self {
+            Self::Fixed(words) => words,
+            Self::Growing { .. } => 0,
+        }
+    }
+
+    const fn most(self) -> u64 {
+        match self {
+            Self::Fixed(words) => words,
+            Self::Growing { max, .. } => max,
+        }
+    }
+
+    const fn allows(self, words: u64) -> bool {
+        match self {
+            Self::Fixed(fixed) => words == fixed,
+            Self::Growing { entry, .. } => words.is_multiple_of(entry),
+        }
+    }
+}
 
 /// A mapped file of words.
 #[derive(Debug)]
@@ -37,42 +75,42 @@ fn is_header(bytes: &[u8], expected: &[u8]) -> bool {
 }
 
 impl MappedWords {
-    /// Makes the file anew, all words zero. It may grow to `words_max` words.
-    pub(super) fn create(
-        path: &Path,
-        header: &[u8],
-        words: u64,
-        words_max: u64,
-    ) -> io::Result<Self> {
+    /// Makes the file anew, all words zero.
+    pub(super) fn create(path: &Path, header: &[u8], size: Size) -> io::Result<Self> {
         durable::remove_file(path)?;
-        let file = durable::open_allocated(path, HEADER_LEN + words * WORD_LEN)?;
+        let file = durable::open_allocated(path, HEADER_LEN + size.least() * WORD_LEN)?;
         file.write_all_at(header, 0)?;
         file.sync_all()?;
-        Self::map(file, words_max)
+        Self::map(file, size.most())
     }
 
-    /// Opens the file; nothing where it isn't whole: missing, of another volume, or shorter than `words`.
-    pub(super) fn open(
-        path: &Path,
-        header: &[u8],
-        words: u64,
-        words_max: u64,
-    ) -> io::Result<Option<Self>> {
+    /// Opens the file; gives what is wrong with one that isn't whole: missing, of another volume, or of a length that it
+    /// never has.
+    pub(super) fn open(path: &Path, header: &[u8], size: Size) -> io::Result<Result<Self, Fault>> {
         let file = match File::options().read(true).write(true).open(path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(Err(Fault::Missing));
+            }
             Err(error) => return Err(error),
         };
-        if file.metadata()?.len() < HEADER_LEN + words * WORD_LEN {
-            return Ok(None);
+        let words = file.metadata()?.len().checked_sub(HEADER_LEN);
+        if !words.is_some_and(|bytes| bytes % WORD_LEN == 0 && size.allows(bytes / WORD_LEN)) {
+            return Ok(Err(Fault::Length));
         }
         let mut found = vec![0; usize::try_from(HEADER_LEN).unwrap_or(0)];
         file.read_exact_at(&mut found, 0)?;
         if is_header(&found, header) {
-            Self::map(file, words_max).map(Some)
+            Self::map(file, size.most()).map(Ok)
         } else {
-            Ok(None)
+            Ok(Err(Fault::Header))
         }
+    }
+
+    /// Gives the file another header, of the same length, durably: a disk writes it whole or not at all.
+    pub(super) fn set_header(&self, header: &[u8]) -> io::Result<()> {
+        self.file.write_all_at(header, 0)?;
+        self.file.sync_all()
     }
 
     fn map(file: File, words_max: u64) -> io::Result<Self> {
@@ -141,5 +179,63 @@ impl MappedWords {
     /// Makes every store so far durable.
     pub(super) fn sync(&self) -> io::Result<()> {
         self.file.sync_all()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use capture_core::engine::{media::Map, records::encode_map_header};
+    use tidemark_block::{BlockSize, Geometry, VolumeId};
+
+    use super::*;
+
+    #[test]
+    fn a_flipped_bit_is_seen_at_every_byte_before_the_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("map");
+        let geometry = Geometry::new(1 << 20, BlockSize::MIN).unwrap();
+        let header = encode_map_header(Map::Tracking, VolumeId::from_bytes([7; 16]), geometry);
+        let made = MappedWords::create(&path, &header, Size::Fixed(3)).unwrap();
+        made.words()
+            .iter()
+            .for_each(|word| word.store(u64::MAX, SeqCst));
+        let open = || MappedWords::open(&path, &header, Size::Fixed(3)).unwrap();
+        for at in 0..HEADER_LEN {
+            let mut byte = [0];
+            made.file.read_exact_at(&mut byte, at).unwrap();
+            made.file
+                .write_all_at(&[byte[0] ^ 1 << (at % 8)], at)
+                .unwrap();
+            assert_eq!(open().err(), Some(Fault::Header), "byte {at}");
+            made.file.write_all_at(&byte, at).unwrap();
+        }
+        assert!(open().is_ok());
+    }
+
+    #[test]
+    fn a_file_has_as_many_words_as_it_is_to_have() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("map");
+        let growing = Size::Growing { entry: 8, max: 64 };
+        let least = HEADER_LEN;
+        let cases = [
+            (Size::Fixed(3), least + 24, None),
+            (Size::Fixed(3), least + 23, Some(Fault::Length)),
+            (Size::Fixed(3), least + 32, Some(Fault::Length)),
+            (growing, least, None),
+            (growing, least + 64, None),
+            (growing, least + 8, Some(Fault::Length)),
+            (growing, least - 1, Some(Fault::Length)),
+        ];
+        for (size, length, fault) in cases {
+            drop(MappedWords::create(&path, b"header", size).unwrap());
+            let file = File::options().write(true).open(&path).unwrap();
+            file.set_len(length).unwrap();
+            let opened = MappedWords::open(&path, b"header", size).unwrap();
+            assert_eq!(opened.err(), fault, "{size:?} {length}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        let missing = MappedWords::open(&path, b"header", growing).unwrap();
+        assert_eq!(missing.err(), Some(Fault::Missing));
     }
 }

@@ -1,14 +1,18 @@
 //! Creating, opening and closing a volume's state: what happens around the recovery.
 
-use std::{fs, io, path::Path, sync::atomic::AtomicBool};
+use std::{
+    fs, io,
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicU64},
+};
 
 use capture_core::engine::{
     capture::{Capture, Tuning},
-    media::{Media, Record},
-    records::{FileIdentity, Identity, encode_carry},
+    media::Map,
+    records::{FileIdentity, Identity, Seals},
     recover::{EPOCHS_RESERVED, Outcome},
     spool::INDEX_BYTES_PER_ENTRY,
-    trust::{Judgement, judge, replaced},
+    trust::{Judgement, Reason, judge, replaced},
 };
 use tidemark_block::{Geometry, VolumeId};
 use tidemark_disk::{
@@ -18,8 +22,8 @@ use tidemark_disk::{
 
 use super::{
     Engine, EngineError, EngineOptions, Trust,
-    files::{self, Files, REGION_LEN, Wholeness},
-    volume_file,
+    files::{self, Files, REGION_LEN},
+    seals, upgrade, volume_file,
 };
 
 /// Blocks under one lock.
@@ -76,9 +80,7 @@ pub(super) fn create(
         let identity = volume_file::identity(&opened)?;
         files::remove_all(dir)?;
         let files = Files::create(dir, volume, geometry, tuning.spool, opened)?;
-        files
-            .put(Record::Carry, Some(&encode_carry(&carry)))
-            .map_err(|error| io::Error::from_raw_os_error(error.0))?;
+        files::put_records(dir, volume, &carry, 0)?;
         Ok((files, identity))
     })();
     let (files, identity) = made.map_err(|error| {
@@ -111,24 +113,36 @@ pub(super) enum Taken {
     Anew,
 }
 
-/// The identity in a state directory, which must be of this volume.
+/// The identity in a state directory, which must be of this volume. One that is damaged is made up for where the volume
+/// is readopted.
 fn read_identity(
     dir: &Path,
     volume: VolumeId,
     geometry: Geometry,
+    taken: Taken,
 ) -> Result<(Identity, FileLock), EngineError> {
-    let identity_path = dir.join("identity");
-    if !identity_path.exists() {
+    let path = dir.join("identity");
+    if !path.exists() && !files::path_of(dir, Map::Tracking).exists() {
         return Err(EngineError::StateMissing {
             path: dir.to_owned(),
         });
     }
     let state_lock = lock_state(dir)?;
-    let bytes = fs::read(&identity_path).map_err(failed("read the identity", dir))?;
-    let recorded = Identity::decode(&bytes).map_err(|error| EngineError::StateDamaged {
-        path: identity_path,
-        what: error.to_string(),
-    })?;
+    let recorded = match fs::read(&path) {
+        Ok(bytes) => Identity::decode(&bytes).map_err(|error| error.to_string()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err("it is missing".to_owned()),
+        Err(error) => return Err(failed("read the identity", dir)(error)),
+    };
+    let recorded = match (recorded, taken) {
+        (Ok(recorded), _) => recorded,
+        (Err(what), Taken::AsRecorded) => return Err(EngineError::StateDamaged { path, what }),
+        (Err(what), Taken::Anew) => {
+            tracing::error!(%volume, file = %path.display(), what, "the identity of the state is damaged");
+            let made_up = upgrade::made_up(dir, volume, geometry);
+            let made_up = made_up.map_err(failed("read the volume's state", dir))?;
+            made_up.ok_or(EngineError::StateLost { path, what })?
+        }
+    };
     if recorded.volume != volume {
         let (found, expected) = (recorded.volume, volume);
         return Err(EngineError::OtherVolume {
@@ -159,7 +173,7 @@ pub(super) fn open(
     options: EngineOptions,
     taken: Taken,
 ) -> Result<(Engine, Trust), EngineError> {
-    let (recorded, state_lock) = read_identity(dir, volume, geometry)?;
+    let (recorded, state_lock) = read_identity(dir, volume, geometry, taken)?;
     let (opened, volume_lock) = volume_file::open(file, geometry)?;
     let identity = volume_file::identity(&opened).map_err(failed("identify the volume", dir))?;
     // Before anything of the state is touched: the recorded file may come back.
@@ -170,23 +184,26 @@ pub(super) fn open(
         });
     }
     let tuning = tuning(&options, geometry);
-    let (files, wholeness) = Files::open(dir, volume, geometry, tuning.spool, opened)
+    let limit = recorded.epoch_limit;
+    if recorded.old {
+        upgrade::upgrade(dir, volume, geometry, tuning.spool)
+            .map_err(failed("convert the volume's state", dir))?;
+        tracing::info!(%volume, "the volume's state is converted from that of release 0.1.0");
+    }
+    let (files, damage) = Files::open(dir, volume, geometry, tuning.spool, opened, limit)
         .map_err(failed("open the volume's state", dir))?;
-    let judgement = match wholeness {
-        Wholeness::Whole => {
+    let judgement = match damage {
+        None => {
             let place = volume_file::place(dir).map_err(failed("identify the state", dir))?;
             let judgement = match taken {
                 Taken::AsRecorded => judge(&recorded, &identity, &place),
-                Taken::Anew => Judgement::Everything("the volume was readopted"),
+                Taken::Anew => Judgement::Everything(Reason::Readopted),
             };
-            heard(judgement, &files, dir, &recorded)?
+            let judgement = heard(judgement, &files, dir, &recorded)?;
+            unsealed(judgement, dir, &recorded)?
         }
-        Wholeness::Lost(name) => {
-            tracing::error!(%volume, file = name, "a file of the volume's state was lost or damaged");
-            Judgement::Everything("a file of the volume's state was lost or damaged")
-        }
+        Some(damage) => Judgement::Everything(Reason::Damaged(damage)),
     };
-    let limit = recorded.epoch_limit;
     let locks = (state_lock, volume_lock);
     let (engine, outcome) = start(
         dir,
@@ -221,6 +238,7 @@ fn heard(
     let noted = Identity {
         clean: false,
         failed: true,
+        seals: None,
         ..*recorded
     };
     durable::write_file(&dir.join("identity"), &noted.encode())
@@ -231,12 +249,37 @@ fn heard(
     })
 }
 
+/// Compares a state that was closed cleanly with the digests that this left. They are taken back before anything
+/// changes: an opening that ends early must not be followed by one that finds other files than they say.
+fn unsealed(
+    judgement: Judgement,
+    dir: &Path,
+    recorded: &Identity,
+) -> Result<Judgement, EngineError> {
+    let (Judgement::Exact { clean: true }, Some(seals)) = (&judgement, &recorded.seals) else {
+        return Ok(judgement);
+    };
+    let broken = seals::broken(dir, seals).map_err(failed("read the volume's state", dir))?;
+    if let Some(damage) = broken {
+        return Ok(Judgement::Everything(Reason::Damaged(damage)));
+    }
+    let open = Identity {
+        seals: None,
+        ..*recorded
+    };
+    durable::write_file(&dir.join("identity"), &open.encode())
+        .map_err(failed("write the identity", dir))?;
+    Ok(judgement)
+}
+
 fn trust(outcome: Outcome) -> Trust {
     match outcome {
         Outcome::Clean => Trust::Clean,
         Outcome::ProcessCrash => Trust::ProcessCrash,
         Outcome::PowerLoss(doubtful) => Trust::PowerLoss { doubtful },
-        Outcome::Everything(reason) => Trust::Everything { reason },
+        Outcome::Everything(reason) => Trust::Everything {
+            reason: reason.to_string(),
+        },
     }
 }
 
@@ -262,8 +305,11 @@ fn start(
             io::Error::other(error),
         )
     })?;
+    let damage = capture.take_damage();
     let engine = Engine {
         capture,
+        damage,
+        damaged: AtomicU64::new(0),
         options,
         dir: dir.to_owned(),
         closed: AtomicBool::new(false),
@@ -278,6 +324,7 @@ fn start(
         _volume_lock: volume_lock,
         _state_lock: state_lock,
     };
+    engine.tell(&engine.damage);
     write_identity(&engine, file, Left::Running)?;
     engine.capture.confirm();
     Ok((engine, outcome))
@@ -287,7 +334,7 @@ fn start(
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Left {
     Running,
-    Clean,
+    Clean(Seals),
     Failed,
 }
 
@@ -297,8 +344,13 @@ fn write_identity(engine: &Engine, file: FileIdentity, left: Left) -> Result<(),
     let identity = Identity {
         volume: engine.capture.volume(),
         geometry: engine.geometry(),
-        clean: left == Left::Clean,
+        clean: matches!(left, Left::Clean(_)),
         failed: left == Left::Failed,
+        old: false,
+        seals: match left {
+            Left::Clean(seals) => Some(seals),
+            Left::Running | Left::Failed => None,
+        },
         epoch_limit: engine.capture.epoch() + EPOCHS_RESERVED,
         file,
         state,
@@ -312,17 +364,19 @@ pub(super) fn mark_clean(engine: &Engine) -> Result<(), EngineError> {
     let files = engine.capture.media();
     let synced = files
         .sync_state()
-        .map_err(failed("sync the volume's state", &engine.dir));
+        .map_err(failed("sync the volume's state", &engine.dir))
+        .and_then(|()| {
+            seals::of(&engine.dir).map_err(failed("read the volume's state", &engine.dir))
+        });
     if synced.is_err() {
         engine.capture.fail();
     }
     let file = volume_file::identity(files.volume())
         .map_err(failed("identify the volume", &engine.dir))?;
-    let left = if synced.is_ok() {
-        Left::Clean
-    } else {
-        Left::Failed
+    let left = match &synced {
+        Ok(seals) => Left::Clean(*seals),
+        Err(_) => Left::Failed,
     };
     write_identity(engine, file, left)?;
-    synced
+    synced.map(|_| ())
 }

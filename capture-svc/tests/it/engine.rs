@@ -18,8 +18,12 @@ use tidemark_export::{BlockDevice, Durability, ZeroFlags};
 mod bad_input;
 #[path = "engine/crash.rs"]
 mod crash;
+#[path = "engine/damage.rs"]
+mod damage;
 #[path = "engine/threads.rs"]
 mod threads;
+#[path = "engine/upgrade.rs"]
+mod upgrade;
 
 const BLOCK: u64 = 4096;
 
@@ -27,6 +31,7 @@ const BLOCK: u64 = 4096;
 struct Setup {
     dir: TempDir,
     blocks: u64,
+    id: VolumeId,
     options: EngineOptions,
 }
 
@@ -35,6 +40,7 @@ impl Setup {
         let setup = Self {
             dir: tempfile::tempdir().unwrap(),
             blocks,
+            id: volume(),
             options: EngineOptions::default(),
         };
         File::create(setup.file())
@@ -60,7 +66,7 @@ impl Setup {
         let (state, file) = (self.state(), self.file());
         Engine::create(
             &state,
-            volume(),
+            self.id,
             &file,
             self.geometry(),
             self.options.clone(),
@@ -76,7 +82,7 @@ impl Setup {
         let (state, file) = (self.state(), self.file());
         Engine::open(
             &state,
-            volume(),
+            self.id,
             &file,
             self.geometry(),
             self.options.clone(),
@@ -87,7 +93,7 @@ impl Setup {
         let (state, file) = (self.state(), self.file());
         Engine::readopt(
             &state,
-            volume(),
+            self.id,
             &file,
             self.geometry(),
             self.options.clone(),

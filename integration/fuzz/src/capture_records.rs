@@ -1,10 +1,13 @@
 //! The records of a volume's state at the capture side, and pages of its intent map.
 
 use capture_core::engine::{
-    intent::{HEADER_LEN, IntentMap, PAGE_LEN, decode_page, encode_page},
+    intent::{
+        HEADER_LEN, IntentFault, IntentMap, PAGE_LEN, PAGE_WORDS, SECTOR_LEN, decode_page,
+        encode_page,
+    },
     records::{
-        CARRY_MAGIC, CUT_MAGIC, IDENTITY_MAGIC, Identity, SNAPSHOTS_MAGIC, SnapshotTable,
-        decode_carry, decode_cut, encode_carry, encode_cut,
+        CARRY_MAGIC, CHANGES_MAGIC, CUT_MAGIC, Changes, IDENTITY_MAGIC, Identity, SNAPSHOTS_MAGIC,
+        SnapshotTable, decode_carry, decode_interval, encode_carry, encode_interval, old,
     },
     trust::{judge, replaced},
 };
@@ -18,112 +21,155 @@ use crate::{
 
 const SET_MAGIC: [u8; 8] = *b"TMBLKSET";
 
+const VOLUME: VolumeId = VolumeId::from_bytes([0; 16]);
+
 fn geometry() -> Geometry {
     Geometry::new(64 * 4096, BlockSize::MIN).expect("blocks of 4 KiB")
 }
 
 fn identity(mut input: Input<'_>) {
-    let (sealed, bytes) = raw_or_sealed(&mut input, IDENTITY_MAGIC);
+    let (sealed, bytes) = sealed(&mut input, IDENTITY_MAGIC, 0);
     if let Ok(identity) = bounded(room(&bytes), || Identity::decode(&bytes)) {
-        assert!(!sealed || identity.encode() == bytes);
+        assert!(!sealed || identity.old || identity.encode() == bytes);
         assert_eq!(replaced(&identity.file, &identity.file), None);
         let _judged = judge(&identity, &identity.file, &identity.state);
     }
 }
 
-/// A carry, or a cut, whose set is sealed too.
-fn sets(mut input: Input<'_>, magic: [u8; 8]) {
-    let head = if magic == CUT_MAGIC { 8 } else { 0 };
-    let nested = input.flag();
-    let (_, bytes) = if nested {
-        let mut payload = input.bytes(head).to_vec();
+/// Bytes as they are, or a payload of these versions' in its envelope, behind the volume's id and a head of fields.
+fn sealed(input: &mut Input<'_>, magic: [u8; 8], head: usize) -> (bool, Vec<u8>) {
+    if input.flag() {
+        return raw_or_sealed(input, magic);
+    }
+    let version = 1 + u16::from(input.u8() % 2);
+    let mut payload = Vec::new();
+    if magic != IDENTITY_MAGIC {
+        payload.extend(VOLUME.as_bytes());
+    }
+    payload.extend(input.bytes(head));
+    if input.flag() {
         payload.extend(wire::seal(SET_MAGIC, 1, input.rest()));
-        (true, wire::seal(magic, 1, &payload))
     } else {
-        raw_or_sealed(&mut input, magic)
-    };
+        payload.extend(input.rest());
+    }
+    (true, wire::seal(magic, version, &payload))
+}
+
+fn carry(mut input: Input<'_>) {
+    let (_, bytes) = sealed(&mut input, CARRY_MAGIC, 0);
     let all = geometry().all();
-    if magic == CARRY_MAGIC {
-        if let Ok(set) = bounded(room(&bytes), || decode_carry(&bytes, all)) {
-            assert_eq!(set.intersect_extent(all), set);
-            assert_eq!(decode_carry(&encode_carry(&set), all), Ok(set));
-        }
-    } else if let Ok((cut, set)) = bounded(room(&bytes), || decode_cut(&bytes, all)) {
+    if let Ok(set) = bounded(room(&bytes), || decode_carry(&bytes, VOLUME, all)) {
         assert_eq!(set.intersect_extent(all), set);
-        assert_eq!(decode_cut(&encode_cut(cut, &set), all), Ok((cut, set)));
+        assert_eq!(
+            decode_carry(&encode_carry(VOLUME, &set), VOLUME, all),
+            Ok(set)
+        );
+    }
+    let _old = bounded(room(&bytes), || old::decode_carry(&bytes, all));
+}
+
+fn interval(mut input: Input<'_>) {
+    let (_, bytes) = sealed(&mut input, CUT_MAGIC, 8);
+    let all = geometry().all();
+    if let Ok(found) = bounded(room(&bytes), || decode_interval(&bytes, VOLUME, all)) {
+        let open = found.as_ref().map(|(cut, set)| (*cut, set));
+        let again = encode_interval(VOLUME, open);
+        assert_eq!(decode_interval(&again, VOLUME, all), Ok(found));
+    }
+    if let Ok((_, set)) = bounded(room(&bytes), || old::decode_cut(&bytes, all)) {
+        assert_eq!(set.intersect_extent(all), set);
+    }
+}
+
+fn changes(mut input: Input<'_>) {
+    let cut = u64::from(input.u8());
+    let (_, bytes) = sealed(&mut input, CHANGES_MAGIC, 16);
+    let all = geometry().all();
+    if let Ok(found) = bounded(room(&bytes), || Changes::decode(&bytes, VOLUME, cut, all)) {
+        assert!(found.since < cut);
+        assert_eq!(
+            Changes::decode(&found.encode(VOLUME), VOLUME, cut, all),
+            Ok(found)
+        );
     }
 }
 
 fn snapshots(mut input: Input<'_>) {
-    let (sealed, bytes) = raw_or_sealed(&mut input, SNAPSHOTS_MAGIC);
-    if let Ok(table) = bounded(room(&bytes), || SnapshotTable::decode(&bytes)) {
-        assert!(!sealed || table.encode() == bytes);
+    let (sealed, bytes) = sealed(&mut input, SNAPSHOTS_MAGIC, 16);
+    if let Ok(table) = bounded(room(&bytes), || SnapshotTable::decode(&bytes, VOLUME)) {
+        assert!(!sealed || table.encode(VOLUME) == bytes);
     }
+    let _old = bounded(room(&bytes), || old::decode_snapshots(&bytes));
 }
 
-/// Two places of a page: whatever lies there, a region that the newer whole page has set is not lost.
+/// Two places of a page: whatever lies there, a region that a whole page has set which the other one doesn't follow is
+/// not lost.
 fn intent(mut input: Input<'_>) {
     const REGIONS: u64 = 1000;
-    let volume = VolumeId::from_bytes([0; 16]);
-    let places = [(); 2].map(|()| {
-        let resealed = input.flag();
-        let mut page = vec![0; PAGE_LEN];
-        let taken = input.bytes(HEADER_LEN + 32);
-        page[..taken.len()].copy_from_slice(taken);
-        if resealed {
-            page[..8].copy_from_slice(b"TMINTENT");
-            page[8..16].copy_from_slice(&[1, 0, 0, 0, 0, 0, 0, 0]);
-            page[16..24].fill(0);
-            page[48..64].fill(0);
-            let covered = [&page[..32], &page[48..]].concat();
-            page[32..48].copy_from_slice(xxh3_128(&covered).as_bytes());
-        }
-        page
-    });
-    let mut newest: Option<(u64, Box<[u64; 504]>)> = None;
-    for page in &places {
-        if let Some((sequence, bits)) = decode_page(volume, 0, page) {
-            let again = encode_page(volume, 0, sequence, &bits);
-            assert_eq!(
-                decode_page(volume, 0, &again[..]),
-                Some((sequence, bits.clone()))
-            );
-            if newest
-                .as_ref()
-                .is_none_or(|(newest, _)| *newest <= sequence)
-            {
-                newest = Some((sequence, bits));
-            }
-        }
+    let places = [(); 2].map(|()| place(&mut input));
+    let whole: Vec<(u64, Box<[u64; PAGE_WORDS]>)> = places
+        .iter()
+        .filter_map(|page| decode_page(VOLUME, 0, page))
+        .collect();
+    for (sequence, bits) in &whole {
+        let again = encode_page(VOLUME, 0, *sequence, bits);
+        let found = decode_page(VOLUME, 0, &again[..]);
+        assert_eq!(found, Some((*sequence, bits.clone())));
     }
     let epoch = u64::from(input.u32());
-    let map = IntentMap::restore(volume, REGIONS, epoch, std::slice::from_ref(&places));
+    let map = IntentMap::restore(VOLUME, REGIONS, epoch, std::slice::from_ref(&places));
     let set = map.set_regions();
     assert!(set.iter().all(|region| *region < REGIONS));
-    match newest {
-        None => assert_eq!(
-            set.len() as u64,
-            REGIONS,
-            "without a page every region is in doubt"
-        ),
-        Some((_, bits)) => {
-            for region in (0..REGIONS)
-                .filter(|n| bits[usize::try_from(n / 64).expect("small")] >> (n % 64) & 1 == 1)
-            {
+    let newest = whole.into_iter().max_by_key(|(sequence, _)| *sequence);
+    match (newest, map.faults()) {
+        (None, faults) => assert_eq!(faults, [IntentFault::Lost(0)]),
+        (Some((_, bits)), _) => {
+            let is_set =
+                |n: &u64| bits[usize::try_from(n / 64).expect("small")] >> (n % 64) & 1 == 1;
+            for region in (0..REGIONS).filter(is_set) {
                 assert!(set.contains(&region), "region {region} is set");
             }
         }
     }
+    if map.faults().contains(&IntentFault::Lost(0)) {
+        assert_eq!(set.len() as u64, REGIONS, "every region is in doubt");
+    }
+    let _old = places.map(|page| old::decode_page(VOLUME, 0, &page));
+}
+
+/// A place of a page: any bytes, some of its sectors sealed again.
+fn place(input: &mut Input<'_>) -> Vec<u8> {
+    let mut page = vec![0; PAGE_LEN];
+    let resealed = input.u8();
+    let sequence = u64::from(input.u8());
+    let taken = input.bytes(HEADER_LEN + 32);
+    page[..taken.len()].copy_from_slice(taken);
+    for (sector, n) in page.chunks_exact_mut(SECTOR_LEN).zip(0_u16..) {
+        // Mostly of one sequence.
+        let sequence = sequence + 2 * u64::from(input.u8() / 250);
+        if resealed == 0 || resealed >> n & 1 == 1 {
+            sector[..8].copy_from_slice(b"TMINTENT");
+            sector[8..14].copy_from_slice(&[2, 0, 0, 0, 0, 0]);
+            sector[14..16].copy_from_slice(&n.to_le_bytes());
+            sector[16..24].fill(0);
+            sector[24..32].copy_from_slice(&sequence.to_le_bytes());
+            sector[48..64].fill(0);
+            let covered = [&sector[..32], &sector[48..]].concat();
+            sector[32..48].copy_from_slice(xxh3_128(&covered).as_bytes());
+        }
+    }
+    page
 }
 
 /// Records and pages.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    match input.u8() % 5 {
+    match input.u8() % 6 {
         0 => identity(input),
-        1 => sets(input, CARRY_MAGIC),
-        2 => sets(input, CUT_MAGIC),
+        1 => carry(input),
+        2 => interval(input),
         3 => snapshots(input),
+        4 => changes(input),
         _ => intent(input),
     }
 }

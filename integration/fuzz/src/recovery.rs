@@ -12,7 +12,7 @@ use capture_core::engine::{
     intent::PAGE_LEN,
     media::{Map, Media, Record},
     read::SnapshotRead,
-    records::{CARRY_MAGIC, CUT_MAGIC, SNAPSHOTS_MAGIC},
+    records::{CARRY_MAGIC, CHANGES_MAGIC, CUT_MAGIC, SNAPSHOTS_MAGIC},
     recover::EPOCHS_RESERVED,
     spool::SpoolLimits,
     trust::Judgement,
@@ -179,21 +179,23 @@ impl Bench {
         let kind = input.u8() % 8;
         let length = usize::from(input.u8());
         let bytes = input.bytes(length);
-        let sealed = |magic, payload: &[u8]| wire::seal(magic, 1, payload);
-        let cut_of = |bytes: &[u8]| {
-            let (head, set) = bytes.split_at(bytes.len().min(8));
-            let mut payload = head.to_vec();
-            payload.extend(sealed(SET_MAGIC, set));
-            sealed(CUT_MAGIC, &payload)
+        let sealed = |magic, version, fields: &[&[u8]]| {
+            let payload = [&[&VOLUME.as_bytes()[..]], fields].concat().concat();
+            wire::seal(magic, version, &payload)
+        };
+        // Fields, and a set behind them.
+        let set_of = |magic, version, head: usize| {
+            let (head, set) = bytes.split_at(bytes.len().min(head));
+            sealed(magic, version, &[head, &wire::seal(SET_MAGIC, 1, set)])
         };
         let content = match kind {
-            0 => Some((
-                Record::Carry,
-                sealed(CARRY_MAGIC, &sealed(SET_MAGIC, bytes)),
+            0 => Some((Record::Carry, set_of(CARRY_MAGIC, 2, 0))),
+            1 => Some((Record::Interval, set_of(CUT_MAGIC, 2, 8))),
+            2 => Some((Record::Snapshots, sealed(SNAPSHOTS_MAGIC, 2, &[bytes]))),
+            3 => Some((
+                Record::Changes(u64::from(input.u8())),
+                set_of(CHANGES_MAGIC, 1, 16),
             )),
-            1 => Some((Record::Interval, cut_of(bytes))),
-            2 => Some((Record::Snapshots, sealed(SNAPSHOTS_MAGIC, bytes))),
-            3 => Some((Record::Changes(u64::from(input.u8())), cut_of(bytes))),
             _ => None,
         };
         if let Some((record, content)) = content {

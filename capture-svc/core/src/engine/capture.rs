@@ -6,13 +6,14 @@
 use std::sync::Arc;
 
 use thiserror::Error;
-use tidemark_block::{BlockCount, BlockSet, Extent, Geometry, VolumeId};
+use tidemark_block::{BlockCount, BlockSet, Extent, Geometry, VolumeId, xxh3_128};
 
 use super::{
+    damage::{Cost, Damage, Fault, StateFile},
     dirty::{DirtyLayout, DirtyMap},
     intent::IntentMap,
     media::{Map, Media, MediaError, Record},
-    records::{RecordError, SnapshotTable, encode_carry},
+    records::{SnapshotTable, encode_carry},
     ring::{RING_WORDS, Ring},
     spool::{Spool, SpoolLimits},
 };
@@ -25,12 +26,47 @@ use crate::sync::{
 pub const EPOCH_WORD: usize = 0;
 /// Word of the marks.
 pub const MARKS_WORD: usize = 1;
+/// Word of the open epoch's [`epoch_seal`], or of that of the next one while a flip is under way.
+pub const EPOCH_SEAL_WORD: usize = 2;
+/// Word of the number of entries that `spool.slots` has room for: see [`checked_word`].
+pub const ENTRIES_WORD: usize = 3;
+/// Word of the cut of the newest record of changes, likewise. The words from the next one to the first recorded block
+/// are 0.
+pub const CHANGES_WORD: usize = 4;
 /// First word of the recorded blocks.
 pub const RING_WORD: usize = 8;
 /// Words of [`Map::Tracking`].
 pub const TRACKING_WORDS: usize = RING_WORD + RING_WORDS;
-/// Mark: a sync of the volume failed; what was written since the last good one may be lost.
-pub const MARK_SYNC_FAILED: u64 = 1;
+/// Mark: a sync of the volume failed; what was written since the last good one may be lost. No flipped bit makes or
+/// unmakes it.
+pub const MARK_SYNC_FAILED: u64 = u64::from_le_bytes(*b"TMFAILED");
+
+/// By what an epoch is known to be one that was stored.
+#[must_use]
+pub fn epoch_seal(epoch: u64) -> u64 {
+    let mut low = [0; 8];
+    low.copy_from_slice(&xxh3_128(&epoch.to_le_bytes()).as_bytes()[..8]);
+    u64::from_le_bytes(low)
+}
+
+/// A word that no flipped bit makes another one: the lower half of a number, and its complement above.
+#[must_use]
+pub const fn checked_word(number: u64) -> u64 {
+    number & HALF | (!number & HALF) << 32
+}
+
+/// What a word of [`checked_word`] says: the lower half of a number; none where it was damaged. 0 is that of a file made
+/// anew.
+pub(super) const fn checked(word: u64) -> Option<u64> {
+    let number = word & HALF;
+    if word == 0 || checked_word(number) == word {
+        Some(number)
+    } else {
+        None
+    }
+}
+
+const HALF: u64 = 0xFFFF_FFFF;
 
 /// Sizes and bounds of one volume's capture.
 #[derive(Debug, Clone, Copy)]
@@ -55,9 +91,6 @@ pub enum CaptureError {
     /// The medium failed.
     #[error(transparent)]
     Media(#[from] MediaError),
-    /// A record of the state can't be read.
-    #[error(transparent)]
-    Record(#[from] RecordError),
     /// An earlier write or sync of durable state failed.
     #[error("stopped after a failed write or sync")]
     Poisoned,
@@ -80,7 +113,7 @@ pub enum CaptureError {
     #[error("snapshot {0} is not older than snapshot {1}")]
     SnapshotOrder(u64, u64),
     /// A before-image isn't what was stored.
-    #[error("the before-image of block {0} is damaged")]
+    #[error("the before-image of block {0} in spool.data is damaged")]
     SpoolDamaged(u64),
 }
 
@@ -179,6 +212,8 @@ pub struct Capture<M> {
     pub(super) dirty_count: [AtomicU64; 2],
     pub(super) carry_count: AtomicU64,
     poisoned: AtomicBool,
+    /// Nothing of the state changes any more; readers may still let go of cuts. Held while before-images are freed.
+    closed: Mutex<bool>,
     /// One syncs the volume at a time: a failure is reported to one sync only, and must stop the engine before
     /// another one counts as good.
     syncing: Mutex<()>,
@@ -188,6 +223,8 @@ pub struct Capture<M> {
     pub(super) settled_through: AtomicU64,
     /// A sync of the volume that began after this epoch had settled has succeeded.
     pub(super) synced_through: AtomicU64,
+    /// What was found damaged, and nobody was told of.
+    damage: Mutex<Vec<Damage>>,
     /// Counters.
     pub counters: Counters,
 }
@@ -226,10 +263,12 @@ impl<M: Media> Capture<M> {
             carry_count: AtomicU64::new(table.carry.len().get()),
             table: Mutex::new(table),
             poisoned: AtomicBool::new(false),
+            closed: Mutex::new(false),
             syncing: Mutex::default(),
             syncs_begun: AtomicU64::new(0),
             settled_through: AtomicU64::new(settled),
             synced_through: AtomicU64::new(settled),
+            damage: Mutex::default(),
             counters: Counters::default(),
         };
         capture.publish_cuts(&capture.table.lock(), capture.epoch());
@@ -271,7 +310,10 @@ impl<M: Media> Capture<M> {
     }
 
     pub(super) fn flip(&self) {
-        self.epoch_word().fetch_add(1, SeqCst);
+        // A process that ends between the two has opened the next epoch for nobody.
+        let next = self.epoch() + 1;
+        self.media.words(Map::Tracking)[EPOCH_SEAL_WORD].store(epoch_seal(next), SeqCst);
+        self.epoch_word().store(next, SeqCst);
     }
 
     /// Lets a request in: gives it its epoch, which it must [`Self::exit`] with.
@@ -322,6 +364,16 @@ impl<M: Media> Capture<M> {
             .map(self.media.words(Map::Dirty(u8::from(epoch & 1 == 1))))
     }
 
+    /// The blocks of an epoch's dirty map. A flipped bit counts as set, and is noted.
+    pub(super) fn drained(&self, epoch: u64) -> BlockSet {
+        let (drained, whole) = self.dirty(epoch).collect_checked(self.geometry.all());
+        if !whole {
+            let file = StateFile::Dirty(u8::from(epoch & 1 == 1));
+            self.note([Damage::new(file, Fault::Healed, Cost::Nothing)]);
+        }
+        drained
+    }
+
     pub(super) fn ring_words(&self) -> &[AtomicU64] {
         &self.media.words(Map::Tracking)[RING_WORD..][..RING_WORDS]
     }
@@ -333,8 +385,29 @@ impl<M: Media> Capture<M> {
 
     /// A sync failed: as [`Self::poison`], and the next opening does as after a power loss.
     pub fn fail(&self) {
-        self.media.words(Map::Tracking)[MARKS_WORD].fetch_or(MARK_SYNC_FAILED, SeqCst);
+        self.media.words(Map::Tracking)[MARKS_WORD].store(MARK_SYNC_FAILED, SeqCst);
         self.poison();
+    }
+
+    /// Notes the newest record of changes, so that one that is gone is missed.
+    pub(super) fn newest_changes(&self, cut: u64) {
+        self.media.words(Map::Tracking)[CHANGES_WORD].store(checked_word(cut), SeqCst);
+    }
+
+    /// Takes note of a damaged file.
+    pub(super) fn note(&self, damage: impl IntoIterator<Item = Damage>) {
+        self.damage.lock().extend(damage);
+    }
+
+    /// What was found damaged since this was asked last. Whoever asks tells a human.
+    pub fn take_damage(&self) -> Vec<Damage> {
+        std::mem::take(&mut self.damage.lock())
+    }
+
+    /// Nothing is freed from now on: what a reader lets go of later stays for the next opening. No request is in flight
+    /// and none is made any more.
+    pub fn close(&self) {
+        *self.closed.lock() = true;
     }
 
     /// Whether work is refused.
@@ -393,11 +466,7 @@ impl<M: Media> Capture<M> {
 
     /// Replaces the carry, on disk and in memory.
     pub(super) fn put_carry(&self, table: &mut Table, carry: BlockSet) -> Result<(), CaptureError> {
-        if carry.is_empty() {
-            self.put(Record::Carry, None)?;
-        } else {
-            self.put(Record::Carry, Some(&encode_carry(&carry)))?;
-        }
+        self.put(Record::Carry, Some(&encode_carry(self.volume, &carry)))?;
         self.carry_count.store(carry.len().get(), SeqCst);
         table.carry = carry;
         Ok(())
@@ -467,6 +536,9 @@ impl<M: Media> Capture<M> {
 
     /// Frees the before-images that no open cut reads.
     pub(super) fn sweep(&self) {
-        self.spool.sweep(&self.media, || self.open_cuts());
+        let closed = self.closed.lock();
+        if !*closed {
+            self.spool.sweep(&self.media, || self.open_cuts());
+        }
     }
 }

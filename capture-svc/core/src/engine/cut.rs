@@ -10,7 +10,7 @@ use tidemark_block::BlockSet;
 use super::{
     capture::{Capture, CaptureError, Interval, OpenCut, Table, View, parity},
     media::{Media, Record},
-    records::{Snapshot, encode_cut},
+    records::{Snapshot, encode_interval},
 };
 use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
@@ -118,13 +118,13 @@ impl<M: Media> Capture<M> {
     }
 
     fn finish_interval(&self, table: &mut Table, epoch: u64) -> Result<(), CaptureError> {
-        let drained = self.dirty(epoch).collect(self.geometry.all());
+        let drained = self.drained(epoch);
         self.note_changes(table, epoch, &drained)?;
         let mut changed = drained;
         changed.union_with(&table.carry);
         let recorded = !changed.is_empty();
         if recorded {
-            self.put(Record::Interval, Some(&encode_cut(epoch, &changed)))?;
+            self.put_interval(Some((epoch, &changed)))?;
         }
         table.interval = Some(Interval {
             cut: epoch,
@@ -158,16 +158,21 @@ impl<M: Media> Capture<M> {
             id,
             cut: epoch,
             time_ms,
+            changes: table.changes.last().copied().unwrap_or(0),
             label,
         });
-        self.put(Record::Snapshots, Some(&snapshots.encode()))?;
+        self.put(Record::Snapshots, Some(&snapshots.encode(self.volume)))?;
         table.snapshots = snapshots;
         Ok(())
     }
 
+    fn put_interval(&self, open: Option<(u64, &BlockSet)>) -> Result<(), CaptureError> {
+        self.put(Record::Interval, Some(&encode_interval(self.volume, open)))
+    }
+
     /// Moves a closed epoch's dirty blocks into the carry, durably, then clears its map.
     fn fold_dirty(&self, table: &mut Table, epoch: u64) -> Result<(), CaptureError> {
-        let drained = self.dirty(epoch).collect(self.geometry.all());
+        let drained = self.drained(epoch);
         self.note_changes(table, epoch, &drained)?;
         let mut carry = table.carry.clone();
         carry.union_with(&drained);
@@ -212,7 +217,7 @@ impl<M: Media> Capture<M> {
             self.put_carry(table, carry)?;
         }
         if interval.recorded {
-            self.put(Record::Interval, None)?;
+            self.put_interval(None)?;
         }
         table.interval = None;
         self.unwant(table, interval.cut);
@@ -241,7 +246,7 @@ impl<M: Media> Capture<M> {
         // Another sync may have failed meanwhile.
         self.check()?;
         if interval.recorded {
-            self.put(Record::Interval, None)?;
+            self.put_interval(None)?;
         }
         table.interval = None;
         let committed_before = std::mem::replace(&mut table.committed, cut);

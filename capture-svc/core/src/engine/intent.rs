@@ -2,101 +2,25 @@
 //! bounded doubt.
 //!
 //! Pages of 4 KiB alternate between two places with a rising sequence, so that a torn page leaves its predecessor.
+//! Each sector of a page is sealed by itself: where a page was torn every sector is whole, some of this write and some
+//! of the one two before; where one isn't whole the page was damaged, and what it may have said is in doubt.
 //! Requests that need a region share one sync: the first becomes the leader, writes the pages and syncs; the others
 //! wait. `docs/CRASH-RULES.md` says when regions are set and cleared.
-//!
-//! | offset | bytes | field of a page |
-//! |---|---|---|
-//! | 0 | 8 | magic `TMINTENT` |
-//! | 8 | 2 | version |
-//! | 10 | 2 | compatible features |
-//! | 12 | 2 | incompatible features |
-//! | 14 | 2 | 0 |
-//! | 16 | 8 | number of the page |
-//! | 24 | 8 | sequence, from 1 |
-//! | 32 | 16 | XXH3-128 of bytes 0 to 31 and 48 to 4095 |
-//! | 48 | 16 | volume |
-//! | 64 | 4032 | one bit per region |
 
-use tidemark_block::{VolumeId, xxh3_128};
+mod page;
+
+use tidemark_block::VolumeId;
+
+pub use page::{
+    HEADER_LEN, IntentFault, MAGIC, PAGE_LEN, PAGE_REGIONS, PAGE_SECTORS, PAGE_WORDS, SECTOR_LEN,
+    decode_page, encode_page, place_of,
+};
+use page::{Place, Words, page_of};
 
 use crate::sync::{
     Mutex,
     atomic::{AtomicU64, Ordering::SeqCst},
 };
-
-/// Bytes of a page.
-pub const PAGE_LEN: usize = 4096;
-/// Bytes before the bits.
-pub const HEADER_LEN: usize = 64;
-/// Regions of a page.
-pub const PAGE_REGIONS: u64 = ((PAGE_LEN - HEADER_LEN) * 8) as u64;
-const PAGE_WORDS: usize = (PAGE_LEN - HEADER_LEN) / 8;
-const MAGIC: [u8; 8] = *b"TMINTENT";
-const VERSION: u16 = 1;
-
-type Words = [u64; PAGE_WORDS];
-
-/// Encodes a page.
-#[must_use]
-pub fn encode_page(
-    volume: VolumeId,
-    number: u64,
-    sequence: u64,
-    bits: &Words,
-) -> Box<[u8; PAGE_LEN]> {
-    let mut page = Box::new([0; PAGE_LEN]);
-    page[..8].copy_from_slice(&MAGIC);
-    page[8..10].copy_from_slice(&VERSION.to_le_bytes());
-    page[16..24].copy_from_slice(&number.to_le_bytes());
-    page[24..32].copy_from_slice(&sequence.to_le_bytes());
-    page[48..64].copy_from_slice(volume.as_bytes());
-    for (bytes, word) in page[HEADER_LEN..].chunks_exact_mut(8).zip(bits) {
-        bytes.copy_from_slice(&word.to_le_bytes());
-    }
-    let checksum = page_checksum(&page);
-    page[32..48].copy_from_slice(&checksum);
-    page
-}
-
-/// Decodes a page: its sequence and bits; nothing where it isn't a whole page of this volume and number.
-#[must_use]
-pub fn decode_page(volume: VolumeId, number: u64, page: &[u8]) -> Option<(u64, Box<Words>)> {
-    let page: &[u8; PAGE_LEN] = page.try_into().ok()?;
-    let word = |at: usize| {
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(&page[at..at + 8]);
-        u64::from_le_bytes(bytes)
-    };
-    let version = u16::from_le_bytes([page[8], page[9]]);
-    let incompatible = u16::from_le_bytes([page[12], page[13]]);
-    let valid = page[..8] == MAGIC
-        && (1..=VERSION).contains(&version)
-        && incompatible == 0
-        && word(16) == number
-        && page[48..64] == *volume.as_bytes()
-        && page[32..48] == page_checksum(page);
-    valid.then(|| {
-        let mut bits = Box::new([0; PAGE_WORDS]);
-        for (n, bit) in bits.iter_mut().enumerate() {
-            *bit = word(HEADER_LEN + n * 8);
-        }
-        (word(24), bits)
-    })
-}
-
-fn page_checksum(page: &[u8; PAGE_LEN]) -> [u8; 16] {
-    let mut covered = Vec::with_capacity(PAGE_LEN - 16);
-    covered.extend_from_slice(&page[..32]);
-    covered.extend_from_slice(&page[48..]);
-    *xxh3_128(&covered).as_bytes()
-}
-
-/// Where a page of this sequence lies in the file, in pages.
-#[must_use]
-pub const fn place_of(number: u64, sequence: u64) -> u64 {
-    number * 2 + sequence % 2
-}
 
 /// Pages written by one leader.
 #[derive(Debug)]
@@ -136,6 +60,7 @@ struct State {
 pub struct IntentMap {
     volume: VolumeId,
     regions: u64,
+    faults: Vec<IntentFault>,
     /// The last epoch in which a request announced itself, by region.
     last_epoch: Vec<AtomicU64>,
     /// Set where the bit is durable and stays so until the clearer takes it back. A subset of `wanted`.
@@ -152,33 +77,27 @@ const fn index(value: u64) -> usize {
 }
 
 impl IntentMap {
-    /// A map with these pages, as found in the file: for each number the two places. A page with no valid place has
-    /// all its regions set. `epoch` is the last epoch in which a set region can have been written.
+    /// A map with these pages, as found in the file: for each number the two places. A page that was damaged has all its
+    /// regions set. `epoch` is the last epoch in which a set region can have been written.
     ///
     /// # Panics
     /// Where the number of pages isn't [`page_count`].
     #[must_use]
     pub fn restore(volume: VolumeId, regions: u64, epoch: u64, places: &[[Vec<u8>; 2]]) -> Self {
         assert_eq!(places.len(), page_count(regions), "a page for each region");
+        let mut faults = Vec::new();
         let pages: Vec<_> = places
             .iter()
-            .enumerate()
-            .map(|(number, pair)| {
-                let newest = pair
-                    .iter()
-                    .filter_map(|bytes| decode_page(volume, number as u64, bytes))
-                    .max_by_key(|(sequence, _)| *sequence);
-                match newest {
-                    Some((sequence, wanted)) => Page {
-                        sequence,
-                        changed: false,
-                        wanted,
-                    },
-                    None => Page {
-                        sequence: 0,
-                        changed: true,
-                        wanted: all_regions(regions, number),
-                    },
+            .zip(0..)
+            .map(|(pair, number)| {
+                let pair = [&pair[0], &pair[1]].map(|bytes| Place::of(volume, number, bytes));
+                let (sequence, bits, fault) = page_of(number, pair);
+                faults.extend(fault);
+                Page {
+                    sequence,
+                    // Written again by whoever writes next.
+                    changed: fault.is_some(),
+                    wanted: bits.unwrap_or_else(|| all_regions(regions, number)),
                 }
             })
             .collect();
@@ -186,6 +105,7 @@ impl IntentMap {
         let map = Self {
             volume,
             regions,
+            faults,
             last_epoch: zeroes(index(regions)),
             durable: zeroes(words),
             state: Mutex::new(State {
@@ -193,28 +113,37 @@ impl IntentMap {
                 leading: false,
             }),
         };
-        {
-            let state = map.state.lock();
-            for (number, page) in state.pages.iter().enumerate() {
-                for (n, &bits) in page
-                    .wanted
-                    .iter()
-                    .enumerate()
-                    .filter(|(_, bits)| **bits != 0)
-                {
-                    let word = number * PAGE_WORDS + n;
-                    if let (Some(durable), false) = (map.durable.get(word), page.changed) {
-                        durable.store(bits, SeqCst);
-                    }
-                    each_bit(bits, |bit| {
-                        if let Some(last) = map.last_epoch.get(word * 64 + bit) {
-                            last.store(epoch, SeqCst);
-                        }
-                    });
+        map.take_as_found(epoch);
+        map
+    }
+
+    /// Enters what the pages have: when a region can have been written last, and whether it is durable.
+    fn take_as_found(&self, epoch: u64) {
+        let state = self.state.lock();
+        for (number, page) in state.pages.iter().enumerate() {
+            for (n, &bits) in page
+                .wanted
+                .iter()
+                .enumerate()
+                .filter(|(_, bits)| **bits != 0)
+            {
+                let word = number * PAGE_WORDS + n;
+                if let (Some(durable), false) = (self.durable.get(word), page.changed) {
+                    durable.store(bits, SeqCst);
                 }
+                each_bit(bits, |bit| {
+                    if let Some(last) = self.last_epoch.get(word * 64 + bit) {
+                        last.store(epoch, SeqCst);
+                    }
+                });
             }
         }
-        map
+    }
+
+    /// The pages that were found damaged.
+    #[must_use]
+    pub fn faults(&self) -> &[IntentFault] {
+        &self.faults
     }
 
     /// What was read of the file may not be on the disk: a region counts as durable only once its page has been
@@ -385,8 +314,8 @@ pub const fn page_count(regions: u64) -> usize {
     index(regions.div_ceil(PAGE_REGIONS))
 }
 
-fn all_regions(regions: u64, number: usize) -> Box<Words> {
-    let first = number as u64 * PAGE_REGIONS;
+fn all_regions(regions: u64, number: u64) -> Box<Words> {
+    let first = number * PAGE_REGIONS;
     let mut bits = Box::new([0; PAGE_WORDS]);
     for at in 0..PAGE_REGIONS.min(regions - first) {
         bits[index(at / 64)] |= 1 << (at % 64);

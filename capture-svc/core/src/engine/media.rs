@@ -1,6 +1,8 @@
 //! What the engine stands on: the volume file, the files of its state, and the locks, as a trait, so that the same
 //! decisions run on files and on a simulated disk that crashes.
 
+use std::fmt;
+
 use thiserror::Error;
 
 use crate::sync::atomic::AtomicU64;
@@ -24,6 +26,18 @@ pub enum Record {
     Snapshots,
     /// The blocks changed in the epochs up to this cut, since the cut of the record before it.
     Changes(u64),
+}
+
+impl fmt::Display for Record {
+    /// The name of its file.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Carry => f.write_str("carry"),
+            Self::Interval => f.write_str("interval"),
+            Self::Snapshots => f.write_str("snapshots"),
+            Self::Changes(cut) => write!(f, "changes/{cut}"),
+        }
+    }
 }
 
 /// Memory that outlives the process: words of a mapped file.

@@ -1,26 +1,39 @@
 //! The records of a volume's state that are replaced as a whole, and their bytes (`docs/FORMAT-CAPTURE.md`).
+//!
+//! Each is always there, also where it says nothing, and names its volume: one that is missing, or another volume's,
+//! is never taken for one that says nothing.
+
+mod identity;
+pub mod old;
 
 use thiserror::Error;
 use tidemark_block::{
-    BlockSet, BlockSize, Extent, Geometry, GeometryError, VolumeId,
+    BlockSet, Extent, Geometry, GeometryError, VolumeId,
     wire::{Reader, WireError, seal, unseal},
 };
 
-const VERSION: u16 = 1;
+pub use identity::{FileIdentity, IDENTITY_MAGIC, Identity, Place, SEALED, Seals};
+
+use super::media::Map;
+
+/// Version of the records, and of the files whose words have changed since 0.1.0.
+const VERSION: u16 = 2;
 /// Magic of [`encode_carry`].
 pub const CARRY_MAGIC: [u8; 8] = *b"TMCARRY\0";
-/// Magic of [`encode_cut`].
+/// Magic of [`encode_interval`].
 pub const CUT_MAGIC: [u8; 8] = *b"TMCUTSET";
+/// Magic of [`Changes::encode`].
+pub const CHANGES_MAGIC: [u8; 8] = *b"TMCHANGE";
+const CHANGES_VERSION: u16 = 1;
 /// Magic of [`SnapshotTable::encode`].
 pub const SNAPSHOTS_MAGIC: [u8; 8] = *b"TMSNAPS\0";
-/// Magic of [`Identity::encode`].
-pub const IDENTITY_MAGIC: [u8; 8] = *b"TMIDENT\0";
 /// Magic of the header of `tracking`.
 pub const TRACKING_MAGIC: [u8; 8] = *b"TMTRACK\0";
 /// Magic of the header of `dirty.0` and `dirty.1`.
 pub const DIRTY_MAGIC: [[u8; 8]; 2] = [*b"TMDIRTY0", *b"TMDIRTY1"];
 /// Magic of the header of `spool.slots`.
 pub const SLOTS_MAGIC: [u8; 8] = *b"TMSLOTS\0";
+const SLOTS_VERSION: u16 = 1;
 /// Epochs and numbers only ever rise: there must be room to.
 const COUNTER_MAX: u64 = 1 << 62;
 /// The most bytes of a snapshot's label.
@@ -38,49 +51,148 @@ pub enum RecordError {
     /// A label isn't text.
     #[error("a label is not UTF-8")]
     Label,
+    /// Another volume's.
+    #[error("it is that of volume {0}")]
+    Volume(VolumeId),
+    /// That of another cut.
+    #[error("it is that of cut {0}")]
+    Cut(u64),
+    /// Of a version that an opening has converted.
+    #[error("it is of version {0}, which is converted at an opening and not found after it")]
+    Old(u16),
 }
 
 /// The header of a mapped file: whose it is. A file with another header isn't ours.
 #[must_use]
-pub fn encode_map_header(magic: [u8; 8], volume: VolumeId, geometry: Geometry) -> Vec<u8> {
+pub fn encode_map_header(map: Map, volume: VolumeId, geometry: Geometry) -> Vec<u8> {
+    match map {
+        Map::Slots => map_header(map, SLOTS_VERSION, volume, geometry),
+        Map::Tracking | Map::Dirty(_) => map_header(map, VERSION, volume, geometry),
+    }
+}
+
+fn map_header(map: Map, version: u16, volume: VolumeId, geometry: Geometry) -> Vec<u8> {
+    let magic = match map {
+        Map::Tracking => TRACKING_MAGIC,
+        Map::Dirty(parity) => DIRTY_MAGIC[usize::from(parity & 1)],
+        Map::Slots => SLOTS_MAGIC,
+    };
     let mut payload = volume.as_bytes().to_vec();
     payload.extend_from_slice(&geometry.length().to_le_bytes());
     payload.extend_from_slice(&geometry.block_size().get().to_le_bytes());
-    seal(magic, VERSION, &payload)
+    seal(magic, version, &payload)
+}
+
+/// The fields behind the volume, which must be the one expected.
+fn open_record(
+    magic: [u8; 8],
+    version: u16,
+    bytes: &[u8],
+    volume: VolumeId,
+) -> Result<Reader<'_>, RecordError> {
+    let (found, payload) = unseal(magic, version, bytes)?;
+    if found != version {
+        return Err(RecordError::Old(found));
+    }
+    let mut reader = Reader::new(payload);
+    let owner = VolumeId::from_bytes(reader.array()?);
+    if owner == volume {
+        Ok(reader)
+    } else {
+        Err(RecordError::Volume(owner))
+    }
 }
 
 /// Encodes the carry.
 #[must_use]
-pub fn encode_carry(carry: &BlockSet) -> Vec<u8> {
-    seal(CARRY_MAGIC, VERSION, &carry.encode())
+pub fn encode_carry(volume: VolumeId, carry: &BlockSet) -> Vec<u8> {
+    let mut payload = volume.as_bytes().to_vec();
+    payload.extend_from_slice(&carry.encode());
+    seal(CARRY_MAGIC, VERSION, &payload)
 }
 
 /// Decodes the carry of a volume with these blocks.
 ///
 /// # Errors
 /// Where the bytes are no carry, or one of another volume.
-pub fn decode_carry(bytes: &[u8], all: Extent) -> Result<BlockSet, RecordError> {
-    let (_, payload) = unseal(CARRY_MAGIC, VERSION, bytes)?;
-    Ok(BlockSet::decode(payload, all)?)
+pub fn decode_carry(bytes: &[u8], volume: VolumeId, all: Extent) -> Result<BlockSet, RecordError> {
+    let reader = open_record(CARRY_MAGIC, VERSION, bytes, volume)?;
+    Ok(BlockSet::decode(reader.rest(), all)?)
 }
 
-/// Encodes a cut and the blocks that changed up to it: the open interval, or the changes since another cut.
+/// Encodes the open interval: its cut and the blocks that changed up to it; or that none is open.
 #[must_use]
-pub fn encode_cut(cut: u64, changed: &BlockSet) -> Vec<u8> {
-    let mut payload = cut.to_le_bytes().to_vec();
+pub fn encode_interval(volume: VolumeId, open: Option<(u64, &BlockSet)>) -> Vec<u8> {
+    let nothing = BlockSet::new();
+    let (cut, changed) = open.unwrap_or((0, &nothing));
+    let mut payload = volume.as_bytes().to_vec();
+    payload.extend_from_slice(&cut.to_le_bytes());
     payload.extend_from_slice(&changed.encode());
     seal(CUT_MAGIC, VERSION, &payload)
 }
 
-/// Decodes what [`encode_cut`] made.
+/// Decodes what [`encode_interval`] made.
 ///
 /// # Errors
 /// Where the bytes are no such record.
-pub fn decode_cut(bytes: &[u8], all: Extent) -> Result<(u64, BlockSet), RecordError> {
-    let (_, payload) = unseal(CUT_MAGIC, VERSION, bytes)?;
-    let mut reader = Reader::new(payload);
+pub fn decode_interval(
+    bytes: &[u8],
+    volume: VolumeId,
+    all: Extent,
+) -> Result<Option<(u64, BlockSet)>, RecordError> {
+    let mut reader = open_record(CUT_MAGIC, VERSION, bytes, volume)?;
     let cut = reader.u64()?;
-    Ok((cut, BlockSet::decode(reader.rest(), all)?))
+    let changed = BlockSet::decode(reader.rest(), all)?;
+    match (cut, changed.is_empty()) {
+        (0, true) => Ok(None),
+        (0, false) => Err(WireError::Range("cut").into()),
+        _ => Ok(Some((cut, changed))),
+    }
+}
+
+/// The blocks that changed in some epochs, for whoever asks what changed between two snapshots.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Changes {
+    /// The last of the epochs.
+    pub cut: u64,
+    /// The cut of the record before this one, 0 for none: what the next older epochs changed is there.
+    pub since: u64,
+    /// The blocks.
+    pub blocks: BlockSet,
+}
+
+impl Changes {
+    /// The record's bytes.
+    #[must_use]
+    pub fn encode(&self, volume: VolumeId) -> Vec<u8> {
+        let mut payload = volume.as_bytes().to_vec();
+        payload.extend_from_slice(&self.cut.to_le_bytes());
+        payload.extend_from_slice(&self.since.to_le_bytes());
+        payload.extend_from_slice(&self.blocks.encode());
+        seal(CHANGES_MAGIC, CHANGES_VERSION, &payload)
+    }
+
+    /// Decodes the record of a cut.
+    ///
+    /// # Errors
+    /// Where the bytes are no such record, or another cut's.
+    pub fn decode(
+        bytes: &[u8],
+        volume: VolumeId,
+        cut: u64,
+        all: Extent,
+    ) -> Result<Self, RecordError> {
+        let mut reader = open_record(CHANGES_MAGIC, CHANGES_VERSION, bytes, volume)?;
+        let (found, since) = (reader.u64()?, reader.u64()?);
+        if found != cut {
+            return Err(RecordError::Cut(found));
+        }
+        if since >= cut {
+            return Err(WireError::Range("cut before").into());
+        }
+        let blocks = BlockSet::decode(reader.rest(), all)?;
+        Ok(Self { cut, since, blocks })
+    }
 }
 
 /// A user's snapshot.
@@ -92,6 +204,8 @@ pub struct Snapshot {
     pub cut: u64,
     /// Milliseconds since 1970.
     pub time_ms: u64,
+    /// The cut of the newest record of changes when it was taken, 0 for none.
+    pub changes: u64,
     /// At most [`LABEL_MAX`] bytes.
     pub label: String,
 }
@@ -108,11 +222,17 @@ pub struct SnapshotTable {
 impl SnapshotTable {
     /// The record's bytes.
     #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        let mut payload = self.last_id.to_le_bytes().to_vec();
+    pub fn encode(&self, volume: VolumeId) -> Vec<u8> {
+        let mut payload = volume.as_bytes().to_vec();
+        payload.extend_from_slice(&self.last_id.to_le_bytes());
         payload.extend_from_slice(&(self.snapshots.len() as u64).to_le_bytes());
         for snapshot in &self.snapshots {
-            for field in [snapshot.id, snapshot.cut, snapshot.time_ms] {
+            for field in [
+                snapshot.id,
+                snapshot.cut,
+                snapshot.time_ms,
+                snapshot.changes,
+            ] {
                 payload.extend_from_slice(&field.to_le_bytes());
             }
             let label = &snapshot.label.as_bytes()[..snapshot.label.len().min(LABEL_MAX)];
@@ -126,14 +246,22 @@ impl SnapshotTable {
     ///
     /// # Errors
     /// Where the bytes are no such record.
-    pub fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
-        let (_, payload) = unseal(SNAPSHOTS_MAGIC, VERSION, bytes)?;
-        let mut reader = Reader::new(payload);
+    pub fn decode(bytes: &[u8], volume: VolumeId) -> Result<Self, RecordError> {
+        let reader = open_record(SNAPSHOTS_MAGIC, VERSION, bytes, volume)?;
+        Self::read(reader, |reader| reader.u64())
+    }
+
+    /// Reads the fields; `changes` reads those of a snapshot that 0.1.0 didn't have.
+    fn read(
+        mut reader: Reader<'_>,
+        changes: impl Fn(&mut Reader<'_>) -> Result<u64, WireError>,
+    ) -> Result<Self, RecordError> {
         let last_id = reader.u64()?;
         let count = reader.u64()?;
         let mut snapshots = Vec::new();
         for _ in 0..count {
             let (id, cut, time_ms) = (reader.u64()?, reader.u64()?, reader.u64()?);
+            let changes = changes(&mut reader)?;
             let length = reader.u8()?;
             let label = std::str::from_utf8(reader.bytes(length.into())?)
                 .map_err(|_| RecordError::Label)?;
@@ -141,6 +269,7 @@ impl SnapshotTable {
                 id,
                 cut,
                 time_ms,
+                changes,
                 label: label.to_owned(),
             });
         }
@@ -149,152 +278,12 @@ impl SnapshotTable {
         let numbered = last_id <= COUNTER_MAX && snapshots.iter().all(|s| s.id <= last_id);
         if !numbered {
             Err(WireError::Range("number of a snapshot").into())
-        } else if ascending {
-            Ok(Self { last_id, snapshots })
-        } else {
+        } else if !ascending {
             Err(WireError::Range("order of snapshots").into())
+        } else if snapshots.iter().any(|s| s.changes > s.cut) {
+            Err(WireError::Range("changes of a snapshot").into())
+        } else {
+            Ok(Self { last_id, snapshots })
         }
-    }
-}
-
-/// What tells a volume file from every other, and one life of it from the next.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct FileIdentity {
-    /// Of the running kernel.
-    pub boot: [u8; 16],
-    /// Of the mount through which the file is reached.
-    pub mount: u64,
-    /// UUID of the filesystem, or what stands for it.
-    pub filesystem: [u8; 16],
-    /// Number of the device; may change with a boot.
-    pub device: u64,
-    /// Number of the inode.
-    pub inode: u64,
-    /// Time of the last modification: seconds since 1970.
-    pub modified_s: i64,
-    /// And nanoseconds.
-    pub modified_ns: u32,
-    /// Time at which it was created: seconds since 1970; with `born_ns` 0 where the filesystem doesn't tell.
-    pub born_s: i64,
-    /// And nanoseconds.
-    pub born_ns: u32,
-}
-
-/// What tells one life of the filesystem that holds the state from the next, and the state from a copy of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Place {
-    /// Of the mount through which it is reached.
-    pub mount: u64,
-    /// UUID of the filesystem, or what stands for it.
-    pub filesystem: [u8; 16],
-    /// Number of the device; may change with a boot.
-    pub device: u64,
-    /// Number of the inode of the file `tracking`.
-    pub inode: u64,
-    /// When that file was created: seconds since 1970; 0 with the next where the filesystem doesn't tell.
-    pub born_s: i64,
-    /// And nanoseconds.
-    pub born_ns: u32,
-}
-
-/// Who owns the state, and how it was left.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Identity {
-    /// The volume.
-    pub volume: VolumeId,
-    /// Its geometry.
-    pub geometry: Geometry,
-    /// Closed cleanly: all of the state is durable.
-    pub clean: bool,
-    /// A sync of the state's files failed: what is read of them now may not last.
-    pub failed: bool,
-    /// Every epoch used so far is below it.
-    pub epoch_limit: u64,
-    /// The volume's file.
-    pub file: FileIdentity,
-    /// The state's directory.
-    pub state: Place,
-}
-
-impl Identity {
-    /// The record's bytes.
-    #[must_use]
-    pub fn encode(&self) -> Vec<u8> {
-        let mut payload = self.volume.as_bytes().to_vec();
-        payload.extend_from_slice(&self.geometry.length().to_le_bytes());
-        payload.extend_from_slice(&self.geometry.block_size().get().to_le_bytes());
-        payload.extend_from_slice(
-            &(u32::from(self.clean) | u32::from(self.failed) << 1).to_le_bytes(),
-        );
-        payload.extend_from_slice(&self.epoch_limit.to_le_bytes());
-        payload.extend_from_slice(&self.file.boot);
-        payload.extend_from_slice(&self.file.mount.to_le_bytes());
-        payload.extend_from_slice(&self.file.filesystem);
-        payload.extend_from_slice(&self.file.device.to_le_bytes());
-        payload.extend_from_slice(&self.file.inode.to_le_bytes());
-        payload.extend_from_slice(&self.file.modified_s.to_le_bytes());
-        payload.extend_from_slice(&self.file.modified_ns.to_le_bytes());
-        payload.extend_from_slice(&self.state.mount.to_le_bytes());
-        payload.extend_from_slice(&self.state.filesystem);
-        payload.extend_from_slice(&self.state.device.to_le_bytes());
-        payload.extend_from_slice(&self.file.born_s.to_le_bytes());
-        payload.extend_from_slice(&self.file.born_ns.to_le_bytes());
-        payload.extend_from_slice(&self.state.inode.to_le_bytes());
-        payload.extend_from_slice(&self.state.born_s.to_le_bytes());
-        payload.extend_from_slice(&self.state.born_ns.to_le_bytes());
-        seal(IDENTITY_MAGIC, VERSION, &payload)
-    }
-
-    /// Decodes the record.
-    ///
-    /// # Errors
-    /// Where the bytes are no such record.
-    pub fn decode(bytes: &[u8]) -> Result<Self, RecordError> {
-        let (_, payload) = unseal(IDENTITY_MAGIC, VERSION, bytes)?;
-        let mut reader = Reader::new(payload);
-        let volume = VolumeId::from_bytes(reader.array()?);
-        let length = reader.u64()?;
-        let geometry = Geometry::new(length, BlockSize::new(reader.u32()?)?)?;
-        let (clean, failed) = match reader.u32()? {
-            0 => (false, false),
-            1 => (true, false),
-            2 => (false, true),
-            _ => return Err(WireError::Range("clean mark").into()),
-        };
-        let epoch_limit = reader.u64()?;
-        if !(1..=COUNTER_MAX).contains(&epoch_limit) {
-            return Err(WireError::Range("epoch limit").into());
-        }
-        let mut file = FileIdentity {
-            boot: reader.array()?,
-            mount: reader.u64()?,
-            filesystem: reader.array()?,
-            device: reader.u64()?,
-            inode: reader.u64()?,
-            modified_s: i64::from_le_bytes(reader.array()?),
-            modified_ns: reader.u32()?,
-            ..FileIdentity::default()
-        };
-        let mut state = Place {
-            mount: reader.u64()?,
-            filesystem: reader.array()?,
-            device: reader.u64()?,
-            ..Place::default()
-        };
-        file.born_s = i64::from_le_bytes(reader.array()?);
-        file.born_ns = reader.u32()?;
-        state.inode = reader.u64()?;
-        state.born_s = i64::from_le_bytes(reader.array()?);
-        state.born_ns = reader.u32()?;
-        reader.end()?;
-        Ok(Self {
-            volume,
-            geometry,
-            clean,
-            failed,
-            epoch_limit,
-            file,
-            state,
-        })
     }
 }

@@ -2,24 +2,24 @@
 //!
 //! Each step leaves files from which another opening finds the same blocks or more.
 
-use std::sync::Arc;
+use std::{collections::BTreeSet, sync::Arc};
 
-use tidemark_block::{
-    BlockCount, BlockIndex, BlockSet, Extent, Geometry, VolumeId, block_checksum,
-};
+use tidemark_block::{BlockCount, BlockIndex, BlockSet, Extent, Geometry, VolumeId};
 
 use super::{
     capture::{
-        Capture, CaptureError, EPOCH_WORD, Interval, MARK_SYNC_FAILED, MARKS_WORD, OpenCut,
-        RING_WORD, Table, Tuning, View,
+        CHANGES_WORD, Capture, CaptureError, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, Interval,
+        MARKS_WORD, OpenCut, RING_WORD, Table, Tuning, View, checked_word, epoch_seal,
     },
+    damage::{Cost, Damage, Fault, StateFile},
     dirty::DirtyLayout,
-    intent::{IntentMap, PAGE_LEN, page_count},
+    examine::{Found, examine, newest_changes, open_epoch, read_records},
+    intent::{IntentFault, IntentMap, PAGE_LEN, page_count},
     media::{Map, Media, Record},
-    records::{RecordError, SnapshotTable, decode_carry, decode_cut, encode_carry, encode_cut},
+    records::{Changes, SnapshotTable, encode_carry, encode_interval},
     ring::Ring,
-    spool::Spool,
-    trust::Judgement,
+    spool::{Spool, record_entries},
+    trust::{Judgement, Reason},
 };
 use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
@@ -33,28 +33,11 @@ pub enum Outcome {
     /// The intent map's regions are in doubt: this many blocks. Snapshots are gone.
     PowerLoss(BlockCount),
     /// All blocks are in doubt. Snapshots are gone.
-    Everything(String),
+    Everything(Reason),
 }
 
 /// Epochs that an identity reserves beyond the open one.
 pub const EPOCHS_RESERVED: u64 = 1 << 32;
-
-/// What the state's records hold.
-struct Found {
-    carry: BlockSet,
-    interval: Option<(u64, BlockSet)>,
-    snapshots: SnapshotTable,
-}
-
-impl Found {
-    /// The newest of the recorded cuts, all of which closed an epoch before the open one.
-    fn newest_cut(&self) -> Option<u64> {
-        let snapshots = self.snapshots.snapshots.iter().map(|snapshot| snapshot.cut);
-        snapshots
-            .chain(self.interval.as_ref().map(|(cut, _)| *cut))
-            .max()
-    }
-}
 
 impl<M: Media> Capture<M> {
     /// Opens a volume. Afterwards, before any request, the caller writes the identity with a limit of
@@ -70,12 +53,28 @@ impl<M: Media> Capture<M> {
         judgement: Judgement,
         epoch_limit: u64,
     ) -> Result<(Self, Outcome), CaptureError> {
-        let (found, damage) = read_records(&media, geometry)?;
+        let (mut found, mut damage) = read_records(&media, volume, geometry)?;
         let examined = examine(&media, geometry, judgement, epoch_limit, &found)?;
-        let judgement = match damage {
-            Some(record) => Err(format!("the {record} is damaged")),
+        if damage
+            .iter()
+            .any(|damage| damage.file == Record::Snapshots.into())
+        {
+            // Each number was given in an epoch of its own.
+            let given = match examined {
+                Judgement::Exact { .. } => open_epoch(&media, epoch_limit).ok(),
+                _ => None,
+            };
+            found.snapshots.last_id = given.unwrap_or(epoch_limit);
+        }
+        let judgement = match damage.first() {
+            Some(first) => Judgement::Everything(Reason::Damaged(first.clone())),
             None => examined,
         };
+        if let (true, Judgement::Everything(Reason::Damaged(found))) =
+            (damage.is_empty(), &judgement)
+        {
+            damage.push(found.clone());
+        }
         // What is found must be durable before it counts as such: it may come out of the page cache.
         media.sync_intent()?;
         let pages = read_intent(&media, &tuning, geometry)?;
@@ -87,12 +86,13 @@ impl<M: Media> Capture<M> {
             pages,
             epoch_limit,
         };
-        match judgement {
-            Ok(Judgement::Exact { clean }) => opening.take_up(found, clean),
-            Ok(Judgement::PowerLoss) => opening.doubt_regions(found),
-            Ok(Judgement::Everything(reason)) => opening.doubt_all(&found, reason.to_owned()),
-            Err(reason) => opening.doubt_all(&found, reason),
-        }
+        let (capture, outcome) = match judgement {
+            Judgement::Exact { clean } => opening.take_up(found, clean)?,
+            Judgement::PowerLoss => opening.doubt_regions(found)?,
+            Judgement::Everything(reason) => opening.doubt_all(&found, reason)?,
+        };
+        capture.note(damage);
+        Ok((capture, outcome))
     }
 }
 
@@ -110,11 +110,18 @@ struct Opening<M> {
 impl<M: Media> Opening<M> {
     /// Everything is as it was left: goes on from there.
     fn take_up(self, found: Found, clean: bool) -> Result<(Capture<M>, Outcome), CaptureError> {
-        let (table, epoch) = resume(&self.media, self.geometry, found, self.epoch_limit)?;
+        let (table, epoch, gone) = resume(
+            &self.media,
+            self.volume,
+            self.geometry,
+            found,
+            self.epoch_limit,
+        )?;
         let intent = self.intent(epoch);
         let spool = Spool::new(self.tuning.spool);
-        if spool.rebuild(&self.media)? {
-            let capture = self.assemble(intent, spool, table, epoch);
+        let Some(damage) = spool.rebuild(&self.media)? else {
+            let capture = self.assemble(intent, spool, table, epoch)?;
+            capture.note(gone);
             capture.sweep();
             let outcome = if clean {
                 Outcome::Clean
@@ -122,11 +129,12 @@ impl<M: Media> Opening<M> {
                 Outcome::ProcessCrash
             };
             return Ok((capture, outcome));
-        }
+        };
         // Before-images are lost: so are the snapshots, and an interval is no longer readable.
-        let table = forget(&self.media, self.geometry, table)?;
+        let table = forget(&self.media, self.volume, self.geometry, table)?;
         let spool = self.empty_spool()?;
-        let capture = self.assemble(intent, spool, table, epoch);
+        let capture = self.assemble(intent, spool, table, epoch)?;
+        capture.note([damage]);
         Ok((capture, Outcome::ProcessCrash))
     }
 
@@ -149,7 +157,7 @@ impl<M: Media> Opening<M> {
     fn doubt_all(
         self,
         found: &Found,
-        reason: String,
+        reason: Reason,
     ) -> Result<(Capture<M>, Outcome), CaptureError> {
         let all = std::iter::once(self.geometry.all()).collect();
         Ok((self.begin_with(all, found)?, Outcome::Everything(reason)))
@@ -159,10 +167,10 @@ impl<M: Media> Opening<M> {
     fn begin_with(self, doubt: BlockSet, found: &Found) -> Result<Capture<M>, CaptureError> {
         let intent = self.intent(self.epoch_limit);
         intent.distrust();
-        let table = start_over(&self.media, doubt, found.snapshots.last_id)?;
+        let table = start_over(&self.media, self.volume, doubt, found.snapshots.last_id)?;
         let spool = self.empty_spool()?;
         let epoch = self.epoch_limit;
-        Ok(self.assemble(intent, spool, table, epoch))
+        self.assemble(intent, spool, table, epoch)
     }
 
     /// The intent map as of the opening that begins this epoch.
@@ -173,15 +181,25 @@ impl<M: Media> Opening<M> {
 
     fn empty_spool(&self) -> Result<Spool, CaptureError> {
         let spool = Spool::new(self.tuning.spool);
-        let whole = spool.rebuild(&self.media)?;
-        debug_assert!(whole, "an empty spool is whole");
+        let damage = spool.rebuild(&self.media)?;
+        debug_assert_eq!(damage, None, "an empty spool is whole");
         Ok(spool)
     }
 
     /// Begins the epoch.
-    fn assemble(self, intent: IntentMap, spool: Spool, table: Table, epoch: u64) -> Capture<M> {
-        self.media.words(Map::Tracking)[EPOCH_WORD].store(epoch, SeqCst);
-        Capture::assemble(
+    fn assemble(
+        self,
+        intent: IntentMap,
+        spool: Spool,
+        table: Table,
+        epoch: u64,
+    ) -> Result<Capture<M>, CaptureError> {
+        record_entries(&self.media, self.media.reserve(0, 0)?.0);
+        let words = self.media.words(Map::Tracking);
+        words[EPOCH_SEAL_WORD].store(epoch_seal(epoch), SeqCst);
+        words[EPOCH_WORD].store(epoch, SeqCst);
+        let faults = intent.faults().to_vec();
+        let capture = Capture::assemble(
             self.media,
             self.volume,
             self.geometry,
@@ -190,7 +208,15 @@ impl<M: Media> Opening<M> {
             spool,
             table,
             epoch - 1,
-        )
+        );
+        capture.note(faults.into_iter().map(|fault| {
+            let cost = match fault {
+                IntentFault::Lost(_) => Cost::Regions,
+                IntentFault::Stale(_) => Cost::Nothing,
+            };
+            Damage::new(StateFile::Intent, fault, cost)
+        }));
+        Ok(capture)
     }
 }
 
@@ -199,99 +225,6 @@ impl<M: Media> Capture<M> {
     pub fn confirm(&self) {
         self.media.words(Map::Tracking)[MARKS_WORD].store(0, SeqCst);
     }
-}
-
-fn read_records<M: Media>(
-    media: &M,
-    geometry: Geometry,
-) -> Result<(Found, Option<&'static str>), CaptureError> {
-    let mut damage = None;
-    let mut take = |name, result: Result<(), RecordError>| {
-        if result.is_err() {
-            damage = Some(name);
-        }
-    };
-    let mut found = Found {
-        carry: BlockSet::new(),
-        interval: None,
-        snapshots: SnapshotTable::default(),
-    };
-    let all = geometry.all();
-    if let Some(bytes) = media.get(Record::Carry)? {
-        take(
-            "carry",
-            decode_carry(&bytes, all).map(|carry| found.carry = carry),
-        );
-    }
-    if let Some(bytes) = media.get(Record::Interval)? {
-        take(
-            "open interval",
-            decode_cut(&bytes, all).map(|cut| found.interval = Some(cut)),
-        );
-    }
-    if let Some(bytes) = media.get(Record::Snapshots)? {
-        take(
-            "snapshot table",
-            SnapshotTable::decode(&bytes).map(|table| found.snapshots = table),
-        );
-    }
-    Ok((found, damage))
-}
-
-/// What the volume itself adds to the judgement; an error tells why nothing can be trusted.
-fn examine<M: Media>(
-    media: &M,
-    geometry: Geometry,
-    judgement: Judgement,
-    epoch_limit: u64,
-    found: &Found,
-) -> Result<Result<Judgement, String>, CaptureError> {
-    let words = media.words(Map::Tracking);
-    let failed_before = words[MARKS_WORD].load(SeqCst) & MARK_SYNC_FAILED != 0;
-    // The first sync may report a failure that nobody has heard of; the second one must succeed.
-    let failed = failed_before || media.sync_volume().is_err();
-    if failed {
-        words[MARKS_WORD].fetch_or(MARK_SYNC_FAILED, SeqCst);
-        media.sync_volume()?;
-    }
-    if failed || matches!(judgement, Judgement::Everything(_)) {
-        // Pages that could not be written stay in memory, marked clean, and no later sync writes them: what they show
-        // must not be compared, let alone shipped, since the disk has something else. Where everything is in doubt the
-        // mark may be lost with its file.
-        media.drop_volume_cache()?;
-    }
-    let clean = match judgement {
-        Judgement::Exact { .. } if failed => return Ok(Ok(Judgement::PowerLoss)),
-        Judgement::Exact { clean } => clean,
-        other => return Ok(Ok(other)),
-    };
-    let layout = DirtyLayout::new(geometry.block_count().get());
-    if [0, 1]
-        .iter()
-        .any(|&parity| !layout.map(media.words(Map::Dirty(parity))).is_whole())
-    {
-        return Ok(Err("a dirty map is damaged".to_owned()));
-    }
-    let open = open_epoch(media, epoch_limit);
-    // Openings that end before the identity is durable go a little past the limit.
-    if open > epoch_limit.saturating_add(EPOCHS_RESERVED)
-        || found.newest_cut().is_some_and(|cut| cut >= open)
-    {
-        return Ok(Err("the epoch counter is damaged".to_owned()));
-    }
-    let mut block_bytes = vec![0; geometry.block_size().as_usize()];
-    for (block, checksum) in Ring::records(&words[RING_WORD..]) {
-        if !geometry.all().contains(block) {
-            return Ok(Err("the recorded blocks are damaged".to_owned()));
-        }
-        media.read_volume(geometry.offset_of(block).get(), &mut block_bytes)?;
-        if block_checksum(&block_bytes) != checksum {
-            return Ok(Err(format!(
-                "block {block} is not what was written to it last"
-            )));
-        }
-    }
-    Ok(Ok(Judgement::Exact { clean }))
 }
 
 fn read_intent<M: Media>(
@@ -310,37 +243,35 @@ fn read_intent<M: Media>(
         .collect()
 }
 
-/// The epoch that was open when the last process ended.
-fn open_epoch<M: Media>(media: &M, epoch_limit: u64) -> u64 {
-    match media.words(Map::Tracking)[EPOCH_WORD].load(SeqCst) {
-        // Made anew, by an opening that came no further.
-        0 => epoch_limit,
-        epoch => epoch,
-    }
-}
-
 /// Takes up the tracking where it was left: the dirty maps' blocks join the carry.
 fn resume<M: Media>(
     media: &M,
+    volume: VolumeId,
     geometry: Geometry,
     found: Found,
     epoch_limit: u64,
-) -> Result<(Table, u64), CaptureError> {
-    let epoch = open_epoch(media, epoch_limit);
+) -> Result<(Table, u64, Option<Damage>), CaptureError> {
+    // It was looked at before.
+    let epoch = open_epoch(media, epoch_limit).unwrap_or(epoch_limit);
     let layout = DirtyLayout::new(geometry.block_count().get());
     let maps = [0, 1].map(|parity| layout.map(media.words(Map::Dirty(parity))));
     let mut drained = maps[0].collect(geometry.all());
     drained.union_with(&maps[1].collect(geometry.all()));
 
-    let mut changes: std::collections::BTreeSet<u64> = media.changes()?.into_iter().collect();
+    let mut changes: BTreeSet<u64> = media.changes()?.into_iter().collect();
+    let gone = gone_changes(media, &found.snapshots, epoch, &changes);
+    // Whoever reads the chain that goes through it misses it.
+    changes.extend(gone);
     if !drained.is_empty() {
         if !found.snapshots.snapshots.is_empty() {
-            note_drained(media, geometry, epoch, &drained)?;
+            let changed = changes_at(media, volume, geometry, epoch, &drained, &changes)?;
+            media.put(Record::Changes(epoch), Some(&changed.encode(volume)))?;
             changes.insert(epoch);
+            media.words(Map::Tracking)[CHANGES_WORD].store(checked_word(epoch), SeqCst);
         }
         let mut carry = found.carry.clone();
         carry.union_with(&drained);
-        media.put(Record::Carry, Some(&encode_carry(&carry)))?;
+        media.put(Record::Carry, Some(&encode_carry(volume, &carry)))?;
     }
     media.instant()?;
     for map in maps {
@@ -383,45 +314,74 @@ fn resume<M: Media>(
             recorded: true,
         });
     }
-    Ok((table, epoch + 1))
+    let gone = gone.map(|cut| Damage::new(Record::Changes(cut), Fault::Missing, Cost::Changes));
+    Ok((table, epoch + 1, gone))
 }
 
-/// Keeps the drained blocks for [`Capture::changed_between`], beside those that an opening which ended early had drained.
-/// A record that is damaged stays so: whoever asks for it is told.
-fn note_drained<M: Media>(
+/// The newest record of changes, where it should be there and isn't.
+fn gone_changes<M: Media>(
     media: &M,
+    snapshots: &SnapshotTable,
+    epoch: u64,
+    changes: &BTreeSet<u64>,
+) -> Option<u64> {
+    let oldest = snapshots.snapshots.first()?.cut;
+    newest_changes(media, epoch).filter(|cut| oldest < *cut && !changes.contains(cut))
+}
+
+/// What changed up to the epoch that a process left open. An earlier opening may have recorded some of it, and have ended
+/// with its blocks cleared from the maps.
+fn changes_at<M: Media>(
+    media: &M,
+    volume: VolumeId,
     geometry: Geometry,
     epoch: u64,
     drained: &BlockSet,
-) -> Result<(), CaptureError> {
-    let mut noted = drained.clone();
+    changes: &BTreeSet<u64>,
+) -> Result<Changes, CaptureError> {
+    let mut blocks = drained.clone();
     if let Some(bytes) = media.get(Record::Changes(epoch))? {
-        match decode_cut(&bytes, geometry.all()) {
-            Ok((_, before)) => noted.union_with(&before),
-            Err(_) => return Ok(()),
+        match Changes::decode(&bytes, volume, epoch, geometry.all()) {
+            Ok(recorded) => blocks.union_with(&recorded.blocks),
+            Err(_) => blocks.insert(geometry.all()),
         }
     }
-    Ok(media.put(Record::Changes(epoch), Some(&encode_cut(epoch, &noted)))?)
+    let before = changes.range(..epoch).next_back();
+    Ok(Changes {
+        cut: epoch,
+        since: before.copied().unwrap_or(0),
+        blocks,
+    })
 }
 
 /// Gives up all cuts of a table, because their before-images are damaged.
-fn forget<M: Media>(media: &M, geometry: Geometry, table: Table) -> Result<Table, CaptureError> {
+fn forget<M: Media>(
+    media: &M,
+    volume: VolumeId,
+    geometry: Geometry,
+    table: Table,
+) -> Result<Table, CaptureError> {
     let mut carry = table.carry;
     if let Some(interval) = table.interval {
         carry.union_with(&interval.changed.intersect_extent(geometry.all()));
     }
-    start_over(media, carry, table.snapshots.last_id)
+    start_over(media, volume, carry, table.snapshots.last_id)
 }
 
 /// Leaves nothing but a carry, in an order that another opening can take up anywhere.
-fn start_over<M: Media>(media: &M, carry: BlockSet, last_id: u64) -> Result<Table, CaptureError> {
-    media.put(Record::Carry, Some(&encode_carry(&carry)))?;
+fn start_over<M: Media>(
+    media: &M,
+    volume: VolumeId,
+    carry: BlockSet,
+    last_id: u64,
+) -> Result<Table, CaptureError> {
+    media.put(Record::Carry, Some(&encode_carry(volume, &carry)))?;
     let snapshots = SnapshotTable {
         last_id,
         snapshots: Vec::new(),
     };
-    media.put(Record::Snapshots, Some(&snapshots.encode()))?;
-    media.put(Record::Interval, None)?;
+    media.put(Record::Snapshots, Some(&snapshots.encode(volume)))?;
+    media.put(Record::Interval, Some(&encode_interval(volume, None)))?;
     for cut in media.changes()? {
         media.put(Record::Changes(cut), None)?;
     }
@@ -429,7 +389,11 @@ fn start_over<M: Media>(media: &M, carry: BlockSet, last_id: u64) -> Result<Tabl
         media.reset(map)?;
         media.instant()?;
     }
-    Ring::clear(&media.words(Map::Tracking)[RING_WORD..]);
+    let words = media.words(Map::Tracking);
+    Ring::clear(&words[RING_WORD..]);
+    words[ENTRIES_WORD..RING_WORD]
+        .iter()
+        .for_each(|word| word.store(0, SeqCst));
     Ok(Table {
         carry,
         snapshots,

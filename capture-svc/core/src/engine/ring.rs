@@ -2,9 +2,10 @@
 //! can tell whether the volume still holds what was written to it.
 //!
 //! Direct-mapped: a block has one place, by its hash. A record is invalid from before its block is written until the
-//! write has ended, so a mismatch is never a request in flight.
+//! write has ended, so a mismatch is never a request in flight. Each is sealed, so that it is never its own damage
+//! either.
 
-use tidemark_block::{BlockIndex, Checksum128, Extent, block_checksum};
+use tidemark_block::{BlockIndex, Checksum128, Extent, block_checksum, xxh3_128};
 
 use crate::sync::{
     atomic::{
@@ -16,7 +17,7 @@ use crate::sync::{
 
 /// Records.
 pub const RING_LEN: usize = many(256, 2);
-/// Words of a record: block + 1 (0: none), the checksum's halves, 0.
+/// Words of a record: block + 1 (0: none), the checksum's halves, the seal of these.
 const RECORD_WORDS: usize = 4;
 /// Words of all records.
 pub const RING_WORDS: usize = RING_LEN * RECORD_WORDS;
@@ -55,6 +56,17 @@ fn halves(checksum: Checksum128) -> [u64; 2] {
     [value as u64, (value >> 64) as u64]
 }
 
+fn seal_of(tag: u64, checksum: [u64; 2]) -> u64 {
+    let mut bytes = [0; 24];
+    for (bytes, word) in bytes
+        .chunks_exact_mut(8)
+        .zip([tag, checksum[0], checksum[1]])
+    {
+        bytes.copy_from_slice(&word.to_le_bytes());
+    }
+    halves(xxh3_128(&bytes))[0]
+}
+
 impl Ring {
     /// Before blocks are written: makes their records invalid.
     pub fn invalidate(&self, words: &[AtomicU64], blocks: Extent) {
@@ -91,6 +103,7 @@ impl Ring {
         record[0].store(0, SeqCst);
         record[1].store(checksum[0], SeqCst);
         record[2].store(checksum[1], SeqCst);
+        record[3].store(seal_of(block.get() + 1, checksum), SeqCst);
         record[0].store(block.get() + 1, SeqCst);
         self.busy[place].store(false, Release);
     }
@@ -104,19 +117,35 @@ impl Ring {
         }
     }
 
-    /// The valid records.
-    pub fn records(words: &[AtomicU64]) -> impl Iterator<Item = (BlockIndex, Checksum128)> + '_ {
-        words.chunks_exact(RECORD_WORDS).filter_map(|record| {
-            let tag = record[0].load(SeqCst);
-            let value =
-                u128::from(record[1].load(SeqCst)) | u128::from(record[2].load(SeqCst)) << 64;
-            (tag != 0).then(|| {
-                (
-                    BlockIndex::new(tag - 1),
-                    Checksum128::from_bytes(value.to_le_bytes()),
-                )
+    /// The valid records; for one that was damaged, its place.
+    pub fn records(
+        words: &[AtomicU64],
+    ) -> impl Iterator<Item = Result<(BlockIndex, Checksum128), u64>> + '_ {
+        let places = words.chunks_exact(RECORD_WORDS).zip(0_u64..);
+        places.filter_map(|(record, place)| {
+            let [tag, low, high, seal] = [0, 1, 2, 3].map(|n| record[n].load(SeqCst));
+            if tag == 0 {
+                return None;
+            }
+            let block = BlockIndex::new(tag - 1);
+            let value = u128::from(low) | u128::from(high) << 64;
+            let valid = seal == seal_of(tag, [low, high]) && place_of(block) as u64 == place;
+            Some(if valid {
+                Ok((block, Checksum128::from_bytes(value.to_le_bytes())))
+            } else {
+                Err(place)
             })
         })
+    }
+
+    /// Seals the records that 0.1.0 made.
+    pub fn seal_all(words: &[AtomicU64]) {
+        for record in words.chunks_exact(RECORD_WORDS) {
+            let [tag, low, high] = [0, 1, 2].map(|n| record[n].load(SeqCst));
+            if tag != 0 {
+                record[3].store(seal_of(tag, [low, high]), SeqCst);
+            }
+        }
     }
 
     /// Forgets all records.

@@ -6,8 +6,9 @@ use tidemark_block::BlockSet;
 
 use super::{
     capture::{Capture, CaptureError, Table, View},
+    damage::{Cost, Damage, Fault},
     media::{Media, Record},
-    records::{Snapshot, SnapshotTable, decode_cut, encode_cut},
+    records::{Changes, RecordError, Snapshot, SnapshotTable, old},
 };
 use crate::sync::atomic::Ordering::SeqCst;
 
@@ -44,7 +45,7 @@ impl<M: Media> Capture<M> {
                 .cloned()
                 .collect(),
         };
-        self.put(Record::Snapshots, Some(&snapshots.encode()))?;
+        self.put(Record::Snapshots, Some(&snapshots.encode(self.volume)))?;
         table.snapshots = snapshots;
         self.drop_changes(table);
         Ok(())
@@ -88,22 +89,36 @@ impl<M: Media> Capture<M> {
         // An earlier attempt to close the epoch may have come this far, and have merged others into its record.
         let mut noted = None;
         if table.changes.contains(&epoch) {
-            let before = self.changes_of(epoch)?;
-            union.union_with(&before);
-            noted = Some(before);
+            noted = self.changes_of(table, epoch)?;
+            match &noted {
+                Some(changes) => union.union_with(&changes.blocks),
+                None => union.insert(self.geometry.all()),
+            }
         }
-        let since: Vec<u64> = table.changes.range(newest + 1..epoch).copied().collect();
-        let merged = if since.len() >= self.tuning.changes_max {
-            &since[..]
+        let newer: Vec<u64> = table.changes.range(newest + 1..epoch).copied().collect();
+        let merged = if newer.len() >= self.tuning.changes_max {
+            &newer[..]
         } else {
             &[]
         };
         for &cut in merged {
-            union.union_with(&self.changes_of(cut)?);
+            match self.changes_of(table, cut)? {
+                Some(changes) => union.union_with(&changes.blocks),
+                None => union.insert(self.geometry.all()),
+            }
         }
-        if noted.as_ref() != Some(&union) {
-            self.put(Record::Changes(epoch), Some(&encode_cut(epoch, &union)))?;
+        let first = merged.first().copied().unwrap_or(epoch);
+        let since = before(table, first);
+        let changes = Changes {
+            cut: epoch,
+            // Those that the earlier attempt has merged may be gone.
+            since: noted.as_ref().map_or(since, |noted| noted.since.min(since)),
+            blocks: union,
+        };
+        if noted.as_ref() != Some(&changes) {
+            self.put(Record::Changes(epoch), Some(&changes.encode(self.volume)))?;
             table.changes.insert(epoch);
+            self.newest_changes(epoch);
         }
         for cut in merged {
             self.put(Record::Changes(*cut), None)?;
@@ -112,27 +127,55 @@ impl<M: Media> Capture<M> {
         Ok(())
     }
 
-    fn changes_of(&self, cut: u64) -> Result<BlockSet, CaptureError> {
-        match self.media.get(Record::Changes(cut))? {
-            Some(bytes) => Ok(decode_cut(&bytes, self.geometry.all())?.1),
-            None => Ok(BlockSet::new()),
-        }
+    /// A record of changes; none where it is damaged or gone, which is noted.
+    fn changes_of(&self, table: &Table, cut: u64) -> Result<Option<Changes>, CaptureError> {
+        let record = Record::Changes(cut);
+        let found = match self.media.get(record)? {
+            Some(bytes) => self.decode_changes(table, cut, &bytes).map_err(Fault::from),
+            None => Err(Fault::Missing),
+        };
+        Ok(found
+            .map_err(|fault| self.note([Damage::new(record, fault, Cost::Changes)]))
+            .ok())
     }
 
-    /// The blocks that may differ between two snapshots.
+    fn decode_changes(
+        &self,
+        table: &Table,
+        cut: u64,
+        bytes: &[u8],
+    ) -> Result<Changes, RecordError> {
+        let all = self.geometry.all();
+        // 0.1.0 left it to the names of the files which record is the one before.
+        if let Ok((found, blocks)) = old::decode_cut(bytes, all) {
+            let since = before(table, cut);
+            return match found == cut {
+                true => Ok(Changes { cut, since, blocks }),
+                false => Err(RecordError::Cut(found)),
+            };
+        }
+        Changes::decode(bytes, self.volume, cut, all)
+    }
+
+    /// The blocks that may differ between two snapshots. Where a record that tells is damaged or gone: all of them.
     ///
     /// # Errors
     /// Where one doesn't exist, the older isn't older, or a record can't be read.
     pub fn changed_between(&self, older: u64, newer: u64) -> Result<BlockSet, CaptureError> {
         self.check()?;
         let table = self.table.lock();
-        let (from, to) = (find(&table, older)?.cut, find(&table, newer)?.cut);
-        if from >= to {
+        let (from, to) = (find(&table, older)?, find(&table, newer)?);
+        if from.cut >= to.cut {
             return Err(CaptureError::SnapshotOrder(older, newer));
         }
         let mut changed = BlockSet::new();
-        for &cut in table.changes.range(from + 1..=to) {
-            changed.union_with(&self.changes_of(cut)?);
+        let mut at = to.changes;
+        while at > from.cut {
+            let Some(changes) = self.changes_of(&table, at)? else {
+                return Ok(std::iter::once(self.geometry.all()).collect());
+            };
+            changed.union_with(&changes.blocks);
+            at = changes.since;
         }
         Ok(changed)
     }
@@ -231,6 +274,11 @@ impl<M: Media> Capture<M> {
         table.cuts.remove(&cut);
         Ok(())
     }
+}
+
+/// The cut of the record of changes before a cut, 0 for none.
+fn before(table: &Table, cut: u64) -> u64 {
+    table.changes.range(..cut).next_back().copied().unwrap_or(0)
 }
 
 fn find(table: &Table, id: u64) -> Result<&Snapshot, CaptureError> {

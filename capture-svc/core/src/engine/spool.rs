@@ -17,7 +17,11 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use tidemark_block::{BlockIndex, Checksum128, block_checksum, xxh3_128};
 
-use super::media::{Map, Media, MediaError};
+use super::{
+    capture::{ENTRIES_WORD, checked, checked_word},
+    damage::{Cost, Damage, Fault, StateFile},
+    media::{Map, Media, MediaError},
+};
 use crate::sync::{
     Mutex,
     atomic::{AtomicU64, Ordering::SeqCst},
@@ -31,6 +35,8 @@ pub const INDEX_BYTES_PER_ENTRY: u64 = 40;
 /// First word of a used entry: "TMSLOT" and version 1.
 pub const ENTRY_TAG: u64 = u64::from_le_bytes(*b"TMSLOT\x01\0");
 const ZEROES: u64 = u64::MAX;
+/// What a system says of bytes that it can't read.
+const EIO: i32 = 5;
 const SHARDS: usize = many(64, 2);
 /// Blocks that stay together in a shard: a request rarely meets more than one.
 const SHARD_BLOCKS: u64 = 256;
@@ -158,16 +164,22 @@ impl Spool {
         }
     }
 
-    /// Finds the before-images that lie in the mapped entries. Gives false where an entry is damaged or two clash:
-    /// then no snapshot can be trusted.
+    /// Finds the before-images that lie in the mapped entries. Gives what is damaged: then no snapshot can be trusted.
     ///
     /// # Errors
     /// Where the medium doesn't tell how much is allocated.
-    pub fn rebuild<M: Media>(&self, media: &M) -> Result<bool, MediaError> {
+    pub fn rebuild<M: Media>(&self, media: &M) -> Result<Option<Damage>, MediaError> {
         let words = media.words(Map::Slots);
-        let mut whole = true;
+        let mut damage = None;
+        let mut found = |file, fault| {
+            damage.get_or_insert(Damage::new(file, fault, Cost::Cuts));
+        };
         let mut allocation = self.allocation.lock();
         let (entries_now, slots_now) = media.reserve(0, 0)?;
+        let recorded = checked(media.words(Map::Tracking)[ENTRIES_WORD].load(SeqCst));
+        if recorded.is_none_or(|recorded| entries_now < recorded) {
+            found(StateFile::Slots, Fault::Length);
+        }
         allocation.entries.allocated = entries_now.min(allocation.entries.max);
         allocation.slots.allocated = slots_now.min(allocation.slots.max);
         for (id, entry) in words.chunks_exact(ENTRY_WORDS).enumerate() {
@@ -175,15 +187,21 @@ impl Spool {
                 continue;
             }
             let (Some(entry), Ok(number)) = (Entry::load(entry), u32::try_from(id)) else {
-                whole = false;
+                found(StateFile::Slots, Fault::Entry(id as u64));
                 continue;
             };
-            whole &= entry.slot == ZEROES || allocation.slots.mark(entry.slot);
-            whole &= allocation.entries.mark(id as u64);
+            if entry.slot != ZEROES && entry.slot >= slots_now {
+                found(StateFile::Spool, Fault::Length);
+            }
+            let fresh = (entry.slot == ZEROES || allocation.slots.mark(entry.slot))
+                & allocation.entries.mark(id as u64);
             let key = (entry.block, entry.epoch);
-            whole &= self.shard(entry.block).lock().insert(key, number).is_none();
+            let before = self.shard(entry.block).lock().insert(key, number);
+            if before.is_some() || !fresh {
+                found(StateFile::Slots, Fault::Twice(id as u64));
+            }
         }
-        Ok(whole)
+        Ok(damage)
     }
 
     fn shard(&self, block: u64) -> &Mutex<BTreeMap<Key, u32>> {
@@ -295,7 +313,11 @@ impl Spool {
             );
             *disk_full = reserved.is_err();
             if let Ok((entries_now, slots_now)) = reserved {
-                entries.allocated = entries_now.min(entries.max).max(entries.allocated);
+                let known = entries.allocated;
+                entries.allocated = entries_now.min(entries.max).max(known);
+                if entries.allocated > known {
+                    record_entries(media, entries.allocated);
+                }
                 slots.allocated = slots_now.min(slots.max).max(slots.allocated);
                 id = id.or_else(|| entries.take());
                 slot = slot.or_else(|| if with_slot { slots.take() } else { None });
@@ -338,7 +360,11 @@ impl Spool {
             buffer.fill(0);
             return Ok(());
         }
-        media.read_before(entry.slot, buffer)?;
+        match media.read_before(entry.slot, buffer) {
+            // What the disk can't read is lost no less than what it reads otherwise.
+            Err(MediaError(EIO)) => return Err(SpoolError::Damaged),
+            read => read?,
+        }
         if block_checksum(buffer) == entry.checksum {
             Ok(())
         } else {
@@ -429,6 +455,11 @@ struct Entry {
     epoch: u64,
     slot: u64,
     checksum: Checksum128,
+}
+
+/// Notes for how many entries there is room, so that a file that was cut short is not taken for one with fewer.
+pub(super) fn record_entries<M: Media>(media: &M, entries: u64) {
+    media.words(Map::Tracking)[ENTRIES_WORD].store(checked_word(entries), SeqCst);
 }
 
 fn entry_words(words: &[AtomicU64], id: u32) -> &[AtomicU64] {

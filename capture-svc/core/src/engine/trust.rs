@@ -1,8 +1,12 @@
 //! How far the tracking can be trusted when a volume is opened: the part that needs no reading of the volume.
 
 use thiserror::Error;
+use tidemark_block::BlockIndex;
 
-use super::records::{FileIdentity, Identity, Place};
+use super::{
+    damage::Damage,
+    records::{FileIdentity, Identity, Place},
+};
 
 /// What the identities tell.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,8 +18,37 @@ pub enum Judgement {
     },
     /// What was not synced may be lost.
     PowerLoss,
-    /// It is not the same volume file, or somebody else wrote to it.
-    Everything(&'static str),
+    /// It is not the same volume file, or somebody else wrote to it, or the state is damaged.
+    Everything(Reason),
+}
+
+/// Why nothing is known of any block.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum Reason {
+    /// It is another file.
+    #[error("the volume file was replaced by another file")]
+    Replaced,
+    /// The filesystem can't be told from another one.
+    #[error("the volume file may lie on another filesystem than before")]
+    Filesystem,
+    /// Its modification time is not that of the clean close.
+    #[error("the volume file was modified while the service was stopped")]
+    Modified,
+    /// The state was put back from a copy.
+    #[error("the volume's state is a copy, which may be an older one")]
+    Copied,
+    /// Another device, in the same boot and mount.
+    #[error("the volume file lies on another device than before")]
+    Device,
+    /// The operator said so.
+    #[error("the volume was readopted")]
+    Readopted,
+    /// A recorded block isn't what was recorded.
+    #[error("block {0} is not what was written to it last")]
+    Overwritten(BlockIndex),
+    /// A file of the state.
+    #[error(transparent)]
+    Damaged(#[from] Damage),
 }
 
 /// In what a file differs from the recorded one, so that it can't be the same file.
@@ -73,27 +106,27 @@ fn copied(recorded: &Place, found: &Place) -> bool {
 pub fn judge(recorded: &Identity, found: &FileIdentity, state: &Place) -> Judgement {
     let was = &recorded.file;
     if replaced(was, found).is_some() {
-        return Judgement::Everything("the volume file was replaced by another file");
+        return Judgement::Everything(Reason::Replaced);
     }
     if was.filesystem != found.filesystem {
-        return Judgement::Everything("the volume file may lie on another filesystem than before");
+        return Judgement::Everything(Reason::Filesystem);
     }
     if recorded.clean {
         let untouched = (was.modified_s, was.modified_ns) == (found.modified_s, found.modified_ns);
         return if untouched {
             Judgement::Exact { clean: true }
         } else {
-            Judgement::Everything("the volume file was modified while the service was stopped")
+            Judgement::Everything(Reason::Modified)
         };
     }
     if copied(&recorded.state, state) {
-        return Judgement::Everything("the volume's state is a copy, which may be an older one");
+        return Judgement::Everything(Reason::Copied);
     }
     if was.boot != found.boot || was.mount != found.mount {
         return Judgement::PowerLoss;
     }
     if was.device != found.device {
-        return Judgement::Everything("the volume file lies on another device than before");
+        return Judgement::Everything(Reason::Device);
     }
     if recorded.failed || recorded.state != *state {
         return Judgement::PowerLoss;
@@ -107,9 +140,9 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn tracking_is_trusted_only_as_far_as_the_identity_allows() {
-        let file = FileIdentity {
+    /// A volume file whose every field differs from every other's.
+    fn recorded_file() -> FileIdentity {
+        FileIdentity {
             boot: [1; 16],
             mount: 2,
             filesystem: [3; 16],
@@ -117,16 +150,21 @@ mod tests {
             inode: 5,
             modified_s: 6,
             modified_ns: 7,
-            born_s: 1,
-            born_ns: 2,
-        };
+            born_s: 8,
+            born_ns: 9,
+        }
+    }
+
+    #[test]
+    fn tracking_is_trusted_only_as_far_as_the_identity_allows() {
+        let file = recorded_file();
         let state = Place {
-            mount: 8,
-            filesystem: [9; 16],
-            device: 10,
-            inode: 11,
-            born_s: 12,
-            born_ns: 13,
+            mount: 10,
+            filesystem: [11; 16],
+            device: 12,
+            inode: 13,
+            born_s: 14,
+            born_ns: 15,
         };
         let judge = |recorded: &Identity, found: &FileIdentity| judge(recorded, found, &state);
         let running = Identity {
@@ -134,6 +172,8 @@ mod tests {
             geometry: Geometry::new(1 << 20, BlockSize::MIN).unwrap(),
             clean: false,
             failed: false,
+            old: false,
+            seals: None,
             epoch_limit: 8,
             file,
             state,
@@ -233,17 +273,7 @@ mod tests {
 
     #[test]
     fn a_file_is_another_one_by_inode_birth_or_uuid_and_never_by_where_it_is_mounted() {
-        let file = FileIdentity {
-            boot: [1; 16],
-            mount: 2,
-            filesystem: [3; 16],
-            device: 4,
-            inode: 5,
-            modified_s: 6,
-            modified_ns: 7,
-            born_s: 8,
-            born_ns: 9,
-        };
+        let file = recorded_file();
         let weak = |byte| {
             let mut filesystem = [0; 16];
             filesystem[..8].fill(byte);

@@ -3,20 +3,28 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use capture_core::engine::{
-    capture::{CaptureError, MARKS_WORD, RING_WORD, TRACKING_WORDS},
-    dirty::DirtyLayout,
-    intent::{HEADER_LEN, PAGE_LEN, PAGE_REGIONS, decode_page, encode_page},
+    capture::{
+        CHANGES_WORD, CaptureError, ENTRIES_WORD, EPOCH_SEAL_WORD, MARK_SYNC_FAILED, MARKS_WORD,
+        RING_WORD, TRACKING_WORDS, checked_word,
+    },
+    dirty::{DirtyLayout, WORD_BITS},
+    intent::{
+        HEADER_LEN, PAGE_REGIONS, PAGE_SECTORS, PAGE_WORDS, SECTOR_LEN, decode_page, encode_page,
+    },
     media::{Map, Media},
     read::SnapshotRead,
     records::{
-        CARRY_MAGIC, CUT_MAGIC, DIRTY_MAGIC, FileIdentity, IDENTITY_MAGIC, Identity, Place,
-        SLOTS_MAGIC, SNAPSHOTS_MAGIC, Snapshot, SnapshotTable, TRACKING_MAGIC, decode_carry,
-        decode_cut, encode_carry, encode_cut, encode_map_header,
+        CARRY_MAGIC, CHANGES_MAGIC, CUT_MAGIC, Changes, DIRTY_MAGIC, FileIdentity, IDENTITY_MAGIC,
+        Identity, Place, SEALED, SLOTS_MAGIC, SNAPSHOTS_MAGIC, Snapshot, SnapshotTable,
+        TRACKING_MAGIC, decode_carry, decode_interval, encode_carry, encode_interval,
+        encode_map_header, old,
     },
     spool::{ENTRY_WORDS, Spool, SpoolLimits},
 };
 use proptest::prelude::*;
-use tidemark_block::{BlockIndex, BlockSet, BlockSize, Extent, Geometry, VolumeId};
+use tidemark_block::{
+    BlockIndex, BlockSet, BlockSize, Checksum128, Extent, Geometry, VolumeId, wire,
+};
 
 use crate::{
     bench::{BLOCK, Bench, extent, snapshot},
@@ -42,6 +50,10 @@ fn identity() -> Identity {
         geometry: geometry(),
         clean: true,
         failed: false,
+        old: false,
+        seals: Some(std::array::from_fn(|n| {
+            Checksum128::from_bytes([u8::try_from(n).unwrap(); 16])
+        })),
         epoch_limit: 0x1_0000_0007,
         file: FileIdentity {
             boot: [1; 16],
@@ -70,6 +82,7 @@ fn snapshots() -> SnapshotTable {
         id,
         cut,
         time_ms: 1000 * id,
+        changes: cut - 3,
         label: label.to_owned(),
     };
     SnapshotTable {
@@ -78,44 +91,108 @@ fn snapshots() -> SnapshotTable {
     }
 }
 
-fn page() -> [u64; 504] {
-    let mut bits = [0; 504];
+fn changes() -> Changes {
+    Changes {
+        cut: 17,
+        since: 12,
+        blocks: set(),
+    }
+}
+
+fn page() -> [u64; PAGE_WORDS] {
+    let mut bits = [0; PAGE_WORDS];
     bits[0] = 0b1011;
-    bits[503] = 1 << 63;
+    bits[PAGE_WORDS - 1] = 1 << 63;
     bits
+}
+
+#[allow(clippy::disallowed_methods, reason = "a test's own files")]
+fn stored(name: &str) -> Vec<u8> {
+    std::fs::read(path(name)).unwrap()
+}
+
+fn path(name: &str) -> String {
+    format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
 /// Compares with the golden file; `TIDEMARK_BLESS=1` writes a new one.
 #[allow(clippy::disallowed_methods, reason = "a test's own files")]
 fn golden(name: &str, encoded: &[u8]) -> Vec<u8> {
-    let path = format!("{}/tests/golden/{name}", env!("CARGO_MANIFEST_DIR"));
     if std::env::var("TIDEMARK_BLESS").is_ok() {
-        std::fs::write(&path, encoded).unwrap();
+        std::fs::write(path(name), encoded).unwrap();
     }
-    let stored = std::fs::read(&path).unwrap();
+    let stored = stored(name);
     assert!(stored == encoded, "{name} is encoded as ever");
     stored
 }
 
 #[test]
+fn golden_files_of_0_1_0_keep_decoding() {
+    let all = geometry().all();
+    let found = Identity::decode(&stored("identity-v1")).unwrap();
+    let expected = Identity {
+        old: true,
+        seals: None,
+        ..identity()
+    };
+    assert_eq!(found, expected);
+    assert_eq!(old::decode_carry(&stored("carry-v1"), all), Ok(set()));
+    assert_eq!(old::decode_cut(&stored("cut-v1"), all), Ok((17, set())));
+    let mut table = snapshots();
+    table
+        .snapshots
+        .iter_mut()
+        .for_each(|snapshot| snapshot.changes = 0);
+    assert_eq!(old::decode_snapshots(&stored("snapshots-v1")), Ok(table));
+    let (sequence, bits) = old::decode_page(volume(), 2, &stored("intent-page-v1")).unwrap();
+    let set: Vec<_> = (0..bits.len()).filter(|n| bits[*n]).collect();
+    assert_eq!((sequence, set), (5, vec![0, 1, 3, 32_255]));
+    assert_eq!(bits.len() as u64, old::PAGE_REGIONS);
+    assert_eq!(
+        old::encode_map_header(Map::Tracking, volume(), geometry()),
+        stored("map-header-v1")
+    );
+}
+
+#[test]
+fn what_0_1_0_wrote_is_not_taken_for_what_is_written_now() {
+    let all = geometry().all();
+    assert!(decode_carry(&stored("carry-v1"), volume(), all).is_err());
+    assert!(decode_interval(&stored("cut-v1"), volume(), all).is_err());
+    assert!(Changes::decode(&stored("cut-v1"), volume(), 17, all).is_err());
+    assert!(SnapshotTable::decode(&stored("snapshots-v1"), volume()).is_err());
+    assert!(decode_page(volume(), 2, &stored("intent-page-v1")).is_none());
+}
+
+#[test]
 fn golden_files_keep_decoding() {
     let all = geometry().all();
-    let bytes = golden("identity-v1", &identity().encode());
+    let bytes = golden("identity-v2", &identity().encode());
     assert_eq!(Identity::decode(&bytes), Ok(identity()));
-    let bytes = golden("carry-v1", &encode_carry(&set()));
-    assert_eq!(decode_carry(&bytes, all), Ok(set()));
-    let bytes = golden("cut-v1", &encode_cut(17, &set()));
-    assert_eq!(decode_cut(&bytes, all), Ok((17, set())));
-    let bytes = golden("snapshots-v1", &snapshots().encode());
-    assert_eq!(SnapshotTable::decode(&bytes), Ok(snapshots()));
-    let bytes = golden("intent-page-v1", &encode_page(volume(), 2, 5, &page())[..]);
+    let bytes = golden("carry-v2", &encode_carry(volume(), &set()));
+    assert_eq!(decode_carry(&bytes, volume(), all), Ok(set()));
+    let bytes = golden(
+        "interval-v2",
+        &encode_interval(volume(), Some((17, &set()))),
+    );
+    assert_eq!(
+        decode_interval(&bytes, volume(), all),
+        Ok(Some((17, set())))
+    );
+    let bytes = golden("interval-none-v2", &encode_interval(volume(), None));
+    assert_eq!(decode_interval(&bytes, volume(), all), Ok(None));
+    let bytes = golden("changes-v1", &changes().encode(volume()));
+    assert_eq!(Changes::decode(&bytes, volume(), 17, all), Ok(changes()));
+    let bytes = golden("snapshots-v2", &snapshots().encode(volume()));
+    assert_eq!(SnapshotTable::decode(&bytes, volume()), Ok(snapshots()));
+    let bytes = golden("intent-page-v2", &encode_page(volume(), 2, 5, &page())[..]);
     assert_eq!(
         decode_page(volume(), 2, &bytes),
         Some((5, Box::new(page())))
     );
     golden(
-        "map-header-v1",
-        &encode_map_header(TRACKING_MAGIC, volume(), geometry()),
+        "map-header-v2",
+        &encode_map_header(Map::Tracking, volume(), geometry()),
     );
 
     let sim = Sim::new(1, volume(), geometry(), 1, 2);
@@ -139,7 +216,7 @@ fn golden_files_keep_decoding() {
         entries_max: 2,
         slots_max: 2,
     });
-    assert_eq!(again.rebuild(&sim), Ok(true));
+    assert_eq!(again.rebuild(&sim), Ok(None));
     assert_eq!(
         (again.used(), again.find(BlockIndex::new(6), 7)),
         ((2, 1), Some(1))
@@ -165,40 +242,53 @@ fn snapshots_have_numbers_that_were_given() {
             last_id,
             ..snapshots()
         };
-        let read = SnapshotTable::decode(&table.encode());
+        let read = SnapshotTable::decode(&table.encode(volume()), volume());
         assert_eq!(read.is_ok(), is_read, "{last_id}");
     }
 }
 
+type Decode = fn(&[u8], VolumeId, Extent) -> bool;
+
+/// Each structure that belongs to a volume, and whether bytes are one.
+fn structures() -> [(Vec<u8>, Decode); 6] {
+    [
+        (identity().encode(), |bytes, volume, _| {
+            Identity::decode(bytes).is_ok_and(|identity| identity.volume == volume)
+        }),
+        (encode_carry(volume(), &set()), |bytes, volume, all| {
+            decode_carry(bytes, volume, all).is_ok()
+        }),
+        (
+            encode_interval(volume(), Some((1, &set()))),
+            |bytes, volume, all| decode_interval(bytes, volume, all).is_ok(),
+        ),
+        (changes().encode(volume()), |bytes, volume, all| {
+            Changes::decode(bytes, volume, 17, all).is_ok()
+        }),
+        (snapshots().encode(volume()), |bytes, volume, _| {
+            SnapshotTable::decode(bytes, volume).is_ok()
+        }),
+        (
+            encode_page(volume(), 2, 5, &page()).to_vec(),
+            |bytes, volume, _| decode_page(volume, 2, bytes).is_some(),
+        ),
+    ]
+}
+
 #[test]
-fn a_damaged_byte_is_seen_in_every_structure() {
+fn a_flipped_bit_is_seen_at_every_byte_of_every_structure() {
     let all = geometry().all();
-    type Decode = fn(&[u8], Extent) -> bool;
-    let structures: [(Vec<u8>, Decode); 5] = [
-        (identity().encode(), |bytes, _| {
-            Identity::decode(bytes).is_ok()
-        }),
-        (encode_carry(&set()), |bytes, all| {
-            decode_carry(bytes, all).is_ok()
-        }),
-        (encode_cut(1, &set()), |bytes, all| {
-            decode_cut(bytes, all).is_ok()
-        }),
-        (snapshots().encode(), |bytes, _| {
-            SnapshotTable::decode(bytes).is_ok()
-        }),
-        (encode_page(volume(), 2, 5, &page()).to_vec(), |bytes, _| {
-            decode_page(volume(), 2, bytes).is_some()
-        }),
-    ];
-    for (n, (encoded, decodes)) in structures.into_iter().enumerate() {
-        assert!(decodes(&encoded, all));
+    for (n, (encoded, decodes)) in structures().into_iter().enumerate() {
+        assert!(decodes(&encoded, volume(), all));
         for at in 0..encoded.len() {
             let mut bytes = encoded.clone();
-            bytes[at] ^= 0x10;
-            assert!(!decodes(&bytes, all), "structure {n}, byte {at}");
+            bytes[at] ^= 1 << (at % 8);
+            assert!(!decodes(&bytes, volume(), all), "structure {n}, byte {at}");
+            assert!(
+                !decodes(&encoded[..at], volume(), all),
+                "structure {n}, {at} bytes"
+            );
         }
-        assert!(!decodes(&encoded[..encoded.len() - 1], all));
     }
 }
 
@@ -232,18 +322,40 @@ fn a_damaged_before_image_is_refused_by_the_number_of_its_block() {
     assert_eq!(read(), Ok(1));
 }
 
+#[test]
+fn what_belongs_to_another_volume_or_is_another_record_is_seen() {
+    let all = geometry().all();
+    let all_structures = structures();
+    for (n, (encoded, decodes)) in all_structures.iter().enumerate() {
+        let other = VolumeId::from_bytes([9; 16]);
+        assert!(!decodes(encoded, other, all), "structure {n}");
+        for (m, (other, _)) in all_structures.iter().enumerate() {
+            assert_eq!(decodes(other, volume(), all), n == m, "{m} in place of {n}");
+        }
+    }
+    let bytes = changes().encode(volume());
+    assert!(Changes::decode(&bytes, volume(), 16, all).is_err());
+}
+
 proptest! {
     #[test]
     fn no_bytes_make_a_decoder_panic(payload in prop::collection::vec(any::<u8>(), 0..200)) {
         let all = geometry().all();
-        for magic in [IDENTITY_MAGIC, CARRY_MAGIC, CUT_MAGIC, SNAPSHOTS_MAGIC] {
-            let sealed = tidemark_block::wire::seal(magic, 1, &payload);
-            for bytes in [&sealed, &payload] {
-                let _ = Identity::decode(bytes);
-                let _ = decode_carry(bytes, all);
-                let _ = decode_cut(bytes, all);
-                let _ = SnapshotTable::decode(bytes);
-                let _ = decode_page(volume(), 0, bytes);
+        let owned = [&volume().as_bytes()[..], &payload].concat();
+        let magics = [IDENTITY_MAGIC, CARRY_MAGIC, CUT_MAGIC, CHANGES_MAGIC, SNAPSHOTS_MAGIC];
+        for (magic, version) in magics.into_iter().flat_map(|magic| [(magic, 1), (magic, 2)]) {
+            for bytes in [
+                &wire::seal(magic, version, &payload),
+                &wire::seal(magic, version, &owned),
+                &payload,
+            ] {
+                for (_, decodes) in structures() {
+                    decodes(bytes, volume(), all);
+                }
+                let _ = old::decode_carry(bytes, all);
+                let _ = old::decode_cut(bytes, all);
+                let _ = old::decode_snapshots(bytes);
+                let _ = old::decode_page(volume(), 0, bytes);
             }
         }
     }
@@ -256,6 +368,7 @@ fn the_format_page_states_the_constants() {
         IDENTITY_MAGIC,
         CARRY_MAGIC,
         CUT_MAGIC,
+        CHANGES_MAGIC,
         SNAPSHOTS_MAGIC,
         TRACKING_MAGIC,
         DIRTY_MAGIC[0],
@@ -268,20 +381,34 @@ fn the_format_page_states_the_constants() {
             .replace('\0', "\\0");
         assert!(page.contains(&format!("`{text}`")), "{text}");
     }
-    assert!(page.contains(&format!(
-        "| {HEADER_LEN} | {} | bit per region |",
-        PAGE_LEN - HEADER_LEN
-    )));
-    assert!(page.contains("Page n covers 32,256 regions") && PAGE_REGIONS == 32_256);
-    assert!(page.contains(&format!("| {MARKS_WORD} | marks")));
-    assert!(page.contains(&format!(
-        "| {RING_WORD} + 4 n | recorded block n (0 to 255)"
-    )));
+    for stated in [
+        format!(
+            "| {HEADER_LEN} | {} | bit per region |",
+            SECTOR_LEN - HEADER_LEN
+        ),
+        format!("{PAGE_SECTORS} sectors of {SECTOR_LEN} bytes"),
+        "Page n covers 28,672 regions".to_owned(),
+        format!("| {MARKS_WORD} | marks"),
+        format!("| {EPOCH_SEAL_WORD} | the lower half of the XXH3-128 of the open epoch"),
+        format!("| {ENTRIES_WORD} | entries"),
+        format!("| {CHANGES_WORD} | lower half of the cut"),
+        format!("| {RING_WORD} + 4 n | recorded block n (0 to 255)"),
+        format!("Entries of {ENTRY_WORDS} words"),
+        format!("bit n mod {WORD_BITS} of word n / {WORD_BITS}"),
+        format!("| 172 | {} | digests of", SEALED.len() * 16),
+        "`TMFAILED`".to_owned(),
+    ] {
+        assert!(page.contains(&stated), "{stated}");
+    }
+    let sealed = SEALED.map(|file| format!("`{file}`")).join(", ");
+    assert!(page.contains(&sealed), "{sealed}");
+    assert_eq!(PAGE_REGIONS, 28_672);
+    assert_eq!(MARK_SYNC_FAILED.to_le_bytes(), *b"TMFAILED");
+    assert_eq!(checked_word(16), 16 | (!16 << 32));
     assert_eq!(TRACKING_WORDS, RING_WORD + 4 * 256);
-    assert!(page.contains("Entries of 8 words") && ENTRY_WORDS == 8);
     assert_eq!(
-        DirtyLayout::new(64 * 64 * 64 + 1).total(),
-        2 + (64 + 1) + (64 * 64 + 1)
+        DirtyLayout::new(32 * 32 * 32 + 1).total(),
+        2 + (32 + 1) + (32 * 32 + 1)
     );
-    assert_eq!(identity().encode().len(), 40 + 172);
+    assert_eq!(identity().encode().len(), 40 + 172 + SEALED.len() * 16);
 }

@@ -493,7 +493,7 @@ impl World {
     /// no record of the block would give it away.
     fn foreign_write(&mut self, block: u64) {
         let recorded = Ring::records(&self.sim.words(Map::Tracking)[RING_WORD..])
-            .any(|(recorded, _)| recorded.get() == block);
+            .any(|record| record.unwrap().0.get() == block);
         let nothing_open = self.requests.is_empty()
             && self.readings.is_empty()
             && self.cut.is_none()

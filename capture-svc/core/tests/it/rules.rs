@@ -6,14 +6,14 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use capture_core::engine::{
-    capture::{CaptureError, EPOCH_WORD, RING_WORD},
+    capture::{CaptureError, EPOCH_SEAL_WORD, EPOCH_WORD, RING_WORD, epoch_seal},
     cut::Purpose,
     intent::{IntentMap, PAGE_LEN, encode_page},
     media::{Map, Media},
     read::SnapshotRead,
     recover::Outcome,
     ring::Ring,
-    trust::Judgement,
+    trust::{Judgement, Reason},
     write::{Change, Step},
 };
 use tidemark_block::{BlockIndex, block_checksum};
@@ -346,7 +346,7 @@ fn after_a_failed_sync_the_disk_is_compared_not_the_cache() {
     let judgements = [
         Judgement::Exact { clean: false },
         Judgement::PowerLoss,
-        Judgement::Everything("a reason"),
+        Judgement::Everything(Reason::Readopted),
     ];
     for (seed, judgement) in (0..16).flat_map(|seed| judgements.clone().map(|j| (seed, j))) {
         // Heard of by the process that wrote, or only by the opening, which is then repeated.
@@ -404,14 +404,11 @@ fn a_torn_intent_page_leaves_its_predecessor() {
 
 #[test]
 fn a_page_torn_in_its_middle_loses_nothing_that_was_durable() {
-    const REGIONS: u64 = 30_000;
+    const REGIONS: u64 = 28_000;
     let restore = |places: &[Vec<u8>; 2]| {
         IntentMap::restore(volume(), REGIONS, 0, std::slice::from_ref(places))
     };
-    let mut places = [
-        vec![0; PAGE_LEN],
-        encode_page(volume(), 0, 1, &[0; _]).to_vec(),
-    ];
+    let mut places = [0, 1].map(|sequence| encode_page(volume(), 0, sequence, &[0; _]).to_vec());
     for region in [5, REGIONS - 1, 20_000] {
         let map = restore(&places);
         let batch = map.want(region).unwrap();
@@ -674,6 +671,39 @@ fn opening_may_be_repeated() {
 }
 
 #[test]
+fn an_opening_that_ends_early_forgets_no_change_between_snapshots() {
+    for operation in 0.. {
+        let bench = Bench::new();
+        bench.cut(snapshot());
+        bench.write(1, 1);
+        // The process ends amid a cut: both dirty maps have something.
+        let _cut = bench.capture.begin_cut(snapshot()).unwrap();
+        bench.write(2, 1);
+        let judgement = Judgement::Exact { clean: false };
+        bench.sim.restart_process();
+        bench.sim.crash_in(operation);
+        let open = || {
+            Bench::recovered(
+                bench.sim.clone(),
+                bench.tuning,
+                judgement.clone(),
+                bench.limit,
+            )
+        };
+        let _ = open();
+        let crashed = bench.sim.has_crashed();
+        bench.sim.restart_process();
+        let (again, _) = open().unwrap();
+        again.cut(snapshot());
+        let changed = again.capture.changed_between(1, 2).unwrap();
+        assert_eq!(blocks(&changed), [1, 2], "{operation}");
+        if !crashed {
+            break;
+        }
+    }
+}
+
+#[test]
 fn epochs_never_come_back() {
     let bench = Bench::new();
     (0..5).for_each(|_| {
@@ -716,7 +746,9 @@ fn an_epoch_counter_that_fell_behind_a_recorded_cut_puts_everything_in_doubt() {
         let bench = Bench::new();
         bench.write(3, 1);
         let cut = bench.cut(purpose);
-        bench.sim.words(Map::Tracking)[EPOCH_WORD].store(cut, SeqCst);
+        let words = bench.sim.words(Map::Tracking);
+        words[EPOCH_WORD].store(cut, SeqCst);
+        words[EPOCH_SEAL_WORD].store(epoch_seal(cut), SeqCst);
         let (bench, outcome) = bench.reopen(false);
         assert!(matches!(outcome, Outcome::Everything(_)), "{outcome:?}");
         assert!(bench.capture.epoch() > cut);
@@ -725,10 +757,25 @@ fn an_epoch_counter_that_fell_behind_a_recorded_cut_puts_everything_in_doubt() {
 }
 
 #[test]
+fn an_epoch_that_was_about_to_open_counts_as_the_open_one() {
+    let bench = Bench::new();
+    bench.write(3, 1);
+    let next = bench.capture.epoch() + 1;
+    // The process ended amid the flip.
+    bench.sim.words(Map::Tracking)[EPOCH_SEAL_WORD].store(epoch_seal(next), SeqCst);
+    let (bench, outcome) = bench.reopen(false);
+    assert_eq!(outcome, Outcome::ProcessCrash);
+    assert_eq!(bench.capture.epoch(), next + 1);
+    assert_eq!(bench.tracked(), [3]);
+}
+
+#[test]
 fn a_recorded_block_is_invalid_while_it_is_written() {
     let bench = Bench::new();
     let recorded = |bench: &Bench| {
-        Ring::records(&bench.sim.words(Map::Tracking)[RING_WORD..]).collect::<Vec<_>>()
+        Ring::records(&bench.sim.words(Map::Tracking)[RING_WORD..])
+            .map(Result::unwrap)
+            .collect::<Vec<_>>()
     };
     // One in sixteen is recorded, the first among them.
     bench.write(5, 1);

@@ -23,14 +23,17 @@ use std::{
 
 use capture_core::engine::{
     capture::{EPOCH_WORD, TRACKING_WORDS},
+    damage::StateFile,
     dirty::DirtyLayout,
     intent::{PAGE_LEN, encode_page, page_count, place_of},
     media::{Map, Media, MediaError, MediaResult, Record},
+    records::{SnapshotTable, encode_carry, encode_interval},
     spool::ENTRY_WORDS,
 };
-use tidemark_block::{Geometry, VolumeId};
+use tidemark_block::{BlockSet, Geometry, VolumeId};
 
 const SECTOR: usize = 512;
+const BLOCK: usize = 4096;
 const CRASHED: MediaError = MediaError(-1);
 const EIO: MediaError = MediaError(5);
 const ENOSPC: MediaError = MediaError(28);
@@ -62,7 +65,7 @@ impl Random {
 }
 
 /// A file whose sectors remember every version since the last sync.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Sectors {
     now: Vec<u8>,
     /// By sector: the synced version, then the later ones but the last.
@@ -133,7 +136,7 @@ impl Sectors {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Inner {
     random: Random,
     volume: Sectors,
@@ -194,17 +197,24 @@ impl Sim {
         let pages = page_count(regions);
         let mut intent = Sectors::new(pages * 2 * PAGE_LEN);
         for number in 0..pages as u64 {
-            let page = encode_page(id, number, 1, &[0; _]);
-            intent.write(place_of(number, 1) * PAGE_LEN as u64, &page[..]);
+            for sequence in [0, 1] {
+                let page = encode_page(id, number, sequence, &[0; _]);
+                intent.write(place_of(number, sequence) * PAGE_LEN as u64, &page[..]);
+            }
         }
         intent.sync();
+        let records = [
+            (Record::Carry, encode_carry(id, &BlockSet::new())),
+            (Record::Interval, encode_interval(id, None)),
+            (Record::Snapshots, SnapshotTable::default().encode(id)),
+        ];
         Self(Rc::new(Shared {
             inner: RefCell::new(Inner {
                 random: Random(seed),
                 volume: Sectors::new(usize::try_from(geometry.length()).unwrap()),
                 intent,
                 spool: BTreeMap::new(),
-                records: BTreeMap::new(),
+                records: records.into(),
                 locked: BTreeSet::new(),
                 crash_in: None,
                 fail_in: None,
@@ -222,6 +232,65 @@ impl Sim {
             faults: RefCell::default(),
             syncs: AtomicU64::new(0),
         }))
+    }
+
+    /// Another disk, with the same on it.
+    pub(crate) fn fork(&self) -> Self {
+        let copy = |words: &Vec<AtomicU64>| {
+            let words = words.iter().map(|word| AtomicU64::new(word.load(SeqCst)));
+            words.collect()
+        };
+        Self(Rc::new(Shared {
+            inner: RefCell::new(self.0.inner.borrow().clone()),
+            words: self.0.words.each_ref().map(copy),
+            faults: RefCell::new(*self.0.faults.borrow()),
+            syncs: AtomicU64::new(self.0.syncs.load(SeqCst)),
+        }))
+    }
+
+    /// Nothing of the spool can be read any more.
+    pub(crate) fn lose_spool(&self) {
+        self.0.inner.borrow_mut().spool.clear();
+    }
+
+    /// The bytes of a file of the state.
+    pub(crate) fn file(&self, file: StateFile) -> Option<Vec<u8>> {
+        let inner = self.0.inner.borrow();
+        let words = |map| {
+            let words = self.0.words[map_index(map)].iter();
+            words
+                .flat_map(|word| word.load(SeqCst).to_le_bytes())
+                .collect()
+        };
+        match file {
+            StateFile::Tracking => Some(words(Map::Tracking)),
+            StateFile::Dirty(parity) => Some(words(Map::Dirty(parity))),
+            StateFile::Slots => Some(words(Map::Slots)),
+            StateFile::Spool => Some(inner.spool.values().flatten().copied().collect()),
+            StateFile::Intent => Some(inner.intent.now.clone()),
+            StateFile::Record(record) => inner.records.get(&record).cloned(),
+        }
+    }
+
+    /// Flips a bit of it.
+    pub(crate) fn flip(&self, file: StateFile, byte: usize, bit: u8) {
+        let mut inner = self.0.inner.borrow_mut();
+        let flip = |bytes: &mut Vec<u8>| bytes[byte] ^= 1 << bit;
+        let flip_word = |map| {
+            let word = &self.0.words[map_index(map)][byte / 8];
+            word.fetch_xor(1 << (byte % 8 * 8 + usize::from(bit)), SeqCst);
+        };
+        match file {
+            StateFile::Tracking => flip_word(Map::Tracking),
+            StateFile::Dirty(parity) => flip_word(Map::Dirty(parity)),
+            StateFile::Slots => flip_word(Map::Slots),
+            StateFile::Intent => flip(&mut inner.intent.now),
+            StateFile::Record(record) => flip(inner.records.get_mut(&record).unwrap()),
+            StateFile::Spool => {
+                let bytes = inner.spool.values_mut().nth(byte / BLOCK).unwrap();
+                bytes[byte % BLOCK] ^= 1 << bit;
+            }
+        }
     }
 
     pub(crate) fn set_faults(&self, faults: Faults) {
@@ -301,7 +370,7 @@ impl Sim {
             let lost = match (map, n) {
                 // An old value of the counter.
                 (0, EPOCH_WORD) => random.below(now + 1),
-                (0, 1) => now & random.next() & 1,
+                (0, 1) => now * (random.next() & 1),
                 _ if kind == 0 => 0,
                 _ if kind == 1 => now,
                 _ => random.next() & random.next(),

@@ -11,16 +11,17 @@ use std::{
 };
 
 use capture_core::engine::{
-    capture::{Capture, CaptureError, TRACKING_WORDS, Tuning},
+    capture::{Capture, CaptureError, MARK_SYNC_FAILED, MARKS_WORD, TRACKING_WORDS, Tuning},
     cut::Purpose,
     dirty::DirtyLayout,
-    intent::{PAGE_LEN, encode_page, place_of},
+    intent::encode_page,
     media::{Map, Media, MediaError, MediaResult, Record},
+    records::{SnapshotTable, encode_carry, encode_interval},
     spool::SpoolLimits,
     trust::Judgement,
     write::{Change, Step, WriteOp},
 };
-use tidemark_block::{BlockSize, Geometry, VolumeId};
+use tidemark_block::{BlockSet, BlockSize, Geometry, VolumeId};
 
 const BLOCK: usize = 4096;
 
@@ -98,11 +99,7 @@ impl Media for Reporting {
         Ok((0, 0))
     }
     fn read_intent(&self, place: u64, page: &mut [u8]) -> MediaResult {
-        if place == place_of(0, 1) {
-            page.copy_from_slice(&encode_page(volume(), 0, 1, &[0; _])[..]);
-        } else {
-            page.copy_from_slice(&[0; PAGE_LEN]);
-        }
+        page.copy_from_slice(&encode_page(volume(), 0, place % 2, &[0; _])[..]);
         Ok(())
     }
     fn write_intent(&self, _: u64, _: &[u8]) -> MediaResult {
@@ -114,8 +111,12 @@ impl Media for Reporting {
     fn put(&self, _: Record, _: Option<&[u8]>) -> MediaResult {
         Ok(())
     }
-    fn get(&self, _: Record) -> MediaResult<Option<Vec<u8>>> {
-        Ok(None)
+    fn get(&self, record: Record) -> MediaResult<Option<Vec<u8>>> {
+        Ok(Some(match record {
+            Record::Carry => encode_carry(volume(), &BlockSet::new()),
+            Record::Interval => encode_interval(volume(), None),
+            _ => SnapshotTable::default().encode(volume()),
+        }))
     }
     fn changes(&self) -> MediaResult<Vec<u64>> {
         Ok(Vec::new())
@@ -196,7 +197,8 @@ fn a_sync_that_fails_is_heard_by_a_commit_at_the_same_time() {
     });
     assert!(capture.open_interval().is_some(), "it is not dropped");
     assert_eq!(capture.intent().set_regions(), [0], "and no intent cleared");
-    assert_eq!(capture.media().words(Map::Tracking)[1].load(SeqCst), 1);
+    let marks = capture.media().words(Map::Tracking)[MARKS_WORD].load(SeqCst);
+    assert_eq!(marks, MARK_SYNC_FAILED);
 }
 
 #[test]

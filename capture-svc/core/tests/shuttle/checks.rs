@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use capture_core::engine::{
     capture::{RING_WORD, View},
     media::{Map, Media, Record},
-    records::{decode_carry, decode_cut},
+    records::{decode_carry, decode_interval},
     recover::{EPOCHS_RESERVED, Outcome},
     ring::Ring,
     trust::Judgement,
@@ -21,6 +21,7 @@ use crate::{
     history::{Flip, History},
     memory::{CHUNK, Image, Puts, Remains, fill, index},
     rig::{Base, Known, Policy, Rig, Setting},
+    volume,
 };
 
 fn differing(left: &Image, right: &Image) -> Vec<u64> {
@@ -80,10 +81,13 @@ impl Rig {
     fn recorded(&self) -> BlockSet {
         let (media, all) = (self.capture.media(), geometry().all());
         let carry = media.record(Record::Carry);
-        let mut blocks =
-            carry.map_or_else(BlockSet::new, |bytes| decode_carry(&bytes, all).unwrap());
-        if let Some(bytes) = media.record(Record::Interval) {
-            blocks.union_with(&decode_cut(&bytes, all).unwrap().1);
+        let mut blocks = carry.map_or_else(BlockSet::new, |bytes| {
+            decode_carry(&bytes, volume(), all).unwrap()
+        });
+        let interval = media.record(Record::Interval);
+        let open = interval.and_then(|bytes| decode_interval(&bytes, volume(), all).unwrap());
+        if let Some((_, changed)) = open {
+            blocks.union_with(&changed);
         }
         blocks
     }
@@ -114,7 +118,7 @@ impl Rig {
     fn check_recorded_blocks(&self) {
         let content = self.history().content();
         let words = &self.capture.media().words(Map::Tracking)[RING_WORD..];
-        for (block, checksum) in Ring::records(words) {
+        for (block, checksum) in Ring::records(words).map(Result::unwrap) {
             let mut bytes = vec![0; BLOCK];
             for (bytes, tag) in bytes.chunks_mut(CHUNK).zip(content[index(block.get())]) {
                 fill(bytes, tag);
