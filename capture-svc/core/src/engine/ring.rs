@@ -22,7 +22,7 @@ const RECORD_WORDS: usize = 4;
 /// Words of all records.
 pub const RING_WORDS: usize = RING_LEN * RECORD_WORDS;
 /// One write in this many makes a record in a place of another block.
-const SAMPLE: usize = many(16, 2);
+const SAMPLE: usize = many(16, 1);
 
 /// What the process knows besides the mapped words.
 #[derive(Debug)]

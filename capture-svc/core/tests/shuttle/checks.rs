@@ -17,7 +17,7 @@ use shuttle::{
 use tidemark_block::{BlockIndex, BlockSet, block_checksum};
 
 use crate::{
-    BLOCK, REGION_BLOCKS, geometry,
+    BLOCK, BLOCKS, REGION_BLOCKS, geometry,
     history::{Flip, History},
     memory::{CHUNK, Image, Puts, Remains, fill, index},
     rig::{Base, Known, Policy, Rig, Setting},
@@ -245,11 +245,21 @@ impl End {
             }
         }
         rig.commit_what_is_open();
+        rig.check_later_cuts();
         rig.ship_all_and_clear();
     }
 }
 
 impl Rig {
+    /// Nothing of before is taken for what a new epoch has done: of either parity.
+    fn check_later_cuts(&self) {
+        for _ in 0..2 {
+            let id = self.snapshot().unwrap();
+            (0..BLOCKS).for_each(|block| self.write(block));
+            self.look_at(id, 1);
+        }
+    }
+
     fn image_of(&self, id: u64) -> Image {
         self.image_at(self.capture.open_snapshot(id).unwrap())
     }

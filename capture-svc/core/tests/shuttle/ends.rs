@@ -7,7 +7,7 @@ use shuttle::{
 };
 
 use crate::{
-    explore,
+    BLOCKS, explore,
     memory::Puts,
     rig::{Policy, Rig, Setting, request_at_random},
 };
@@ -97,6 +97,25 @@ fn a_sync_that_began_before_a_cut_had_settled_does_not_count_for_it() {
                 rig.cut_an_interval();
             });
         });
+        rig.commit_what_is_open();
+        rig.finish();
+    });
+}
+
+#[test]
+fn a_region_cleared_while_its_page_is_written_is_not_taken_for_durable() {
+    explore(|| {
+        let rig = Rig::new(Setting::default());
+        rig.write(0);
+        rig.cut_an_interval();
+        thread::scope(|scope| {
+            // Of another region, on the same page.
+            scope.spawn(|| rig.write(BLOCKS - 1));
+            scope.spawn(|| rig.commit_what_is_open());
+        });
+        // The page is written again before the next write to the region is shipped.
+        rig.cut_an_interval();
+        rig.write(0);
         rig.commit_what_is_open();
         rig.finish();
     });
