@@ -132,12 +132,11 @@ impl<M: Media> Capture<M> {
             recorded,
         });
         if !table.carry.is_empty() {
-            // From here on the interval stands, whatever becomes of the carry: blocks in both are no harm.
-            let cleared = self.put_carry(table, BlockSet::new());
-            if cleared.is_err() {
-                self.poison();
+            // From here on the interval stands, whatever becomes of the carry: blocks in both are no harm, and where the
+            // disk has no room to say that there is none, it stays as it was.
+            if self.put_carry(table, BlockSet::new()).is_err() {
+                self.check()?;
             }
-            cleared?;
         }
         self.clear_dirty(epoch);
         Ok(())

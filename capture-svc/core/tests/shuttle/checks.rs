@@ -167,8 +167,8 @@ impl Rig {
         }
         self.check_the_spool_is_empty();
         let records = self.capture.media().records();
-        let lasting = |record: &Record| matches!(record, Record::Snapshots | Record::Carry);
-        assert!(records.iter().all(lasting), "{records:?}");
+        let changes = |record: &Record| matches!(record, Record::Changes(_));
+        assert!(!records.iter().any(changes), "{records:?}");
     }
 
     pub(crate) fn check_the_spool_is_empty(&self) {

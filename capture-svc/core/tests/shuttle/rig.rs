@@ -179,6 +179,8 @@ impl Rig {
             CaptureError::Poisoned => {
                 matches!(puts, Puts::EndUnknown(_) | Puts::EndUnknownOfInterval)
             }
+            // The record that none is open found no room: the last one still is.
+            CaptureError::IntervalOpen(_) => matches!(puts, Puts::FindNoRoom(_)),
             CaptureError::GivenUp(_) | CaptureError::NoInterval(_) => self.may_be_given_up(),
             _ => false,
         };
