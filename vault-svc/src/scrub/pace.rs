@@ -39,22 +39,30 @@ impl Pace {
 
     /// So many bytes were read: waits until they are due at the greatest rate.
     pub(crate) async fn spent(&mut self, bytes: u64) {
+        tokio::time::sleep_until(self.due_after(Instant::now(), bytes)).await;
+    }
+
+    fn due_after(&mut self, now: Instant, bytes: u64) -> Instant {
         self.bytes += bytes;
         #[allow(clippy::cast_precision_loss, reason = "a rate")]
         let takes = Duration::from_secs_f64(bytes as f64 / self.bytes_per_second_max);
         // What was not used is not made up for.
-        self.due = self.due.max(Instant::now()) + takes;
-        tokio::time::sleep_until(self.due).await;
+        self.due = self.due.max(now) + takes;
+        self.due
     }
 
     /// Between two objects, when nothing is held: waits until this much of the period has passed.
     pub(crate) async fn between(&mut self) {
+        tokio::time::sleep_until(self.due_between()).await;
+    }
+
+    fn due_between(&self) -> Instant {
         if self.bytes_total == 0 {
-            return;
+            return self.begun;
         }
         #[allow(clippy::cast_precision_loss, reason = "a share")]
         let share = (self.bytes as f64 / self.bytes_total as f64).min(1.0);
-        tokio::time::sleep_until(self.begun + self.period.mul_f64(share)).await;
+        self.begun + self.period.mul_f64(share)
     }
 
     /// Waits for the end of the period, at least a second.
@@ -68,27 +76,22 @@ impl Pace {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
-    async fn a_pass_is_spread_over_its_period_and_stays_below_the_greatest_rate() {
-        let began = Instant::now();
-        let mut pace = Pace::over(Duration::from_secs(100), 1000, 50);
-        for _ in 0..10 {
-            pace.spent(50).await;
-            pace.spent(50).await;
-            pace.between().await;
+    /// Reads so many times so much, as fast as it may; seconds that it takes.
+    fn takes(mut pace: Pace, times: u32, bytes: u64) -> u64 {
+        let begun = pace.begun;
+        let mut now = begun;
+        for _ in 0..times {
+            now = now.max(pace.due_after(now, bytes));
+            now = now.max(pace.due_between());
         }
-        assert_eq!(began.elapsed().as_secs(), 100, "spread");
-        let began = Instant::now();
-        let mut pace = Pace::over(Duration::from_secs(10), 1000, 50);
-        for _ in 0..10 {
-            pace.spent(100).await;
-            pace.between().await;
-        }
-        assert_eq!(began.elapsed().as_secs(), 20, "the rate rules");
-        let began = Instant::now();
-        let mut pace = Pace::unbounded();
-        pace.spent(1 << 40).await;
-        pace.between().await;
-        assert_eq!(began.elapsed().as_secs(), 0, "unbounded");
+        now.duration_since(begun).as_secs()
+    }
+
+    #[test]
+    fn a_pass_is_spread_over_its_period_and_stays_below_the_greatest_rate() {
+        let over = |seconds| Pace::over(Duration::from_secs(seconds), 1000, 50);
+        assert_eq!(takes(over(100), 10, 100), 100, "spread");
+        assert_eq!(takes(over(10), 10, 100), 20, "the rate rules");
+        assert_eq!(takes(Pace::unbounded(), 10, 1 << 40), 0, "unbounded");
     }
 }
