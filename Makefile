@@ -1,7 +1,7 @@
 # Tidemark: `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test soak fuzz mutants bench lint fmt fmt-check doc deny clean
+.PHONY: help setup build demo test soak shuttle fuzz mutants bench lint fmt fmt-check doc deny clean
 
 CARGO ?= cargo
 
@@ -28,6 +28,9 @@ soak: ## kill either service 2,000 times under load and compare every generation
 	TIDEMARK_KILL_ROUNDS=$${ROUNDS:-2000} $(CARGO) test -p tidemark-integration --test it -- \
 		--exact kills::either_service_killed_at_random_moments_loses_nothing --nocapture
 
+shuttle: ## run the threads of the capture engine in ITERATIONS (20,000) more orders per scenario (10 min)
+	SHUTTLE_ITERATIONS=$${ITERATIONS:-20000} $(CARGO) test -p capture-core --features shuttle --test shuttle
+
 fuzz: ## fuzz each decoder and state machine for FUZZ_SECONDS (60), two at a time (FUZZ="frame ingest" for some of them)
 	@integration/setup.sh --fuzz
 	@integration/fuzz.sh $(FUZZ)
@@ -43,6 +46,7 @@ bench: ## figures, as ratios to peers in the same run (BENCH="interval nbd --rou
 
 lint: ## clippy on everything, warnings are errors
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	$(CARGO) clippy -p capture-core --features shuttle --all-targets -- -D warnings
 
 fmt: ## format the sources
 	$(CARGO) fmt --all

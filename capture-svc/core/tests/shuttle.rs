@@ -10,17 +10,24 @@
 //! - A schedule that fails is printed. `SHUTTLE_SCHEDULE=… cargo test -p capture-core --features shuttle --test shuttle
 //!   NAME` runs that one again.
 //!
-//! Shuttle knows sequentially consistent orders only: what a weaker ordering allows beyond them is not seen here.
-//! Everything in the engine is `SeqCst`, but for two things in `ring.rs`. The flag `busy` of a place is a spin lock:
-//! taken with `Acquire`, let go with `Release`, so that whoever takes it sees what its last holder did; which is all
-//! that is asked, since the words of the record are `SeqCst` themselves, and nobody else reads them while the process
-//! lives. The failed attempt is `Relaxed`: nothing follows from it but another one. The counter `writes` is `Relaxed`:
-//! it only chooses which writes are recorded, and any choice is right.
+//! Shuttle knows sequentially consistent orders only: what a weaker one allows beyond them is not seen here. Every
+//! atomic of the engine is used with `SeqCst`, but for two of `ring.rs`:
+//! - The flag `busy` of a place is a spin lock, taken with `Acquire` and let go with `Release`: who takes it sees what
+//!   its last holder did. More is not asked, since the words of the record are `SeqCst` themselves. One look at them
+//!   is taken without the flag, by whoever is about to write to a block; the record that it must not miss is of that
+//!   block, made under the stripe's lock that it holds now. A failed attempt is `Relaxed`: only another one follows.
+//! - The counter `writes` is `Relaxed`: it chooses which writes are recorded, and any choice is right.
+//!
+//! Bytes of the volume are copied by plain loads. A copy comes before the look at the index because that look takes
+//! and leaves a lock which the writer takes before it writes, and before a look at any atomic because `read_volume`
+//! promises that nothing overtakes it.
 
 #![allow(clippy::unwrap_used, reason = "a test that can't go on has failed")]
 
 #[path = "shuttle/checks.rs"]
 mod checks;
+#[path = "shuttle/chunks.rs"]
+mod chunks;
 #[path = "shuttle/cuts.rs"]
 mod cuts;
 #[path = "shuttle/ends.rs"]

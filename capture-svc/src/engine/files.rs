@@ -7,7 +7,11 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering::SeqCst},
+        atomic::{
+            AtomicU64,
+            Ordering::{Acquire, SeqCst},
+            fence,
+        },
     },
 };
 
@@ -331,7 +335,10 @@ pub(super) fn create_intent(
 
 impl Media for Files {
     fn read_volume(&self, offset: u64, buffer: &mut [u8]) -> MediaResult {
-        done(self.map.read_into(offset, buffer))
+        let read = self.map.read_into(offset, buffer);
+        // The bytes come by plain loads, which a processor may put off until after those that follow.
+        fence(Acquire);
+        done(read)
     }
 
     fn write_volume(&self, offset: u64, data: &[u8]) -> MediaResult {

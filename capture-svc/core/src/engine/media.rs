@@ -53,7 +53,8 @@ pub enum Map {
 
 /// Files, mapped memory and locks of one volume. Operations may run at the same time on different threads.
 pub trait Media {
-    /// Fills `buffer` from the volume. Bytes that are being written meanwhile may come torn.
+    /// Fills `buffer` from the volume. Bytes that are being written meanwhile may come torn. No later look at memory
+    /// overtakes the copy: the caller looks whether somebody may have written meanwhile.
     fn read_volume(&self, offset: u64, buffer: &mut [u8]) -> MediaResult;
     /// Writes to the volume, not durably. After an error any part may have been written.
     fn write_volume(&self, offset: u64, data: &[u8]) -> MediaResult;

@@ -372,9 +372,9 @@ impl Spool {
         }
     }
 
-    /// Frees what no open cut reads. `open` gives the open cuts, ascending, or none where nobody can tell and nothing is
-    /// freed; it is asked under the lock that also guards the entering of before-images, so that a cut opened meanwhile
-    /// keeps its own.
+    /// Frees what no open cut reads. `open` gives the open cuts, ascending, or nothing where nobody can tell and nothing
+    /// is freed; it is asked under the lock that also guards the entering of before-images, so that a cut opened
+    /// meanwhile keeps its own.
     pub fn sweep<M: Media>(&self, media: &M, open: impl Fn() -> Option<Arc<[u64]>>) {
         for shard in &self.shards {
             let mut freed = Vec::new();
@@ -441,7 +441,7 @@ impl Spool {
     }
 }
 
-/// Whether one of the cuts (ascending) reads a before-image of `epoch`, of a block whose last one before it is of `from`.
+/// Whether one of the cuts (ascending) reads a before-image of `epoch`; the block's last one before it is of `from`.
 fn is_read(cuts: &[u64], from: u64, epoch: u64) -> bool {
     cuts[cuts.partition_point(|&cut| cut < from)..]
         .first()

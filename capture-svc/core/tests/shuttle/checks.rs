@@ -17,9 +17,11 @@ use shuttle::{
 use tidemark_block::{BlockIndex, BlockSet, block_checksum};
 
 use crate::{
-    BLOCK, BLOCKS, REGION_BLOCKS, geometry,
+    BLOCK, BLOCKS, REGION_BLOCKS,
+    chunks::{CHUNK, Image, fill, index},
+    geometry,
     history::{Flip, History},
-    memory::{CHUNK, Image, Puts, Remains, fill, index},
+    memory::{Puts, Remains},
     rig::{Base, Known, Policy, Rig, Setting},
     volume,
 };

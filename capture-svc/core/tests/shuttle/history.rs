@@ -1,15 +1,15 @@
 //! What the volume went through, as its clients saw it, and what an image of a cut may be according to that.
 //!
 //! The rule is `the_image_of_a_cut_has_every_request_that_ended_before_the_flip_and_none_that_entered_after`. Nobody
-//! outside sees the flip itself, but it lies between the begin and the end of the call that flips. So an image is right if
-//! there is one instant in between such that each block, by itself, has the content that some number of its writes left,
-//! in the order in which they were made, with those of every request that had ended by that instant, and none of a
-//! request that had not begun. One instant for all blocks: what a client wrote after it had heard that another write
+//! outside sees the flip itself, but it lies between the begin and the end of the call that flips. So an image is right
+//! if there is one instant in between such that each block, by itself, has the content that some number of its writes
+//! left, in the order in which they were made, with those of every request that had ended by that instant, and none of
+//! a request that had not begun. One instant for all blocks: what a client wrote after it had heard that another write
 //! was done is never there without that one.
 
 use crate::{
     BLOCKS,
-    memory::{Block, CHUNKS, Image, Tag, index},
+    chunks::{Block, CHUNKS, Image, Tag, index},
 };
 
 /// A point in a schedule. Later points are greater.

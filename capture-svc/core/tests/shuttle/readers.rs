@@ -10,9 +10,9 @@ use capture_core::engine::{
 use tidemark_block::{BlockIndex, Extent};
 
 use crate::{
+    chunks::{Image, index, tags},
     geometry,
     history::Flip,
-    memory::{Image, index, tags},
     rig::{Known, Rig},
 };
 

@@ -22,9 +22,11 @@ use shuttle::{
 use tidemark_block::Extent;
 
 use crate::{
-    BLOCK, BLOCKS, REGION_BLOCKS, geometry,
+    BLOCK, BLOCKS, REGION_BLOCKS,
+    chunks::{CHUNK, CHUNKS, Image, fill, index},
+    geometry,
     history::{Flip, History, Kind, Number, Time},
-    memory::{CHUNK, CHUNKS, Image, Memory, Puts, fill, index},
+    memory::{Memory, Puts},
     volume,
 };
 
