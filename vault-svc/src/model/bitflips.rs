@@ -112,13 +112,13 @@ async fn small_store() -> (Arc<InMemory>, Source, Vec<Vec<u8>>) {
         source.committed(&deliver(&vault, &prepared).await.unwrap());
         images.push(source.image.clone());
     }
-    mark_current_now(&vault, &source).await;
+    mark_current_now(&vault, &source);
     vault.close().await.unwrap();
     (store, source, images)
 }
 
 /// Makes the vault write its advisory object.
-async fn mark_current_now(vault: &Vault, source: &Source) {
+fn mark_current_now(vault: &Vault, source: &Source) {
     let volume = vault.volume(source.volume).unwrap();
     volume.mark_current(volume.manifest().head_id(), now_ms());
 }

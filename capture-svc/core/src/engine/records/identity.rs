@@ -175,6 +175,9 @@ impl Identity {
                 *digest = Checksum128::from_bytes(reader.array()?);
             }
         }
+        if !sealed && seals.iter().any(|digest| !digest.is_zero()) {
+            return Err(WireError::Range("seals").into());
+        }
         reader.end()?;
         Ok(Self {
             volume,
