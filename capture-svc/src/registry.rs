@@ -1,8 +1,8 @@
 //! The volumes of a service: adding, removing, finding, opening and retrying them.
 //!
-//! Each volume has a directory `<state>/volumes/<uuid>`. Its record is written last and removed first, so that a
-//! directory without one is half done, and is deleted at the start. A volume that can't be opened is listed with its
-//! problem and tried again; it doesn't stop the others.
+//! Each volume has a directory `<state>/volumes/<uuid>`. Its record is written last and removed first; while it is added or
+//! removed the directory has a mark, so that one that is half done is deleted at the start, and one whose record was lost
+//! is not. A volume that can't be opened is listed with its problem and tried again; it doesn't stop the others.
 
 mod add;
 mod readopt;
@@ -139,7 +139,7 @@ impl Registry {
         let opened = blocking(move || {
             // Read again: it is what was damaged, perhaps.
             let record = read_record(&tried.dir, tried.record.id)?
-                .context("the volume's record is gone: remove the volume")?;
+                .with_context(|| record_is_missing(&tried.dir))?;
             let ready = Ready::open(&record, &tried.dir, &config, readopt)?;
             Ok((record, ready))
         });
@@ -184,9 +184,7 @@ impl Registry {
             self.unexport(&serving, force, nbd).await?;
         }
         let dir = volume.dir.clone();
-        let removed = blocking(move || {
-            durable::remove_file(&VolumeRecord::path_in(&dir)).context("remove the volume record")
-        });
+        let removed = blocking(move || remove_record(&dir).context("remove the volume record"));
         if let Err(error) = removed.await {
             self.keep(&volume).await;
             return Err(local(&error));
@@ -211,10 +209,13 @@ impl Registry {
             return;
         };
         let kept = Arc::clone(volume);
-        let recorded = blocking(move || match VolumeRecord::load(&kept.dir)? {
-            Some(_) => Ok(()),
-            // Gone, but perhaps not durably.
-            None => kept.record.store(&kept.dir),
+        let recorded = blocking(move || {
+            if VolumeRecord::load(&kept.dir)?.is_none() {
+                // Gone, but perhaps not durably.
+                kept.record.store(&kept.dir)?;
+            }
+            unmark(&kept.dir);
+            Ok(())
         });
         if let Err(error) = recorded.await {
             tracing::error!(volume = %volume.record.name, error = %format!("{error:#}"), "record a volume whose removal failed");
@@ -348,15 +349,51 @@ fn scan(dir: &Path) -> Result<Vec<Volume>> {
             tracing::warn!(path = %path.display(), "this is no volume's state; it is left alone");
             continue;
         };
+        let half_done = mark_in(&path).exists() || !path.join("identity").exists();
         match read_record(&path, id) {
             Ok(Some(record)) => {
+                unmark(&path);
                 found.push(Volume::failed(record, path, "it has not been opened yet"));
             }
-            Ok(None) => remove_half_done(&path),
+            Ok(None) if half_done => remove_half_done(&path),
+            Ok(None) => {
+                let problem = record_is_missing(&path);
+                tracing::error!(volume = %id, problem, "a volume's record was lost");
+                found.push(unreadable(id, path, problem));
+            }
             Err(error) => found.push(unreadable(id, path, format!("{error:#}"))),
         }
     }
     Ok(found)
+}
+
+fn record_is_missing(dir: &Path) -> String {
+    format!(
+        "its record {} is missing: put the file back, or remove the volume and add it again; its generations stay",
+        VolumeRecord::path_in(dir).display()
+    )
+}
+
+/// What a directory has while its volume is being added or removed.
+fn mark_in(dir: &Path) -> PathBuf {
+    dir.join("unfinished")
+}
+
+/// Takes the mark off. One that stays is no harm while there is a record.
+fn unmark(dir: &Path) {
+    if let Err(error) = durable::remove_file(&mark_in(dir)) {
+        tracing::warn!(path = %dir.display(), %error, "remove the mark of a volume that was being added or removed");
+    }
+}
+
+/// Removes a volume's record: from now on the rest may be deleted.
+fn remove_record(dir: &Path) -> std::io::Result<()> {
+    let record = VolumeRecord::path_in(dir);
+    if let (true, Err(error)) = (record.exists(), durable::write_file(&mark_in(dir), &[])) {
+        // What would be left after a crash is listed, and can be removed once more.
+        tracing::warn!(path = %dir.display(), %error, "mark a volume that is being removed");
+    }
+    durable::remove_file(&record)
 }
 
 /// The record in a volume's state directory, if it is that volume's; none where there is none.

@@ -208,7 +208,7 @@ impl Worker {
     fn step(&self, at: BlockIndex) -> Result<Option<Step>> {
         let geometry = self.engine.geometry();
         let rest = Extent::between(at, geometry.all().end());
-        let (extent, compared) = {
+        let (extent, table_is_whole, compared) = {
             let Some(_steady) = self.table.steady() else {
                 return Ok(None);
             };
@@ -221,6 +221,8 @@ impl Worker {
             let blocks =
                 (STEP_LEN / u64::from(geometry.block_size().get())).min(rest.count().get());
             let extent = Extent::new(at, BlockCount::new(blocks));
+            let whole = self.table.table().is_whole(extent);
+            let whole = whole.context("read the checksum table")?;
             let compared = self.compare(extent)?;
             // Once more: a mismatch is an accusation.
             let compared = if compared.wrong.is_empty() {
@@ -228,8 +230,12 @@ impl Worker {
             } else {
                 self.compare(extent)?
             };
-            (extent, compared)
+            (extent, whole, compared)
         };
+        if !table_is_whole {
+            self.table_is_damaged(extent);
+            return Ok(None);
+        }
         let Compared { changed, wrong } = compared;
         if !wrong.is_empty() {
             self.found(&wrong)?;
@@ -240,6 +246,18 @@ impl Worker {
             changed,
             mismatches: wrong.len(),
         }))
+    }
+
+    /// What the table says of the extent, it has not always said: nobody is accused by it. The uplink compares it with
+    /// the vault's.
+    fn table_is_damaged(&self, extent: Extent) {
+        tracing::error!(
+            volume = %self.settings.name, file = %self.table.path().display(), blocks = %extent,
+            "the checksum table is damaged: it is compared with the vault's; check the disk"
+        );
+        self.table.set_sound(false);
+        // Full means that the uplink will look anyway.
+        let _ = self.uplink.try_send(Request::Doubted);
     }
 
     fn found(&self, wrong: &BlockSet) -> Result<()> {

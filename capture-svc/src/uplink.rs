@@ -6,6 +6,8 @@
 
 #[cfg(test)]
 mod crash;
+#[cfg(test)]
+mod damage;
 mod driver;
 mod link;
 mod open;

@@ -88,7 +88,7 @@ impl Ready {
             record.geometry,
             options(config),
         )?;
-        let opened = Opened::open(dir, record.id, &engine, true)?;
+        let opened = Opened::create(dir, record.id, &engine)?;
         Ok(Self { engine, opened })
     }
 

@@ -5,6 +5,8 @@
 mod bad_input;
 #[path = "it/control.rs"]
 mod control;
+#[path = "it/damage.rs"]
+mod damage;
 #[path = "it/engine.rs"]
 mod engine;
 #[path = "it/nbd.rs"]

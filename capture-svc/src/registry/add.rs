@@ -12,7 +12,7 @@ use tidemark_block::{BlockSize, Geometry, VolumeId};
 use tidemark_disk::durable;
 use tidemark_proto::{Reason, RpcError};
 
-use super::{Registry, local, volumes_dir};
+use super::{Registry, local, mark_in, remove_record, unmark, volumes_dir};
 use crate::{
     config::Config,
     engine::{FileKey, file_key},
@@ -191,7 +191,7 @@ impl AddVolume {
 
 /// Removes what an addition made that failed. The record goes first: what is left without it the next start removes.
 fn undo(dir: &Path, file: Option<&Path>) {
-    let removed = durable::remove_file(&VolumeRecord::path_in(dir))
+    let removed = remove_record(dir)
         .and_then(|()| durable::remove_dir(dir))
         .and_then(|()| file.map_or(Ok(()), durable::remove_file));
     if let Err(error) = removed {
@@ -201,6 +201,7 @@ fn undo(dir: &Path, file: Option<&Path>) {
 
 fn make_state(record: &VolumeRecord, dir: &Path, config: &Config) -> Result<Ready, RpcError> {
     durable::create_dir(dir)
+        .and_then(|()| durable::write_file(&mark_in(dir), &[]))
         .context("create the volume's state directory")
         .map_err(|e| local(&e))?;
     let ready = Ready::create(record, dir, config).map_err(|e| local(&e))?;
@@ -208,6 +209,7 @@ fn make_state(record: &VolumeRecord, dir: &Path, config: &Config) -> Result<Read
         ready.close();
         return Err(local(&error));
     }
+    unmark(dir);
     Ok(ready)
 }
 

@@ -24,7 +24,7 @@ use tidemark_block::{
 
 use super::{
     BaseTable,
-    open::{record_path, sound_table, table_path},
+    open::{record_path, table_doubt, table_path},
     pending::{Entry, PendingKey, PendingWriter, path_in},
     record::{IntervalRecord, UplinkRecord},
     settle::record_base,
@@ -261,7 +261,9 @@ impl<'a> Uplink<'a> {
         let mut sound = false;
         // It applies again what a crash may have torn.
         self.step(false, || {
-            sound = sound_table(self.dir, record, &table, kept).unwrap()
+            sound = table_doubt(self.dir, record, &table, kept)
+                .unwrap()
+                .is_none()
         })?;
         table.set_sound(sound);
         if sound {
@@ -402,7 +404,7 @@ fn exact(table: &BaseTable, generation: GenerationId) {
 }
 
 /// In memory where there is such a place: thousands of syncs would take minutes.
-fn scratch() -> tempfile::TempDir {
+pub(super) fn scratch() -> tempfile::TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() {
         tempfile::tempdir_in(memory).unwrap()

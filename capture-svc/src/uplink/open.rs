@@ -5,8 +5,9 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use capture_core::uplink::{Facts, OwnInterval};
+use thiserror::Error;
 use tidemark_block::{Epoch, VolumeId, WriterTerm};
 
 use super::{
@@ -17,6 +18,23 @@ use super::{
 };
 use crate::engine::{Engine, IntervalCut};
 
+/// Why the checksum table is not known to be that of the base: it is compared with the vault's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub(crate) enum TableDoubt {
+    /// It was in doubt before, or the base is not ours.
+    #[error("it was to be compared when the service stopped")]
+    Recorded,
+    /// There was none to be used.
+    #[error("it was missing or damaged, and is made anew")]
+    Anew,
+    /// It, or the checksums of the last interval, were damaged; or somebody put another one there.
+    #[error("it does not come to the image digest of the base")]
+    Digest,
+    /// A loss of power, or what is like one, came between.
+    #[error("what was applied to it last may be lost")]
+    Unsynced,
+}
+
 /// Everything that an uplink starts from.
 #[derive(Debug)]
 pub(crate) struct Opened {
@@ -25,6 +43,8 @@ pub(crate) struct Opened {
     pub(super) table: Arc<BaseTable>,
     pub(super) cut: Option<IntervalCut>,
 }
+
+const ADD_AGAIN: &str = "check the disk, then use `tidemark volume remove` and add the volume again; its generations stay";
 
 pub(super) fn record_path(dir: &Path) -> PathBuf {
     dir.join("uplink")
@@ -44,6 +64,12 @@ pub(super) fn last_term(record: &UplinkRecord) -> WriterTerm {
 }
 
 impl Opened {
+    /// Makes what a new volume starts from. Blocks.
+    pub(crate) fn create(dir: &Path, volume: VolumeId, engine: &Arc<Engine>) -> Result<Self> {
+        UplinkRecord::new(volume, random_id()).store(&record_path(dir))?;
+        Self::open(dir, volume, engine, true)
+    }
+
     /// Looks through a volume's state and brings its parts in line. `stores_kept`: everything that was written before
     /// is there, synced or not. Blocks.
     pub(crate) fn open(
@@ -53,9 +79,14 @@ impl Opened {
         stores_kept: bool,
     ) -> Result<Self> {
         let path = record_path(dir);
-        let mut record = match UplinkRecord::load(&path, volume)? {
-            Some(record) => record,
-            None => UplinkRecord::new(volume, random_id()),
+        // Who owns the volume at the vault can't be told without it.
+        let mut record = match UplinkRecord::load(&path, volume) {
+            Ok(Some(record)) => record,
+            Ok(None) => bail!(
+                "the uplink record {} is missing: {ADD_AGAIN}",
+                path.display()
+            ),
+            Err(error) => bail!("{error:#}: {ADD_AGAIN}"),
         };
         // Each start is a writer of its own: a copy of this state elsewhere must not pass for us.
         if record.nonce_granted {
@@ -64,15 +95,21 @@ impl Opened {
         }
         let (own, cut) = own_interval(&mut record, engine)?;
         let table = BaseTable::open(&table_path(dir), volume, engine.geometry())?;
-        let sound = sound_table(dir, &record, &table, stores_kept)?;
-        record.table_doubtful = !sound;
+        let doubt = table_doubt(dir, &record, &table, stores_kept)?;
+        if let (Some(doubt), true) = (doubt, record.base.get() > 0) {
+            tracing::warn!(
+                %volume, file = %table_path(dir).display(), reason = %doubt,
+                "the checksum table is compared with the vault's"
+            );
+        }
+        record.table_doubtful = doubt.is_some();
         record.store(&path)?;
-        table.set_sound(sound);
+        table.set_sound(doubt.is_none());
         let facts = Facts {
             base: record.base,
             base_digest: record.base_digest,
             own,
-            table_sound: sound,
+            table_sound: doubt.is_none(),
         };
         Ok(Self {
             record,
@@ -122,35 +159,41 @@ pub(super) fn release_unrecorded(engine: &Arc<Engine>, committed: Epoch) -> Resu
     }
 }
 
-/// Whether the table is that of the base, now or after the last interval's checksums are applied again.
-pub(super) fn sound_table(
+/// Whether the table is that of the base, now or after the last interval's checksums are applied again; if not, why.
+pub(super) fn table_doubt(
     dir: &Path,
     record: &UplinkRecord,
     table: &BaseTable,
     stores_kept: bool,
-) -> Result<bool> {
-    if record.table_doubtful || !table.is_sound() {
+) -> Result<Option<TableDoubt>> {
+    if record.table_doubtful {
+        return Ok(Some(TableDoubt::Recorded));
+    }
+    if !table.is_sound() {
         // A table made anew is that of the all-zero image.
-        return Ok(!record.table_doubtful && record.base.get() == 0);
+        return Ok((record.base.get() > 0).then_some(TableDoubt::Anew));
     }
     let stamp = table.table().stamp();
     if stamp == record.base {
-        return Ok(true);
+        let found = table.table().digest().context("read the checksum table")?;
+        let differs = record.base_digest.is_some_and(|digest| digest != found);
+        return Ok(differs.then_some(TableDoubt::Digest));
     }
     // What was applied after the stamp may be there in part; what it was made from, too.
     let (true, Some(interval), Some(digest)) =
         (stores_kept, record.base_interval, record.base_digest)
     else {
-        return Ok(false);
+        return Ok(Some(TableDoubt::Unsynced));
     };
     let key = PendingKey {
         volume: record.volume,
         interval,
         base: stamp,
     };
-    table
+    let is_that_of_the_base = table
         .replay(&path_in(dir), key, digest)
-        .context("apply the last interval's checksums again")
+        .context("apply the last interval's checksums again")?;
+    Ok((!is_that_of_the_base).then_some(TableDoubt::Digest))
 }
 
 #[cfg(test)]
@@ -205,8 +248,9 @@ mod tests {
         for (stores_kept, sound) in [(true, true), (false, false)] {
             let dir = tempfile::tempdir().unwrap();
             let (record, table) = crashed(dir.path(), &[]);
-            let found = sound_table(dir.path(), &record, &table, stores_kept).unwrap();
-            assert_eq!(found, sound, "{stores_kept}");
+            let doubt = table_doubt(dir.path(), &record, &table, stores_kept).unwrap();
+            let expected = (!sound).then_some(TableDoubt::Unsynced);
+            assert_eq!(doubt, expected, "{stores_kept}");
             assert_eq!(
                 Some(table.table().digest().unwrap()) == record.base_digest,
                 sound
@@ -219,14 +263,28 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let foreign = (BlockIndex::new(9), Checksum128::from_bytes([5; 16]));
         let (record, table) = crashed(dir.path(), &[foreign]);
-        assert!(!sound_table(dir.path(), &record, &table, true).unwrap());
+        let doubt = table_doubt(dir.path(), &record, &table, true).unwrap();
+        assert_eq!(doubt, Some(TableDoubt::Digest));
     }
 
     #[test]
     fn a_stamped_table_is_trusted_after_a_power_loss() {
         let dir = tempfile::tempdir().unwrap();
         let (record, table) = crashed(dir.path(), &[]);
+        let key = PendingKey {
+            volume: VOLUME,
+            interval: INTERVAL,
+            base: GenerationId::ZERO,
+        };
+        let digest = record.base_digest.unwrap();
+        assert!(table.replay(&path_in(dir.path()), key, digest).unwrap());
         table.table().sync_and_stamp(record.base).unwrap();
-        assert!(sound_table(dir.path(), &record, &table, false).unwrap());
+        let doubt = |record: &UplinkRecord| table_doubt(dir.path(), record, &table, false).unwrap();
+        assert_eq!(doubt(&record), None);
+        let mut another = record.clone();
+        another.base_digest = Some(tidemark_block::ImageDigest::from_bytes([9; 16]));
+        assert_eq!(doubt(&another), Some(TableDoubt::Digest));
+        another.table_doubtful = true;
+        assert_eq!(doubt(&another), Some(TableDoubt::Recorded));
     }
 }

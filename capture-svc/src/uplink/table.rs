@@ -40,6 +40,11 @@ impl BaseTable {
         })
     }
 
+    /// Where it lies.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The table itself, for whoever knows that it doesn't change meanwhile.
     pub(crate) fn table(&self) -> Arc<ChecksumTable> {
         Arc::clone(&self.table.read())

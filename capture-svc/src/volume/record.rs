@@ -111,6 +111,26 @@ mod tests {
     }
 
     #[test]
+    fn a_flipped_bit_is_seen_at_every_byte_and_the_file_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        record().store(dir.path()).unwrap();
+        let path = VolumeRecord::path_in(dir.path());
+        let bytes = std::fs::read(&path).unwrap();
+        for at in 0..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[at] ^= 1 << (at % 8);
+            for damaged in [&flipped[..], &bytes[..at]] {
+                std::fs::write(&path, damaged).unwrap();
+                let told = format!("{:#}", VolumeRecord::load(dir.path()).unwrap_err());
+                assert!(
+                    told.contains(&path.display().to_string()),
+                    "byte {at}: {told}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn the_encoding_stays_what_version_1_wrote() {
         let hex: String = record()
             .encode()

@@ -22,15 +22,10 @@ use tonic::transport::{Channel, Endpoint};
 use crate::{
     nbd::Nbd,
     proxy::Fault,
-    rig::{PATIENCE, Rig, eventually, noise, vault_config},
+    rig::{PATIENCE, Rig, cut_is_open, eventually, noise, state_dir, vault_config},
 };
 
 const BLOCK: usize = 4096;
-
-async fn state_dir(rig: &Rig, name: &str) -> std::path::PathBuf {
-    let id = tidemark_proto::convert::volume_id(&rig.volume(name).await.volume_id).unwrap();
-    rig.path("capture/volumes").join(id.to_string())
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_checksum_table_is_fetched_and_only_differences_are_shipped() {
@@ -148,10 +143,7 @@ async fn a_cut_that_could_neither_be_recorded_nor_given_up_is_let_go_of_later() 
     }
     rig.nbd("data").write(0, &noise(1, 1 << 20)).unwrap();
     let clearing = async {
-        eventually("the cut", || async {
-            dir.join("interval").exists().then_some(())
-        })
-        .await;
+        eventually("the cut", || async { cut_is_open(&dir).then_some(()) }).await;
         // Some more attempts.
         tokio::time::sleep(Duration::from_millis(200)).await;
         for path in &in_the_way {

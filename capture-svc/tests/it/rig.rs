@@ -55,6 +55,28 @@ pub(crate) async fn eventually<T, F: Future<Output = Option<T>>>(
     }
 }
 
+/// Where the state of a volume lies.
+pub(crate) async fn state_dir(rig: &Rig, name: &str) -> PathBuf {
+    let id = tidemark_proto::convert::volume_id(&rig.volume(name).await.volume_id).unwrap();
+    rig.path("capture/volumes").join(id.to_string())
+}
+
+/// Whether an interval is open, by the record in a volume's state.
+pub(crate) fn cut_is_open(state: &Path) -> bool {
+    let volume = state
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    let record = std::fs::read(state.join("interval")).unwrap();
+    let any = Geometry::new(1 << 40, BlockSize::MIN).unwrap().all();
+    capture_core::engine::records::decode_interval(&record, volume, any)
+        .unwrap()
+        .is_some()
+}
+
 async fn channel(address: SocketAddr) -> Channel {
     let endpoint = Endpoint::from_shared(format!("http://{address}")).unwrap();
     endpoint.connect().await.unwrap()

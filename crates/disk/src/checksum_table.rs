@@ -14,6 +14,7 @@
 //! The stamp, a sealed record (`TMTABSTP`, version 1): volume 16 bytes, length u64, block size u32, generation u64.
 
 mod change;
+mod check;
 mod layout;
 mod stamp;
 
@@ -50,11 +51,16 @@ pub enum TableError {
     #[error("there is no checksum table at {0}")]
     Missing(PathBuf),
     /// It belongs to another volume, or to one of another shape.
-    #[error("the checksum table at {0} is that of another volume")]
+    #[error("the checksum table at {0} is that of another volume, or was cut short")]
     Foreign(PathBuf),
     /// Its stamp is damaged or from a later release.
-    #[error("the checksum table's stamp: {0}")]
-    Stamp(#[from] RecordError),
+    #[error("the stamp {path} of the checksum table: {source}")]
+    Stamp {
+        /// The stamp.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: RecordError,
+    },
     /// A file of it can't be opened, read or written.
     #[error("the checksum table: {0}")]
     Io(#[from] io::Error),
@@ -100,8 +106,12 @@ impl ChecksumTable {
     /// # Errors
     /// Where there is none, or it is damaged or another volume's: create it anew then.
     pub fn open(path: &Path, volume: VolumeId, geometry: Geometry) -> Result<Self, TableError> {
-        let Some(stamp) = Stamp::read(path)? else {
-            return Err(TableError::Missing(path.to_owned()));
+        let stamp = Stamp::read(path).map_err(|source| TableError::Stamp {
+            path: stamp::path_of(path),
+            source,
+        })?;
+        let Some(stamp) = stamp else {
+            return Err(TableError::Missing(stamp::path_of(path)));
         };
         let layout = Layout::new(geometry);
         let file = match OpenOptions::new().read(true).write(true).open(path) {

@@ -74,9 +74,9 @@ pub(crate) fn table_of(
 }
 
 #[derive(Default)]
-struct Gathered {
-    batches: Vec<Batch>,
-    entries: Vec<u8>,
+pub(crate) struct Gathered {
+    pub(crate) batches: Vec<Batch>,
+    pub(crate) entries: Vec<u8>,
     passed: u64,
 }
 
@@ -99,7 +99,7 @@ impl Emit for &mut Gathered {
     }
 }
 
-fn walk_all(
+pub(crate) fn walk_all(
     image: &MemoryImage,
     table: &Arc<ChecksumTable>,
     changed: &BlockSet,

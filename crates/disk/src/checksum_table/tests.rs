@@ -24,6 +24,61 @@ fn model_digest(model: &MemoryTable) -> ImageDigest {
     digest
 }
 
+#[test]
+fn a_flipped_bit_is_seen_at_every_byte_by_the_tree_or_by_the_digest() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("table");
+    // Three groups, of which the last is not a whole one.
+    let g = geometry(70);
+    let table = ChecksumTable::create(&path, VOLUME, g).unwrap();
+    table
+        .apply((0..70).map(|n| (BlockIndex::new(n), sum(1 + n))))
+        .unwrap();
+    let digest = table.digest().unwrap();
+    let layout = Layout::new(g);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let blocks = layout.blocks_at..layout.blocks_at + 70 * 16;
+    let used = [0..16, 4096..4096 + 3 * 16, blocks];
+    assert!(table.is_whole(g.all()).unwrap());
+    for at in 0..layout.length {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1 << (at % 8)], at).unwrap();
+        let counts = used.iter().any(|used| used.contains(&at));
+        assert_eq!(!table.is_whole(g.all()).unwrap(), counts, "byte {at}");
+        assert_eq!(table.digest().unwrap() != digest, at < 16, "byte {at}");
+        file.write_all_at(&byte, at).unwrap();
+    }
+}
+
+#[test]
+fn a_part_of_a_table_is_whole_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("table");
+    let g = geometry(1024 + 40);
+    let table = ChecksumTable::create(&path, VOLUME, g).unwrap();
+    table
+        .apply((0..1064).map(|n| (BlockIndex::new(n), sum(1 + n))))
+        .unwrap();
+    let part = |first, end| Extent::between(BlockIndex::new(first), BlockIndex::new(end));
+    let file = OpenOptions::new().write(true).open(&path).unwrap();
+    file.write_all_at(&[1], Layout::new(g).blocks_at + 100 * 16)
+        .unwrap();
+    for (part, is_whole) in [
+        (part(127, 128), false),
+        (part(0, 1064), false),
+        (part(128, 1064), true),
+        (part(0, 96), true),
+        (part(100, 100), true),
+    ] {
+        assert_eq!(table.is_whole(part).unwrap(), is_whole, "{part}");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     #[test]
