@@ -12,7 +12,7 @@ mod account;
 mod pace;
 mod segment;
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use tidemark_block::{GenerationId, IntervalId, SegmentId, Sequence};
 use tidemark_proto::RpcError;
@@ -34,8 +34,10 @@ use crate::{
 
 /// Segments chosen at a time; each choice looks at all records of the volume.
 const SEGMENTS_AT_ONCE: usize = 4096;
-/// The wait after a pass that the store cut short.
+/// The wait after the store could not be read.
 const RETRY: Duration = Duration::from_secs(60);
+/// How often a volume whose store can't be read is tried in one period.
+const TRIES: u32 = 60;
 
 /// How far a pass is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -85,16 +87,11 @@ impl Volume {
             },
             told,
         };
-        pass.roots().await.map_err(|e| of_unreadable(&e))?;
+        pass.roots().await.map_err(|e| of_store(&e))?;
         pass.segments().await?;
         self.scrub.end(pass.begun, now_ms());
         Ok(pass.found)
     }
-}
-
-/// A failure of the store itself. Damage never gets here.
-fn of_unreadable(error: &StoreError) -> RpcError {
-    of_store(error)
 }
 
 /// Damage where the object is at fault; else the error goes on.
@@ -103,6 +100,7 @@ fn damage_of(read: Result<(), StoreError>) -> Result<Option<String>, StoreError>
         Ok(()) => Ok(None),
         Err(StoreError::Corrupt { reason, .. }) => Ok(Some(reason)),
         Err(StoreError::Missing(_)) => Ok(Some("it is missing from the store".to_owned())),
+        Err(error) if error.is_unreadable() => Ok(Some("the disk can't read it".to_owned())),
         Err(error) => Err(error),
     }
 }
@@ -311,8 +309,9 @@ impl Pass<'_> {
         for page in &manifest.pages {
             match self.volume.page(page.name).await {
                 Ok(page) => records.extend(page.iter().copied()),
-                Err(StoreError::Corrupt { .. } | StoreError::Missing(_)) => {}
-                Err(error) => return Err(of_unreadable(&error)),
+                Err(error) => {
+                    damage_of(Err(error)).map_err(|e| of_store(&e))?;
+                }
             }
         }
         Ok(records)
@@ -356,14 +355,18 @@ impl Vault {
                 let turn = turn % volumes.len().max(1);
                 volumes.rotate_left(turn);
                 let mut pace = Pace::over(period, stored, at_most);
-                for volume in volumes {
+                let mut left: VecDeque<_> = volumes.into_iter().map(|volume| (volume, 1)).collect();
+                while let Some((volume, tries)) = left.pop_front() {
                     let done = volume
                         .scrub(&mut pace, &mut |progress| volume.scrub.progress(progress))
                         .await;
-                    if let Err(error) = done {
-                        tracing::warn!(volume = %volume.id, reason = %error.reason, %error, "the scrub could not go on; it is tried again");
-                        tokio::time::sleep(RETRY).await;
+                    let Err(error) = done else { continue };
+                    tracing::warn!(volume = %volume.id, reason = %error.reason, %error, tries, "the scrub can't read the store");
+                    // The others first: what keeps one from being read need not keep them.
+                    if tries < TRIES {
+                        left.push_back((volume, tries + 1));
                     }
+                    tokio::time::sleep(RETRY).await;
                 }
                 pace.rest().await;
             }

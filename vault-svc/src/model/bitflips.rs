@@ -1,13 +1,17 @@
 //! One flipped bit anywhere in a store, an object cut short, an object gone: it is found and named, by whoever reads it
 //! or by the scrub, and wrong bytes are never served.
 
-use std::{collections::BTreeSet, future::Future, sync::Arc};
+use std::{collections::BTreeSet, future::Future, path::Path, sync::Arc};
 
 use object_store::{ObjectStore, ObjectStoreExt, memory::InMemory};
 use tidemark_block::{BlockCount, BlockIndex, Extent, GenerationId};
 use vault_core::reclaim::Policy;
 
-use super::{config, deliver, read, scratch};
+use super::{
+    config, deliver,
+    faults::{FaultyStore, Fuse},
+    read, scratch,
+};
 use crate::{
     Vault,
     image::ImageReader,
@@ -36,6 +40,12 @@ async fn objects(store: &InMemory) -> Vec<(object_store::path::Path, Vec<u8>)> {
     found
 }
 
+/// Opens a vault over the store; nothing is retired, for nobody looks after it.
+async fn open(dir: &Path, store: &Arc<InMemory>) -> anyhow::Result<Arc<Vault>> {
+    let store = Store::new(Arc::clone(store) as _);
+    Vault::open_with(config(dir, 4), store, Policy::default()).await
+}
+
 /// What is told of a store that is opened, read and scrubbed: every refusal, and every object that the scrub names.
 async fn look(
     store: &Arc<InMemory>,
@@ -43,12 +53,7 @@ async fn look(
     images: &[Vec<u8>],
 ) -> (Vec<String>, Vec<Damage>) {
     let dir = scratch();
-    let opened = Vault::open_with(
-        config(dir.path(), 4),
-        Store::new(Arc::clone(store) as _),
-        Policy::default(),
-    )
-    .await;
+    let opened = open(dir.path(), store).await;
     let vault = match opened {
         Ok(vault) => vault,
         Err(error) => return (vec![format!("{error:#}")], Vec::new()),
@@ -91,13 +96,7 @@ async fn scrub(volume: &Arc<Volume>) -> Vec<Damage> {
 async fn small_store() -> (Arc<InMemory>, Source, Vec<Vec<u8>>) {
     let dir = scratch();
     let store = Arc::new(InMemory::new());
-    let vault = Vault::open_with(
-        config(dir.path(), 4),
-        Store::new(Arc::clone(&store) as _),
-        Policy::default(),
-    )
-    .await
-    .unwrap();
+    let vault = open(dir.path(), &store).await.unwrap();
     let mut source = Source::new(1, BLOCKS);
     source.compressed = Some(true);
     source.term = vault.start_term(source.term_request()).await.unwrap().term;
@@ -184,13 +183,7 @@ fn what_a_running_vault_knows_of_its_damaged_roots_it_writes_again() {
     run(async {
         let (store, source, images) = small_store().await;
         let dir = scratch();
-        let vault = Vault::open_with(
-            config(dir.path(), 4),
-            Store::new(Arc::clone(&store) as _),
-            Policy::default(),
-        )
-        .await
-        .unwrap();
+        let vault = open(dir.path(), &store).await.unwrap();
         let volume = vault.volume(source.volume).unwrap();
         let mut mended = 0;
         for (path, bytes) in objects(&store).await {
@@ -250,13 +243,7 @@ fn flipped_bits_at_ten_thousand_places_of_a_large_store_are_each_found_and_named
     run(async {
         let dir = scratch();
         let store = Arc::new(InMemory::new());
-        let vault = Vault::open_with(
-            config(dir.path(), 1024),
-            Store::new(Arc::clone(&store) as _),
-            Policy::default(),
-        )
-        .await
-        .unwrap();
+        let vault = open(dir.path(), &store).await.unwrap();
         let mut numbers = Numbers(7);
         let mut source = Source::new(1, 1000);
         source.term = vault.start_term(source.term_request()).await.unwrap().term;
@@ -312,6 +299,39 @@ fn flipped_bits_at_ten_thousand_places_of_a_large_store_are_each_found_and_named
             "{flips} flipped bits in {} segments, each found",
             segments.len()
         );
+    });
+}
+
+#[test]
+fn what_the_disk_cannot_read_is_damage_and_the_rest_is_scrubbed_all_the_same() {
+    run(async {
+        let (objects, source, _) = small_store().await;
+        let (dir, fuse) = (scratch(), Arc::new(Fuse::default()));
+        let store = FaultyStore::new(Arc::clone(&objects), Arc::clone(&fuse));
+        let store = Store::new(Arc::new(store) as _);
+        let vault = Vault::open_with(config(dir.path(), 4), store, Policy::default());
+        let volume = vault.await.unwrap().volume(source.volume).unwrap();
+        let sound = volume
+            .scrub(&mut Pace::unbounded(), &mut |_| ())
+            .await
+            .unwrap();
+        fuse.make_unreadable(Some("segments"));
+        let found = volume
+            .scrub(&mut Pace::unbounded(), &mut |_| ())
+            .await
+            .unwrap();
+        assert_eq!(found.progress.objects, sound.progress.objects);
+        assert_eq!(
+            found.damaged.len() as u64,
+            volume.manifest().segment_count()
+        );
+        for damage in &found.damaged {
+            assert!(damage.object.contains("segments"), "{damage:?}");
+            assert_eq!(damage.problem, "the disk can't read it");
+            assert!(!damage.generations.is_empty(), "{damage:?}");
+        }
+        fuse.make_unreadable(None);
+        assert!(scrub(&volume).await.is_empty());
     });
 }
 

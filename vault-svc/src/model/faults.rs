@@ -344,6 +344,9 @@ impl Settle for FaultyStore {
     }
 }
 
+/// What a system says of a bad sector.
+const EIO: i32 = 5;
+
 fn failure() -> Error {
     Error::Generic {
         store: "faulty",
@@ -411,7 +414,10 @@ impl ObjectStore for FaultyStore {
         self.alive()?;
         let unreadable = *self.fuse.unreadable.lock();
         if unreadable.is_some_and(|part| location.as_ref().contains(part)) {
-            return Err(failure());
+            return Err(Error::Generic {
+                store: "faulty",
+                source: std::io::Error::from_raw_os_error(EIO).into(),
+            });
         }
         self.fuse.reads.lock().sections += 1;
         self.objects.get_opts(location, options).await

@@ -11,8 +11,8 @@ use vault_core::{
     segment::{SegmentIndex, SegmentRecord, encode_header},
 };
 
-use super::{Damage, Pass, damage_of, of_unreadable, since};
-use crate::{image::ImageReader, store::StoreError};
+use super::{Damage, Pass, damage_of, since};
+use crate::{error::of_store, image::ImageReader, store::StoreError};
 
 /// Bytes of frames read at a time.
 const READ_BYTES: u64 = 4 << 20;
@@ -54,7 +54,7 @@ impl Pass<'_> {
         let fault = self
             .fault(&manifest, record)
             .await
-            .map_err(|e| of_unreadable(&e))?;
+            .map_err(|e| of_store(&e))?;
         self.volume.store.forget(&object).await;
         let damage = match fault {
             None => None,

@@ -48,6 +48,15 @@ impl StoreError {
         }
     }
 
+    /// The medium of a local store can't read the object: a bad sector, not a store that is away.
+    pub(crate) fn is_unreadable(&self) -> bool {
+        let Self::Failed { source, .. } = self else {
+            return false;
+        };
+        io_error(source).and_then(std::io::Error::raw_os_error)
+            == Some(rustix::io::Errno::IO.raw_os_error())
+    }
+
     pub(super) fn corrupt(path: &Path, reason: impl std::fmt::Display) -> Self {
         Self::Corrupt {
             path: path.clone(),
@@ -57,19 +66,26 @@ impl StoreError {
 }
 
 fn is_full(error: &object_store::Error) -> bool {
+    io_error(error).is_some_and(|io| {
+        matches!(
+            io.kind(),
+            std::io::ErrorKind::StorageFull
+                | std::io::ErrorKind::QuotaExceeded
+                | std::io::ErrorKind::FileTooLarge
+        )
+    })
+}
+
+/// What the system said, where the failure came from it.
+fn io_error(error: &object_store::Error) -> Option<&std::io::Error> {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = source {
-        if let Some(io) = error.downcast_ref::<std::io::Error>() {
-            return matches!(
-                io.kind(),
-                std::io::ErrorKind::StorageFull
-                    | std::io::ErrorKind::QuotaExceeded
-                    | std::io::ErrorKind::FileTooLarge
-            );
+        if let Some(io) = error.downcast_ref() {
+            return Some(io);
         }
         source = error.source();
     }
-    false
+    None
 }
 
 /// What a failed read of a range means.
@@ -80,5 +96,27 @@ pub(super) fn short_or(path: &Path, error: object_store::Error) -> StoreError {
             StoreError::corrupt(path, "it is cut short")
         }
         error => StoreError::of(path, error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bad_sector_is_told_from_a_store_that_is_away() {
+        let path = Path::from("a");
+        let failed = |source: std::io::Error| {
+            let source = object_store::Error::Generic {
+                store: "local",
+                source: source.into(),
+            };
+            StoreError::of(&path, source)
+        };
+        assert!(failed(std::io::Error::from_raw_os_error(5)).is_unreadable());
+        assert!(!failed(std::io::ErrorKind::ConnectionRefused.into()).is_unreadable());
+        assert!(!StoreError::Missing(path.clone()).is_unreadable());
+        let full = failed(std::io::ErrorKind::StorageFull.into());
+        assert!(matches!(full, StoreError::Full(_)), "{full}");
     }
 }
