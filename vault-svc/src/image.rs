@@ -8,7 +8,7 @@
 
 pub mod restore;
 
-use std::{collections::HashMap, ops::Range, sync::Arc};
+use std::{cell::RefCell, collections::HashMap, ops::Range, sync::Arc};
 
 use bytes::Bytes;
 use tidemark_block::{
@@ -305,15 +305,20 @@ async fn read_frames(
     Ok(read)
 }
 
+thread_local! {
+    static DECODER: RefCell<FrameDecoder> = RefCell::new(FrameDecoder::new());
+}
+
 /// The frames, or the one that isn't what the index says and why.
 fn verify_frames(
     geometry: Geometry,
     read: Vec<(FrameAt, Bytes)>,
 ) -> Result<Frames, (FrameAt, String)> {
-    let mut decoder = FrameDecoder::new();
     let verify = |(at, bytes): (FrameAt, Bytes)| {
         let frame = UnverifiedFrame::split(bytes)
-            .and_then(|(frame, _)| frame.verify(geometry, &mut decoder))
+            .and_then(|(frame, _)| {
+                DECODER.with_borrow_mut(|decoder| frame.verify(geometry, decoder))
+            })
             .map_err(|error| (at, error.to_string()))?;
         let is_other = frame.encoded().len() != at.len as usize
             || frame.block_count().get() != u64::from(at.blocks);

@@ -5,6 +5,7 @@
 //! bounds their sum. What is on its way to the store when a stream breaks is put nevertheless: the source resumes
 //! behind it.
 
+mod buffers;
 mod gate;
 
 use std::{sync::Arc, time::Duration};
@@ -31,6 +32,7 @@ use vault_core::{
     segment::SealedSegment,
 };
 
+use buffers::{BufferPermit, Buffers};
 pub(crate) use gate::{Gate, Receiving, Turn};
 
 use crate::{
@@ -46,7 +48,7 @@ const BUSY_AGE: u32 = 16;
 #[derive(Debug)]
 pub(crate) struct IngestLimits {
     /// Parts in memory.
-    parts: Arc<Semaphore>,
+    parts: Arc<Buffers>,
     /// Streams.
     streams: Arc<Semaphore>,
     part_bytes_max: u64,
@@ -56,11 +58,9 @@ pub(crate) struct IngestLimits {
 impl IngestLimits {
     pub(crate) fn new(config: &crate::Config) -> Self {
         let parts = config.ingest_bytes_max.get() / config.part_bytes_max.get();
-        let parts = usize::try_from(parts)
-            .unwrap_or(Semaphore::MAX_PERMITS)
-            .max(2);
+        let parts = usize::try_from(parts).unwrap_or(usize::MAX).max(2);
         Self {
-            parts: Arc::new(Semaphore::new(parts)),
+            parts: Arc::new(Buffers::new(parts)),
             streams: Arc::new(Semaphore::new(config.streams_max as usize)),
             part_bytes_max: config.part_bytes_max.get(),
             part_age_max: config.part_age_max.get(),
@@ -87,8 +87,8 @@ pub(crate) struct Session {
     interval: Option<Box<Interval>>,
     decoder: Option<FrameDecoder>,
     /// Of the open part.
-    permit: Option<OwnedSemaphorePermit>,
-    ready: Option<(SealedSegment, Option<OwnedSemaphorePermit>)>,
+    permit: Option<BufferPermit>,
+    ready: Option<(SealedSegment, Option<BufferPermit>)>,
     putting: Option<JoinHandle<Result<(), StoreError>>>,
     last_batch: Instant,
     turn: Option<Turn>,
@@ -284,8 +284,9 @@ impl Session {
     /// Takes a batch: verifies every frame of it, then gathers them.
     pub(crate) async fn batch(&mut self, batch: FrameBatch) -> Result<(), RpcError> {
         if self.permit.is_none() {
-            let permit = Arc::clone(&self.limits.parts).acquire_owned().await;
-            self.permit = Some(permit.map_err(|_| lost())?);
+            let (permit, buffer) = self.limits.parts.take().await.ok_or_else(lost)?;
+            self.interval()?.provide(buffer);
+            self.permit = Some(permit);
         }
         let table = Arc::clone(&self.table);
         let geometry = self.header()?.geometry;
@@ -331,9 +332,11 @@ impl Session {
             let store = self.volume.store.clone();
             self.putting = Some(tokio::spawn(async move {
                 let put = store
-                    .put_segment(sealed.footer.record.id, sealed.bytes)
+                    .put_segment(sealed.footer.record.id, sealed.bytes.clone())
                     .await;
-                drop(permit);
+                if let Some(permit) = permit {
+                    permit.put_back(sealed.bytes);
+                }
                 put
             }));
         }

@@ -135,11 +135,12 @@ impl Emit for Sending<'_> {
             return Ok(());
         }
         let worked = self.since.elapsed();
+        let encoded = batch.frames.len();
         let waiting = Instant::now();
         self.to
             .blocking_send(Produced::Batch(batch))
             .map_err(|_| WalkError::Stopped)?;
-        self.policy.batch(worked, waiting.elapsed());
+        self.policy.batch(encoded, worked, waiting.elapsed());
         self.since = Instant::now();
         Ok(())
     }

@@ -16,6 +16,8 @@ const CONNECT_MAX: Duration = Duration::from_secs(5);
 const KEEPALIVE: Duration = Duration::from_secs(10);
 /// A restore keeps this much on its way, so that a long link is filled too.
 const WINDOW: u32 = 64 << 20;
+/// HTTP/2 frames: a batch of an image is one of them, not sixty.
+const FRAME_BYTES: u32 = 1 << 20;
 
 /// The capture service's control interface.
 pub type Capture = CaptureClient<Channel>;
@@ -53,6 +55,7 @@ async fn connect(url: &str) -> Result<Channel, tonic::transport::Error> {
         .keep_alive_timeout(KEEPALIVE)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
+        .max_frame_size(FRAME_BYTES)
         .connect()
         .await
 }

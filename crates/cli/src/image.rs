@@ -1,8 +1,8 @@
 //! Images on their way from a service into a file.
 //!
-//! Frames arrive in ascending order; several are verified and written at the same time on blocking threads, and their
-//! checksums are put together in order again. What was written is compared with the digest that the service promised
-//! before anything gets the name that was asked for.
+//! Frames arrive in ascending order; several batches are verified at the same time on blocking threads and written one
+//! after the other: a filesystem lets one thread at a time write to a file, and those that wait for it spin. What was
+//! written is compared with the digest that the service promised before anything gets the name that was asked for.
 
 mod digest;
 mod file;
@@ -15,6 +15,7 @@ use tidemark_block::{
     Checksum128, Codec, Extent, FrameDecoder, FrameError, Geometry, ImageDigest, UnverifiedFrame,
     VerifiedFrame,
 };
+use tidemark_disk::durable;
 
 use digest::ReceivedDigest;
 pub use file::ImageFile;
@@ -24,7 +25,7 @@ use crate::{
     progress::Progress,
 };
 
-/// Batches of frames that are verified and written at the same time. Each holds up to 1 MiB of encoded frames.
+/// Batches of frames that are verified at the same time. Each holds about 1 MiB of blocks.
 const BATCHES_AT_ONCE: usize = 4;
 
 /// One message of a stream of frames, whichever service it comes from.
@@ -64,10 +65,9 @@ pub async fn receive(
         .map(|message| async move {
             match message? {
                 Message::Frames(frames) => {
-                    let file = Arc::clone(file);
-                    let written =
-                        tokio::task::spawn_blocking(move || write_frames(frames, geometry, &file));
-                    Ok(Step::Written(written.await.map_err(|_| stopped())??))
+                    let verified =
+                        tokio::task::spawn_blocking(move || verify_frames(frames, geometry));
+                    Ok(Step::Verified(verified.await.map_err(|_| stopped())??))
                 }
                 Message::End {
                     blocks_sent,
@@ -85,8 +85,11 @@ pub async fn receive(
     let mut data_bytes = 0;
     while let Some(step) = steps.next().await {
         match step? {
-            Step::Written(runs) => {
-                for run in runs {
+            Step::Verified(frames) => {
+                let file = Arc::clone(file);
+                let written =
+                    tokio::task::spawn_blocking(move || write_frames(&frames, geometry, &file));
+                for run in written.await.map_err(|_| stopped())?? {
                     received.push(&run)?;
                     blocks += run.extent.count().get();
                     if run.checksums.is_some() {
@@ -122,7 +125,7 @@ pub async fn receive(
 }
 
 enum Step {
-    Written(Vec<Run>),
+    Verified(Vec<VerifiedFrame>),
     End {
         blocks_sent: u64,
         digest: Option<ImageDigest>,
@@ -141,20 +144,35 @@ thread_local! {
     static DECODER: RefCell<FrameDecoder> = RefCell::new(FrameDecoder::new());
 }
 
-fn write_frames(
-    mut frames: Bytes,
-    geometry: Geometry,
-    file: &ImageFile,
-) -> Result<Vec<Run>, Failure> {
-    let mut runs = Vec::new();
+fn verify_frames(mut frames: Bytes, geometry: Geometry) -> Result<Vec<VerifiedFrame>, Failure> {
+    let mut verified = Vec::new();
     while !frames.is_empty() {
         let (frame, rest) = UnverifiedFrame::split(frames).map_err(|e| refused(&e))?;
         frames = rest;
         let frame = DECODER
             .with_borrow_mut(|decoder| frame.verify(geometry, decoder))
             .map_err(|e| refused(&e))?;
-        write_frame(&frame, geometry, file, &mut runs)
+        verified.push(frame);
+    }
+    Ok(verified)
+}
+
+fn write_frames(
+    frames: &[VerifiedFrame],
+    geometry: Geometry,
+    file: &ImageFile,
+) -> Result<Vec<Run>, Failure> {
+    let mut runs = Vec::new();
+    for frame in frames {
+        write_frame(frame, geometry, file, &mut runs)
             .map_err(|e| Failure::io(format_args!("write {}", file.shown().display()), &e))?;
+    }
+    if let (Some(first), Some(last)) = (runs.first(), runs.last()) {
+        let (offset, length) = place(
+            geometry,
+            Extent::between(first.extent.start(), last.extent.end()),
+        );
+        durable::start_writeback(file.file(), offset, length);
     }
     Ok(runs)
 }

@@ -6,7 +6,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -37,6 +37,24 @@ pub fn write_file(path: &Path, content: &[u8]) -> io::Result<()> {
     file.sync_all()?;
     drop(file);
     rename(&temporary, path)
+}
+
+/// Starts to write a range of a file to the disk and doesn't wait for it, so that the sync at the end of a long write
+/// finds little left to do. Only a hint: what fails shows at that sync.
+pub fn start_writeback(file: &File, offset: u64, length: u64) {
+    #[cfg(target_os = "linux")]
+    if let (Ok(offset), Ok(length)) = (offset.try_into(), length.try_into()) {
+        #[allow(unsafe_code)]
+        // SAFETY: an open descriptor and plain numbers; no memory is passed.
+        let _ = unsafe {
+            libc::sync_file_range(
+                file.as_raw_fd(),
+                offset,
+                length,
+                libc::SYNC_FILE_RANGE_WRITE,
+            )
+        };
+    }
 }
 
 /// Gives a file another name in the same directory, replacing what has it, durably.

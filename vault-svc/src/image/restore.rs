@@ -192,7 +192,9 @@ fn checksum_of(frames: &Frames, piece: &DataPiece, block: BlockIndex) -> Checksu
 }
 
 struct Packer {
-    encoder: FrameEncoder,
+    geometry: Geometry,
+    /// Made when it is needed: most frames go out as they are.
+    encoder: Option<FrameEncoder>,
     blocks_max: usize,
     blocks: Vec<(BlockIndex, Checksum128)>,
     data: Vec<u8>,
@@ -202,7 +204,8 @@ struct Packer {
 impl Packer {
     fn new(geometry: Geometry) -> Self {
         Self {
-            encoder: FrameEncoder::new(geometry),
+            geometry,
+            encoder: None,
             blocks_max: blocks_max(geometry.block_size()),
             blocks: Vec::new(),
             data: Vec::new(),
@@ -220,7 +223,9 @@ impl Packer {
 
     fn flush(&mut self) {
         if !self.blocks.is_empty() {
+            let geometry = self.geometry;
             self.encoder
+                .get_or_insert_with(|| FrameEncoder::new(geometry))
                 .encode_data(&self.blocks, &self.data, CodecChoice::Raw, &mut self.out);
             self.blocks.clear();
             self.data.clear();

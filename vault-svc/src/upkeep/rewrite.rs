@@ -401,7 +401,7 @@ impl Packer {
             cut_time_ms: 0,
         };
         self.writer
-            .get_or_insert_with(|| SegmentWriter::new(origin, 1 << 20))
+            .get_or_insert_with(|| SegmentWriter::new(origin, Vec::with_capacity(1 << 20)))
     }
 
     fn close(&mut self) {

@@ -116,7 +116,7 @@ impl UnverifiedFrame {
         let data = match self.codec {
             Codec::Zero | Codec::Raw => payload,
             Codec::Zstd => {
-                let mut data = vec![0; decoded_len];
+                let mut data = Vec::with_capacity(decoded_len);
                 match decoder.zstd.decompress_to_buffer(&payload, &mut data) {
                     Ok(written) if written == decoded_len => Bytes::from(data),
                     _ => return Err(FrameError::Payload(decoded_len)),

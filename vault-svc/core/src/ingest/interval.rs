@@ -37,6 +37,8 @@ pub struct Interval {
     header: IntervalHeader,
     sequence: Sequence,
     part_bytes_max: u64,
+    /// For the next part; without memory where none was provided.
+    buffer: Vec<u8>,
     digest: DigestUpdate,
     /// Every changed block below it has been received.
     received_end: BlockIndex,
@@ -89,6 +91,7 @@ impl Interval {
             header,
             sequence,
             part_bytes_max,
+            buffer: Vec::new(),
             digest,
             received_end: BlockIndex::ZERO,
             open: None,
@@ -235,14 +238,25 @@ impl Interval {
         }
     }
 
+    /// Gives the memory of a part that was put to the next one.
+    pub fn provide(&mut self, buffer: Vec<u8>) {
+        self.buffer = buffer;
+    }
+
     fn open_part(&mut self, now_ms: u64) -> &mut OpenPart {
         let first = self.received_end;
         let room = usize::try_from(self.part_bytes_max).unwrap_or(0);
         let origin = self.origin();
-        self.open.get_or_insert_with(|| OpenPart {
-            writer: SegmentWriter::new(origin, room + TRAILER_ROOM),
-            first,
-            opened_ms: now_ms,
+        let buffer = &mut self.buffer;
+        self.open.get_or_insert_with(|| {
+            let mut buffer = std::mem::take(buffer);
+            buffer.clear();
+            buffer.reserve(room + TRAILER_ROOM);
+            OpenPart {
+                writer: SegmentWriter::new(origin, buffer),
+                first,
+                opened_ms: now_ms,
+            }
         })
     }
 

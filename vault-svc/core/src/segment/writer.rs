@@ -32,10 +32,10 @@ pub struct SealedSegment {
 }
 
 impl SegmentWriter {
-    /// Starts a segment. `capacity` is the number of bytes it is expected to have.
+    /// Starts a segment in `bytes`, which is empty and has room for what is expected.
     #[must_use]
-    pub fn new(origin: SegmentOrigin, capacity: usize) -> Self {
-        let mut bytes = Vec::with_capacity(capacity);
+    pub fn new(origin: SegmentOrigin, mut bytes: Vec<u8>) -> Self {
+        debug_assert!(bytes.is_empty());
         bytes.extend_from_slice(&encode_header(&origin));
         Self {
             origin,

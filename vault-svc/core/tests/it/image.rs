@@ -18,7 +18,7 @@ type Content = BTreeMap<(u64, u64), bool>;
 
 fn index_of(content: &Content) -> SegmentIndex {
     let g = geometry(BLOCKS);
-    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Rewritten), 0);
+    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Rewritten), Vec::new());
     let mut by_sequence: BTreeMap<u64, Vec<(u64, bool)>> = BTreeMap::new();
     for (&(block, sequence), &data) in content {
         by_sequence.entry(sequence).or_default().push((block, data));
@@ -234,7 +234,7 @@ proptest! {
 #[test]
 fn a_map_takes_8_bytes_per_run_and_24_per_frame() {
     let g = geometry(BLOCKS);
-    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Rewritten), 0);
+    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Rewritten), Vec::new());
     for block in 0..BLOCKS {
         writer.push(&frame(g, &[block], 1), Sequence::new(1));
     }

@@ -69,7 +69,7 @@ pub(crate) fn origin(geometry: Geometry, kind: SegmentKind) -> SegmentOrigin {
 
 pub(crate) fn received() -> SealedSegment {
     let g = geometry(10_000);
-    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Received), 0);
+    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Received), Vec::new());
     writer.push(&frame(g, &[100, 101, 102, 200], 7), Sequence::new(7));
     writer.push_zero(extent(300, 5000), Sequence::new(7));
     writer.push(&frame(g, &[6000], 7), Sequence::new(7));
@@ -78,7 +78,7 @@ pub(crate) fn received() -> SealedSegment {
 
 pub(crate) fn rewritten() -> SealedSegment {
     let g = geometry(10_000);
-    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Rewritten), 0);
+    let mut writer = SegmentWriter::new(origin(g, SegmentKind::Rewritten), Vec::new());
     let of = |sequences: &[u64]| {
         sequences
             .iter()
