@@ -99,6 +99,22 @@ pub(super) fn path_of(dir: &Path, file: impl Into<StateFile>) -> PathBuf {
     dir.join(file.into().to_string())
 }
 
+/// The cuts of the records of changes that there are.
+pub(super) fn changes(dir: &Path) -> io::Result<Vec<u64>> {
+    let entries = match fs::read_dir(dir.join("changes")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut cuts = Vec::new();
+    for entry in entries {
+        // Temporaries of a replacement that a crash interrupted have other names.
+        if let Some(Ok(cut)) = entry?.file_name().to_str().map(str::parse) {
+            cuts.push(cut);
+        }
+    }
+    Ok(cuts)
+}
+
 /// Writes every record of a state that has no cut: all of it durable on return.
 pub(super) fn put_records(
     dir: &Path,
@@ -401,14 +417,7 @@ impl Media for Files {
     }
 
     fn changes(&self) -> MediaResult<Vec<u64>> {
-        let mut cuts = Vec::new();
-        for entry in done(fs::read_dir(self.dir.join("changes")))? {
-            // Temporaries of a replacement that a crash interrupted have other names.
-            if let Some(Ok(cut)) = done(entry)?.file_name().to_str().map(str::parse) {
-                cuts.push(cut);
-            }
-        }
-        Ok(cuts)
+        done(changes(&self.dir))
     }
 
     fn words(&self, map: Map) -> &[AtomicU64] {

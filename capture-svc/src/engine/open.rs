@@ -233,7 +233,8 @@ fn heard(
     tracing::error!(
         volume = %recorded.volume,
         %error,
-        "a file of the volume's state could not be written to the disk: its tracking is not trusted"
+        "a file of the volume's state could not be written to the disk: snapshots are gone, what was written lately is \
+         compared with the vault's; check the disk"
     );
     let noted = Identity {
         clean: false,

@@ -32,7 +32,7 @@ use tidemark_block::{BlockSet, Geometry, VolumeId};
 use tidemark_disk::durable;
 
 use super::{
-    files::{create_intent, path_of, regions, size_of},
+    files::{changes, create_intent, path_of, regions, size_of},
     mapped::{HEADER_LEN, MappedWords, Size},
 };
 
@@ -119,23 +119,6 @@ fn record(
         Err(error) => return Err(error),
     };
     convert(found.as_deref()).map_or(Ok(()), |content| durable::write_file(&path, &content))
-}
-
-fn changes(dir: &Path) -> io::Result<Vec<u64>> {
-    let entries = match fs::read_dir(dir.join("changes")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries?,
-    };
-    let mut cuts = Vec::new();
-    for entry in entries {
-        cuts.extend(
-            entry?
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<u64>().ok()),
-        );
-    }
-    Ok(cuts)
 }
 
 /// Writes the map again with each bit twice, beside the one that is there, and puts it in its place.

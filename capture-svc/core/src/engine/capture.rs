@@ -147,6 +147,21 @@ pub(super) struct OpenCut {
     pub(super) wanted: bool,
 }
 
+impl OpenCut {
+    /// One that nobody reads yet.
+    pub(super) fn new(cut: u64) -> Self {
+        let view = View {
+            cut,
+            broken: AtomicBool::new(false),
+        };
+        Self {
+            view: Arc::new(view),
+            readers: 0,
+            wanted: true,
+        }
+    }
+}
+
 /// The open interval.
 #[derive(Debug, Clone)]
 pub struct Interval {

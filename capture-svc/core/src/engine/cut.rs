@@ -8,11 +8,11 @@ use std::sync::Arc;
 use tidemark_block::BlockSet;
 
 use super::{
-    capture::{Capture, CaptureError, Interval, OpenCut, Table, View, parity},
+    capture::{Capture, CaptureError, Interval, OpenCut, Table, parity},
     media::{Media, Record},
     records::{Snapshot, encode_interval},
 };
-use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use crate::sync::atomic::Ordering::SeqCst;
 
 /// What a cut is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,18 +68,7 @@ impl<M: Media> Capture<M> {
             table.undrained = None;
         }
         let epoch = self.epoch();
-        let view = Arc::new(View {
-            cut: epoch,
-            broken: AtomicBool::new(false),
-        });
-        table.cuts.insert(
-            epoch,
-            OpenCut {
-                view,
-                readers: 0,
-                wanted: true,
-            },
-        );
+        table.cuts.insert(epoch, OpenCut::new(epoch));
         table.cutting = Some(epoch);
         // Writers of the new epoch must find the cut open, so it is published first. Its parity is free: the last
         // epoch of it has settled.

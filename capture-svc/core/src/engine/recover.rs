@@ -9,7 +9,7 @@ use tidemark_block::{BlockCount, BlockIndex, BlockSet, Extent, Geometry, VolumeI
 use super::{
     capture::{
         CHANGES_WORD, Capture, CaptureError, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, Interval,
-        MARKS_WORD, OpenCut, RING_WORD, Table, Tuning, View, checked_word, epoch_seal,
+        MARKS_WORD, OpenCut, RING_WORD, Table, Tuning, checked_word, epoch_seal,
     },
     damage::{Cost, Damage, Fault, StateFile},
     dirty::DirtyLayout,
@@ -21,7 +21,7 @@ use super::{
     spool::{Spool, record_entries},
     trust::{Judgement, Reason},
 };
-use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use crate::sync::atomic::Ordering::SeqCst;
 
 /// How far the tracking could be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -279,43 +279,32 @@ fn resume<M: Media>(
         media.instant()?;
     }
 
-    let mut carry = found.carry;
-    carry.union_with(&drained);
     let mut table = Table {
-        carry,
+        carry: found.carry,
         changes,
         snapshots: found.snapshots,
         ..Table::default()
     };
-    let mut open = |cut| {
-        let view = Arc::new(View {
-            cut,
-            broken: AtomicBool::new(false),
-        });
-        table.cuts.insert(
-            cut,
-            OpenCut {
-                view,
-                readers: 0,
-                wanted: true,
-            },
-        );
-    };
-    table
+    table.carry.union_with(&drained);
+    open_cuts(&mut table, found.interval);
+    let gone = gone.map(|cut| Damage::new(Record::Changes(cut), Fault::Missing, Cost::Changes));
+    Ok((table, epoch + 1, gone))
+}
+
+/// Opens the cuts that were open: those of the snapshots and of the interval.
+fn open_cuts(table: &mut Table, interval: Option<(u64, BlockSet)>) {
+    let snapshots = table
         .snapshots
         .snapshots
         .iter()
-        .for_each(|snapshot| open(snapshot.cut));
-    if let Some((cut, changed)) = found.interval {
-        open(cut);
-        table.interval = Some(Interval {
-            cut,
-            changed: Arc::new(changed),
-            recorded: true,
-        });
-    }
-    let gone = gone.map(|cut| Damage::new(Record::Changes(cut), Fault::Missing, Cost::Changes));
-    Ok((table, epoch + 1, gone))
+        .map(|snapshot| snapshot.cut);
+    let cuts = snapshots.chain(interval.iter().map(|(cut, _)| *cut));
+    table.cuts = cuts.map(|cut| (cut, OpenCut::new(cut))).collect();
+    table.interval = interval.map(|(cut, changed)| Interval {
+        cut,
+        changed: Arc::new(changed),
+        recorded: true,
+    });
 }
 
 /// The newest record of changes, where it should be there and isn't.

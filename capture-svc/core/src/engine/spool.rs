@@ -21,6 +21,7 @@ use super::{
     capture::{ENTRIES_WORD, checked, checked_word},
     damage::{Cost, Damage, Fault, StateFile},
     media::{Map, Media, MediaError},
+    words::{halves, joined},
 };
 use crate::sync::{
     Mutex,
@@ -466,15 +467,6 @@ fn entry_words(words: &[AtomicU64], id: u32) -> &[AtomicU64] {
     &words[id as usize * ENTRY_WORDS..][..ENTRY_WORDS]
 }
 
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "the two halves of 128 bits"
-)]
-fn halves(checksum: Checksum128) -> [u64; 2] {
-    let value = u128::from_le_bytes(*checksum.as_bytes());
-    [value as u64, (value >> 64) as u64]
-}
-
 impl Entry {
     fn fields(self) -> [u64; 5] {
         let [low, high] = halves(self.checksum);
@@ -511,13 +503,11 @@ impl Entry {
         .ok()?;
         let valid = tag == ENTRY_TAG && Self::seal(&fields) == [seal_low, seal_high];
         let [block, epoch, slot, low, high] = fields;
-        let checksum =
-            Checksum128::from_bytes((u128::from(low) | u128::from(high) << 64).to_le_bytes());
         valid.then_some(Self {
             block,
             epoch,
             slot,
-            checksum,
+            checksum: joined([low, high]),
         })
     }
 }
