@@ -21,10 +21,10 @@ impl<M: Media> Capture<M> {
     /// Deletes a snapshot; its before-images go with its last reader.
     ///
     /// # Errors
-    /// [`CaptureError::NoSnapshot`], or where the table can't be written: the snapshot is still there.
+    /// [`CaptureError::NoSnapshot`], [`CaptureError::Closed`], or where the table can't be written: the snapshot is
+    /// still there.
     pub fn delete_snapshot(&self, id: u64) -> Result<(), CaptureError> {
-        self.check()?;
-        let mut table = self.table.lock();
+        let mut table = self.table_to_change()?;
         let cut = find(&table, id)?.cut;
         self.drop_snapshot(&mut table, cut)?;
         self.unwant(&mut table, cut);
@@ -231,8 +231,7 @@ impl<M: Media> Capture<M> {
     pub fn relieve(&self) -> Result<Vec<u64>, CaptureError> {
         let mut given_up = Vec::new();
         loop {
-            self.check()?;
-            let mut table = self.table.lock();
+            let mut table = self.table_to_change()?;
             let cuts: Vec<u64> = table.cuts.keys().copied().collect();
             if cuts.is_empty() || (self.spool.has_room() && !given_up.is_empty()) {
                 return Ok(given_up);
