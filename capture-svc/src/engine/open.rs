@@ -128,11 +128,9 @@ fn read_identity(
         });
     }
     let state_lock = lock_state(dir)?;
-    let recorded = match fs::read(&path) {
-        Ok(bytes) => Identity::decode(&bytes).map_err(|error| error.to_string()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err("it is missing".to_owned()),
-        Err(error) => return Err(failed("read the identity", dir)(error)),
-    };
+    let found = files::found(fs::read(&path)).map_err(failed("read the identity", dir))?;
+    let recorded = found.and_then(|bytes| Ok(Identity::decode(&bytes)?));
+    let recorded = recorded.map_err(|fault| fault.to_string());
     let recorded = match (recorded, taken) {
         (Ok(recorded), _) => recorded,
         (Err(what), Taken::AsRecorded) => return Err(EngineError::StateDamaged { path, what }),

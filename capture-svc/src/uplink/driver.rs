@@ -296,6 +296,11 @@ impl Driver {
                 let failure = failure_of(&error);
                 return self.failed("compare checksum tables with the vault", &error, failure);
             }
+            Err(ResyncError::Table(error)) => {
+                self.table.failed(&error);
+                let error = anyhow::Error::new(ResyncError::Table(error));
+                return self.failed_here("compare checksum tables with the vault", &error);
+            }
             Err(ResyncError::Local(error)) => {
                 return self.failed_here("compare checksum tables with the vault", &error);
             }
@@ -570,7 +575,12 @@ impl Driver {
                 let error = RpcError::new(Reason::IoFailed, error.to_string(), "");
                 self.failed("read the cut", &error, Failure::Refused)
             }
-            Err(ShipError::Local(error)) => self.failed_here("read the cut", &error.into()),
+            Err(ShipError::Local(error)) => {
+                if let walk::WalkError::Table(error) = &error {
+                    self.table.failed(error);
+                }
+                self.failed_here("read the cut", &error.into())
+            }
         }
     }
 

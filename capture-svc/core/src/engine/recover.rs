@@ -11,7 +11,7 @@ use super::{
         CHANGES_WORD, Capture, CaptureError, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, Interval,
         MARKS_WORD, OpenCut, RING_WORD, Table, Tuning, checked_word, epoch_seal,
     },
-    damage::{Cost, Damage, Fault, StateFile},
+    damage::{Cost, Damage, Fault, StateFile, content},
     dirty::DirtyLayout,
     examine::{Found, examine, newest_changes, open_epoch, read_records},
     intent::{IntentFault, IntentMap, PAGE_LEN, page_count},
@@ -236,8 +236,13 @@ fn read_intent<M: Media>(
     (0..page_count(regions) as u64)
         .map(|number| {
             let mut pair = [vec![0; PAGE_LEN], vec![0; PAGE_LEN]];
-            media.read_intent(number * 2, &mut pair[0])?;
-            media.read_intent(number * 2 + 1, &mut pair[1])?;
+            for (place, page) in (number * 2..).zip(&mut pair) {
+                match media.read_intent(place, page) {
+                    // Nothing of it is whole.
+                    Err(error) if error.is_unreadable() => page.fill(0),
+                    read => read?,
+                }
+            }
             Ok(pair)
         })
         .collect()
@@ -329,11 +334,12 @@ fn changes_at<M: Media>(
     changes: &BTreeSet<u64>,
 ) -> Result<Changes, CaptureError> {
     let mut blocks = drained.clone();
-    if let Some(bytes) = media.get(Record::Changes(epoch))? {
-        match Changes::decode(&bytes, volume, epoch, geometry.all()) {
-            Ok(recorded) => blocks.union_with(&recorded.blocks),
-            Err(_) => blocks.insert(geometry.all()),
-        }
+    let recorded = content(media, Record::Changes(epoch))?
+        .and_then(|bytes| Ok(Changes::decode(&bytes, volume, epoch, geometry.all())?));
+    match recorded {
+        Ok(recorded) => blocks.union_with(&recorded.blocks),
+        Err(Fault::Missing) => {}
+        Err(_) => blocks.insert(geometry.all()),
     }
     let before = changes.range(..epoch).next_back();
     Ok(Changes {

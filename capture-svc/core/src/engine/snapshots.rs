@@ -6,7 +6,7 @@ use tidemark_block::BlockSet;
 
 use super::{
     capture::{Capture, CaptureError, Table, View},
-    damage::{Cost, Damage, Fault},
+    damage::{Cost, Damage, content},
     media::{Media, Record},
     records::{Changes, RecordError, Snapshot, SnapshotTable, old},
 };
@@ -127,13 +127,11 @@ impl<M: Media> Capture<M> {
         Ok(())
     }
 
-    /// A record of changes; none where it is damaged or gone, which is noted.
+    /// A record of changes; none where it is damaged, unreadable or gone, which is noted.
     fn changes_of(&self, table: &Table, cut: u64) -> Result<Option<Changes>, CaptureError> {
         let record = Record::Changes(cut);
-        let found = match self.media.get(record)? {
-            Some(bytes) => self.decode_changes(table, cut, &bytes).map_err(Fault::from),
-            None => Err(Fault::Missing),
-        };
+        let found = content(&self.media, record)?
+            .and_then(|bytes| Ok(self.decode_changes(table, cut, &bytes)?));
         Ok(found
             .map_err(|fault| self.note([Damage::new(record, fault, Cost::Changes)]))
             .ok())

@@ -36,8 +36,6 @@ pub const INDEX_BYTES_PER_ENTRY: u64 = 40;
 /// First word of a used entry: "TMSLOT" and version 1.
 pub const ENTRY_TAG: u64 = u64::from_le_bytes(*b"TMSLOT\x01\0");
 const ZEROES: u64 = u64::MAX;
-/// What a system says of bytes that it can't read.
-const EIO: i32 = 5;
 const SHARDS: usize = many(64, 2);
 /// Blocks that stay together in a shard: a request rarely meets more than one.
 const SHARD_BLOCKS: u64 = 256;
@@ -362,8 +360,7 @@ impl Spool {
             return Ok(());
         }
         match media.read_before(entry.slot, buffer) {
-            // What the disk can't read is lost no less than what it reads otherwise.
-            Err(MediaError(EIO)) => return Err(SpoolError::Damaged),
+            Err(error) if error.is_unreadable() => return Err(SpoolError::Damaged),
             read => read?,
         }
         if block_checksum(buffer) == entry.checksum {
