@@ -79,8 +79,7 @@ fn is_header(bytes: &[u8], expected: &[u8]) -> bool {
 }
 
 /// Reads all that the disk holds of a file; gives what comes before its words.
-fn read_through(file: &File) -> io::Result<Vec<u8>> {
-    let length = file.metadata()?.len();
+fn read_through(file: &File, length: u64) -> io::Result<Vec<u8>> {
     let mut part = vec![0; usize::try_from(length.min(PART_LEN)).unwrap_or(0)];
     let mut at = HEADER_LEN;
     loop {
@@ -115,11 +114,12 @@ impl MappedWords {
             Ok(file) => file,
             Err(fault) => return Ok(Err(fault)),
         };
-        let words = file.metadata()?.len().checked_sub(HEADER_LEN);
+        let length = file.metadata()?.len();
+        let words = length.checked_sub(HEADER_LEN);
         if !words.is_some_and(|bytes| bytes % WORD_LEN == 0 && size.allows(bytes / WORD_LEN)) {
             return Ok(Err(Fault::Length));
         }
-        match found(read_through(&file))? {
+        match found(read_through(&file, length))? {
             Err(fault) => Ok(Err(fault)),
             Ok(found) if is_header(&found, header) => Self::map(file, size.most()).map(Ok),
             Ok(_) => Ok(Err(Fault::Header)),
@@ -229,6 +229,27 @@ mod tests {
             made.file.write_all_at(&byte, at).unwrap();
         }
         assert!(open().is_ok());
+    }
+
+    #[test]
+    fn a_file_is_read_through_to_its_end_before_it_is_mapped() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::create_new(dir.path().join("map")).unwrap();
+        file.write_all_at(b"header", 0).unwrap();
+        let length = HEADER_LEN + 3 * PART_LEN + WORD_LEN;
+        file.set_len(length).unwrap();
+        file.write_all_at(&[1], length - 1).unwrap();
+        let file = File::open(dir.path().join("map")).unwrap();
+        let header = read_through(&file, length).unwrap();
+        assert_eq!(
+            (header.len() as u64, &header[..6]),
+            (HEADER_LEN, &b"header"[..])
+        );
+        read_through(&file, length + 1).unwrap_err();
+        // This process has nothing at its first addresses.
+        let unreadable = File::open("/proc/self/mem").unwrap();
+        let told = found(read_through(&unreadable, length)).unwrap();
+        assert_eq!(told, Err(Fault::Unreadable));
     }
 
     #[test]
