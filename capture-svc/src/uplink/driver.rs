@@ -563,19 +563,23 @@ impl Driver {
         match shipped {
             Ok(Shipped::Receipt(receipt)) => self.settle(interval, receipt).await,
             Ok(Shipped::Unchanged) => self.mark_current(interval.id, interval.cut_time_ms).await,
-            Err(ShipError::Stopped) => Outcome::Stop,
-            Err(ShipError::GivenUp) => self.given_up().await,
-            Err(ShipError::Rpc(error)) => {
+            Err(error) => self.ship_failed(error).await,
+        }
+    }
+
+    async fn ship_failed(&mut self, error: ShipError) -> Outcome {
+        match error {
+            ShipError::Stopped => Outcome::Stop,
+            ShipError::GivenUp => self.given_up().await,
+            ShipError::Rpc(error) => {
                 let failure = failure_of(&error);
                 self.failed("ship the interval", &error, failure)
             }
-            Err(ShipError::Local(walk::WalkError::Engine(
-                error @ EngineError::SpoolDamaged { .. },
-            ))) => {
+            ShipError::Local(walk::WalkError::Engine(error @ EngineError::SpoolDamaged { .. })) => {
                 let error = RpcError::new(Reason::IoFailed, error.to_string(), "");
                 self.failed("read the cut", &error, Failure::Refused)
             }
-            Err(ShipError::Local(error)) => {
+            ShipError::Local(error) => {
                 if let walk::WalkError::Table(error) = &error {
                     self.table.failed(error);
                 }
