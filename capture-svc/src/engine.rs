@@ -583,6 +583,7 @@ impl Engine {
                 newer: SnapshotId(newer),
             },
             CaptureError::SpoolDamaged(block) => EngineError::SpoolDamaged { block },
+            CaptureError::Closed => EngineError::Closed,
         }
     }
 }

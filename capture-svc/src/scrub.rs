@@ -12,6 +12,7 @@ mod by_hand;
 
 use std::{
     future::Future,
+    io,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -149,6 +150,17 @@ struct Compared {
     wrong: BlockSet,
 }
 
+/// Why a step could not be made.
+#[derive(Debug, thiserror::Error)]
+enum LookError {
+    /// The checksum table.
+    #[error("read the checksum table: {0}")]
+    Table(io::Error),
+    /// The volume.
+    #[error(transparent)]
+    Volume(#[from] anyhow::Error),
+}
+
 impl Worker {
     #[tracing::instrument(name = "scrub", skip_all, fields(volume = %self.settings.name))]
     async fn run(self: Arc<Self>, stop: impl Future<Output = ()>) {
@@ -206,6 +218,17 @@ impl Worker {
     /// Compares the blocks from `at` on, at most [`STEP_LEN`] bytes of data or any number of holes. None while there
     /// is nothing to compare with.
     fn step(&self, at: BlockIndex) -> Result<Option<Step>> {
+        match self.look(at) {
+            Err(LookError::Table(error)) if self.table.failed(&error) => {
+                self.ask_for_repair();
+                Ok(None)
+            }
+            looked => Ok(looked?),
+        }
+    }
+
+    /// As [`Self::step`], where the table can be read.
+    fn look(&self, at: BlockIndex) -> Result<Option<Step>, LookError> {
         let geometry = self.engine.geometry();
         let rest = Extent::between(at, geometry.all().end());
         let (extent, table_is_whole, compared) = {
@@ -222,7 +245,7 @@ impl Worker {
                 (STEP_LEN / u64::from(geometry.block_size().get())).min(rest.count().get());
             let extent = Extent::new(at, BlockCount::new(blocks));
             let whole = self.table.table().is_whole(extent);
-            let whole = whole.context("read the checksum table")?;
+            let whole = whole.map_err(LookError::Table)?;
             let compared = self.compare(extent)?;
             // Once more: a mismatch is an accusation.
             let compared = if compared.wrong.is_empty() {
@@ -256,6 +279,10 @@ impl Worker {
             "the checksum table is damaged: it is compared with the vault's; check the disk"
         );
         self.table.set_sound(false);
+        self.ask_for_repair();
+    }
+
+    fn ask_for_repair(&self) {
         // Full means that the uplink will look anyway.
         let _ = self.uplink.try_send(Request::Doubted);
     }
@@ -280,7 +307,7 @@ impl Worker {
     }
 
     /// Where the file has a hole and the table knows nothing but zeroes, up to the next leaf that needs a look.
-    fn skip_holes(&self, rest: Extent) -> Result<Option<BlockIndex>> {
+    fn skip_holes(&self, rest: Extent) -> Result<Option<BlockIndex>, LookError> {
         let geometry = self.engine.geometry();
         let data = self
             .engine
@@ -294,7 +321,7 @@ impl Worker {
             self.table
                 .table()
                 .leaves(leaf, &mut sum)
-                .context("read the checksum table")?;
+                .map_err(LookError::Table)?;
             if !sum[0].is_zero() {
                 break;
             }
@@ -304,7 +331,7 @@ impl Worker {
     }
 
     /// Looks for clean blocks whose content isn't what the table says.
-    fn compare(&self, extent: Extent) -> Result<Compared> {
+    fn compare(&self, extent: Extent) -> Result<Compared, LookError> {
         let size = self.engine.geometry().block_size().as_usize();
         let blocks = usize::try_from(extent.count().get()).context("count blocks")?;
         let mut bytes = vec![0; blocks * size];
@@ -316,7 +343,7 @@ impl Worker {
         self.table
             .table()
             .read_blocks(extent.start(), &mut sums)
-            .context("read the checksum table")?;
+            .map_err(LookError::Table)?;
         busy.union_with(&self.engine.tracked(extent));
         let mut wrong = BlockSet::new();
         for ((block, bytes), sum) in extent.iter().zip(bytes.chunks_exact(size)).zip(sums) {

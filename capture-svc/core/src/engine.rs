@@ -19,4 +19,5 @@ pub mod ring;
 pub mod snapshots;
 pub mod spool;
 pub mod trust;
+mod words;
 pub mod write;

@@ -8,15 +8,18 @@
 mod primitives {
     pub(crate) use std::{hint, sync::atomic};
 
-    pub(crate) use parking_lot::{Mutex, RwLock};
+    pub(crate) use parking_lot::{Mutex, MutexGuard, RwLock};
 }
 
 #[cfg(feature = "shuttle")]
 mod primitives {
     use std::sync::PoisonError;
 
-    use shuttle::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
-    pub(crate) use shuttle::{hint, sync::atomic};
+    use shuttle::sync::{RwLockReadGuard, RwLockWriteGuard};
+    pub(crate) use shuttle::{
+        hint,
+        sync::{MutexGuard, atomic},
+    };
 
     /// A mutex with the ways of `parking_lot`'s.
     #[derive(Debug, Default)]
@@ -56,7 +59,7 @@ mod primitives {
     }
 }
 
-pub(crate) use primitives::{Mutex, RwLock, atomic, hint};
+pub(crate) use primitives::{Mutex, MutexGuard, RwLock, atomic, hint};
 
 /// A number of like things of which the tests under shuttle have few: a step that makes no difference costs them a
 /// chance to make one that does.

@@ -25,7 +25,10 @@ use capture_core::engine::{
     spool::{ENTRY_WORDS, SpoolLimits},
 };
 use tidemark_block::{BlockSet, Geometry, VolumeId};
-use tidemark_disk::{durable, guarded_map::VolumeMap};
+use tidemark_disk::{
+    durable,
+    guarded_map::{VolumeMap, is_unreadable},
+};
 
 use super::{
     mapped::{MappedWords, Size},
@@ -77,6 +80,16 @@ fn done<T>(result: io::Result<T>) -> MediaResult<T> {
     result.map_err(|error| errno(&error))
 }
 
+/// What was read of a file of the state, or what is wrong with a file that is missing or that the disk can't read.
+pub(super) fn found<T>(read: io::Result<T>) -> io::Result<Result<T, Fault>> {
+    match read {
+        Ok(read) => Ok(Ok(read)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Err(Fault::Missing)),
+        Err(error) if is_unreadable(&error) => Ok(Err(Fault::Unreadable)),
+        Err(error) => Err(error),
+    }
+}
+
 /// Bounds of the spool by the room on disk and in memory.
 pub(super) const fn limits(bytes_max: u64, entries_max: u64, geometry: Geometry) -> SpoolLimits {
     let slots_max = bytes_max / geometry.block_size().get() as u64;
@@ -97,6 +110,22 @@ pub(super) fn remove_all(dir: &Path) -> io::Result<()> {
 /// Where a file of the state lies.
 pub(super) fn path_of(dir: &Path, file: impl Into<StateFile>) -> PathBuf {
     dir.join(file.into().to_string())
+}
+
+/// The cuts of the records of changes that there are.
+pub(super) fn changes(dir: &Path) -> io::Result<Vec<u64>> {
+    let entries = match fs::read_dir(dir.join("changes")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut cuts = Vec::new();
+    for entry in entries {
+        // Temporaries of a replacement that a crash interrupted have other names.
+        if let Some(Ok(cut)) = entry?.file_name().to_str().map(str::parse) {
+            cuts.push(cut);
+        }
+    }
+    Ok(cuts)
 }
 
 /// Writes every record of a state that has no cut: all of it durable on return.
@@ -125,13 +154,16 @@ fn doubt_everything(
     epoch_limit: u64,
 ) -> io::Result<()> {
     let all = std::iter::once(geometry.all()).collect();
-    let last_id = match fs::read(path_of(dir, Record::Snapshots)) {
-        // Each number was given in an epoch of its own.
-        Ok(bytes) => SnapshotTable::decode(&bytes, id).map_or(epoch_limit, |table| table.last_id),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => epoch_limit,
-        Err(error) => return Err(error),
-    };
-    put_records(dir, id, &all, last_id)
+    let table = found(fs::read(path_of(dir, Record::Snapshots)))?
+        .ok()
+        .and_then(|bytes| SnapshotTable::decode(&bytes, id).ok());
+    // Each number was given in an epoch of its own.
+    put_records(
+        dir,
+        id,
+        &all,
+        table.map_or(epoch_limit, |table| table.last_id),
+    )
 }
 
 /// How many words a mapped file has.
@@ -148,10 +180,9 @@ pub(super) fn size_of(map: Map, geometry: Geometry, limits: SpoolLimits) -> Size
 
 /// Opens the intent file.
 fn open_intent(path: &Path, geometry: Geometry) -> io::Result<Result<File, Fault>> {
-    let file = match File::options().read(true).write(true).open(path) {
+    let file = match found(File::options().read(true).write(true).open(path))? {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(Fault::Missing)),
-        Err(error) => return Err(error),
+        Err(fault) => return Ok(Err(fault)),
     };
     let length = page_count(regions(geometry)) as u64 * 2 * PAGE_LEN as u64;
     Ok(if file.metadata()?.len() == length {
@@ -401,14 +432,7 @@ impl Media for Files {
     }
 
     fn changes(&self) -> MediaResult<Vec<u64>> {
-        let mut cuts = Vec::new();
-        for entry in done(fs::read_dir(self.dir.join("changes")))? {
-            // Temporaries of a replacement that a crash interrupted have other names.
-            if let Some(Ok(cut)) = done(entry)?.file_name().to_str().map(str::parse) {
-                cuts.push(cut);
-            }
-        }
-        Ok(cuts)
+        done(changes(&self.dir))
     }
 
     fn words(&self, map: Map) -> &[AtomicU64] {

@@ -16,9 +16,13 @@ use memmap2::{MmapOptions, MmapRaw};
 use parking_lot::Mutex;
 use tidemark_disk::durable;
 
+use super::{files::found, volume_file::next_data};
+
 /// Bytes before the words.
 pub(super) const HEADER_LEN: u64 = 4096;
 const WORD_LEN: u64 = 8;
+/// Bytes that are read at a time.
+const PART_LEN: u64 = 1 << 20;
 
 /// How many words a file has.
 #[derive(Debug, Clone, Copy)]
@@ -74,6 +78,25 @@ fn is_header(bytes: &[u8], expected: &[u8]) -> bool {
         .is_some_and(|rest| rest.iter().all(|&byte| byte == 0))
 }
 
+/// Reads all that the disk holds of a file; gives what comes before its words.
+fn read_through(file: &File, length: u64) -> io::Result<Vec<u8>> {
+    let mut part = vec![0; usize::try_from(length.min(PART_LEN)).unwrap_or(0)];
+    let mut at = HEADER_LEN;
+    loop {
+        // Words that were never set take no reading.
+        at = next_data(file, at, length)?.0;
+        if at >= length {
+            break;
+        }
+        let left = usize::try_from(length - at).map_or(part.len(), |left| left.min(part.len()));
+        file.read_exact_at(&mut part[..left], at)?;
+        at += left as u64;
+    }
+    let mut header = vec![0; usize::try_from(HEADER_LEN).unwrap_or(0)];
+    file.read_exact_at(&mut header, 0)?;
+    Ok(header)
+}
+
 impl MappedWords {
     /// Makes the file anew, all words zero.
     pub(super) fn create(path: &Path, header: &[u8], size: Size) -> io::Result<Self> {
@@ -84,26 +107,22 @@ impl MappedWords {
         Self::map(file, size.most())
     }
 
-    /// Opens the file; gives what is wrong with one that isn't whole: missing, of another volume, or of a length that it
-    /// never has.
+    /// Opens the file; gives what is wrong with one that isn't whole: missing, of another volume, of a length that it
+    /// never has, or not to be read by the disk, which would end the process that meets such a page of its map.
     pub(super) fn open(path: &Path, header: &[u8], size: Size) -> io::Result<Result<Self, Fault>> {
-        let file = match File::options().read(true).write(true).open(path) {
+        let file = match found(File::options().read(true).write(true).open(path))? {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Ok(Err(Fault::Missing));
-            }
-            Err(error) => return Err(error),
+            Err(fault) => return Ok(Err(fault)),
         };
-        let words = file.metadata()?.len().checked_sub(HEADER_LEN);
+        let length = file.metadata()?.len();
+        let words = length.checked_sub(HEADER_LEN);
         if !words.is_some_and(|bytes| bytes % WORD_LEN == 0 && size.allows(bytes / WORD_LEN)) {
             return Ok(Err(Fault::Length));
         }
-        let mut found = vec![0; usize::try_from(HEADER_LEN).unwrap_or(0)];
-        file.read_exact_at(&mut found, 0)?;
-        if is_header(&found, header) {
-            Self::map(file, size.most()).map(Ok)
-        } else {
-            Ok(Err(Fault::Header))
+        match found(read_through(&file, length))? {
+            Err(fault) => Ok(Err(fault)),
+            Ok(found) if is_header(&found, header) => Self::map(file, size.most()).map(Ok),
+            Ok(_) => Ok(Err(Fault::Header)),
         }
     }
 
@@ -210,6 +229,27 @@ mod tests {
             made.file.write_all_at(&byte, at).unwrap();
         }
         assert!(open().is_ok());
+    }
+
+    #[test]
+    fn a_file_is_read_through_to_its_end_before_it_is_mapped() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = File::create_new(dir.path().join("map")).unwrap();
+        file.write_all_at(b"header", 0).unwrap();
+        let length = HEADER_LEN + 3 * PART_LEN + WORD_LEN;
+        file.set_len(length).unwrap();
+        file.write_all_at(&[1], length - 1).unwrap();
+        let file = File::open(dir.path().join("map")).unwrap();
+        let header = read_through(&file, length).unwrap();
+        assert_eq!(
+            (header.len() as u64, &header[..6]),
+            (HEADER_LEN, &b"header"[..])
+        );
+        read_through(&file, length + 1).unwrap_err();
+        // This process has nothing at its first addresses.
+        let unreadable = File::open("/proc/self/mem").unwrap();
+        let told = found(read_through(&unreadable, length)).unwrap();
+        assert_eq!(told, Err(Fault::Unreadable));
     }
 
     #[test]

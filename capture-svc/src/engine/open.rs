@@ -128,11 +128,9 @@ fn read_identity(
         });
     }
     let state_lock = lock_state(dir)?;
-    let recorded = match fs::read(&path) {
-        Ok(bytes) => Identity::decode(&bytes).map_err(|error| error.to_string()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err("it is missing".to_owned()),
-        Err(error) => return Err(failed("read the identity", dir)(error)),
-    };
+    let found = files::found(fs::read(&path)).map_err(failed("read the identity", dir))?;
+    let recorded = found.and_then(|bytes| Ok(Identity::decode(&bytes)?));
+    let recorded = recorded.map_err(|fault| fault.to_string());
     let recorded = match (recorded, taken) {
         (Ok(recorded), _) => recorded,
         (Err(what), Taken::AsRecorded) => return Err(EngineError::StateDamaged { path, what }),
@@ -233,7 +231,8 @@ fn heard(
     tracing::error!(
         volume = %recorded.volume,
         %error,
-        "a file of the volume's state could not be written to the disk: its tracking is not trusted"
+        "a file of the volume's state could not be written to the disk: snapshots are gone, what was written lately is \
+         compared with the vault's; check the disk"
     );
     let noted = Identity {
         clean: false,

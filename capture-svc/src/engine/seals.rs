@@ -13,7 +13,7 @@ use capture_core::engine::{
 };
 use tidemark_block::{Checksum128, xxh3_128};
 
-use super::files::path_of;
+use super::files::{found, path_of};
 
 /// Bytes that are read at a time, and have a checksum of their own.
 const PART_LEN: u64 = 1 << 20;
@@ -30,11 +30,10 @@ pub(super) fn of(dir: &Path) -> io::Result<Seals> {
 /// The first file that isn't what it was.
 pub(super) fn broken(dir: &Path, seals: &Seals) -> io::Result<Option<Damage>> {
     for (seal, file) in seals.iter().zip(SEALED) {
-        let fault = match digest(&path_of(dir, file)) {
+        let fault = match found(digest(&path_of(dir, file)))? {
             Ok(found) if found == *seal => continue,
             Ok(_) => Fault::Changed,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Fault::Missing,
-            Err(error) => return Err(error),
+            Err(fault) => fault,
         };
         return Ok(Some(Damage::everything(file, fault)));
     }

@@ -15,7 +15,7 @@ use capture_core::engine::{
         CHANGES_WORD, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, MARK_SYNC_FAILED, MARKS_WORD,
         RING_WORD, TRACKING_WORDS, checked_word, epoch_seal,
     },
-    damage::StateFile,
+    damage::{Fault, StateFile},
     dirty::DirtyLayout,
     examine::epoch_of,
     intent::{PAGE_LEN, PAGE_REGIONS, PAGE_WORDS},
@@ -32,7 +32,7 @@ use tidemark_block::{BlockSet, Geometry, VolumeId};
 use tidemark_disk::durable;
 
 use super::{
-    files::{create_intent, path_of, regions, size_of},
+    files::{changes, create_intent, found, path_of, regions, size_of},
     mapped::{HEADER_LEN, MappedWords, Size},
 };
 
@@ -85,11 +85,14 @@ pub(super) fn made_up(
 ) -> io::Result<Option<Identity>> {
     let size = Size::Fixed(TRACKING_WORDS as u64);
     let open = |header: &[u8]| MappedWords::open(&path_of(dir, Map::Tracking), header, size);
-    let epoch = match open(&encode_map_header(Map::Tracking, volume, geometry))? {
-        Ok(tracking) => epoch_of(tracking.words()),
-        Err(_) => open(&old::encode_map_header(Map::Tracking, volume, geometry))?
-            .ok()
-            .map(|tracking| tracking.words()[EPOCH_WORD].load(SeqCst)),
+    // A conversion ends with this file's header: where it is today's, so is the rest.
+    let (epoch, old) = match open(&encode_map_header(Map::Tracking, volume, geometry))? {
+        Ok(tracking) => (epoch_of(tracking.words()), false),
+        Err(_) => {
+            let tracking = open(&old::encode_map_header(Map::Tracking, volume, geometry))?.ok();
+            let epoch = tracking.map(|tracking| tracking.words()[EPOCH_WORD].load(SeqCst));
+            (epoch, true)
+        }
     };
     // After a loss of power it may be that of an opening before the last one, each of which goes on past all that the
     // one before had reserved.
@@ -98,7 +101,7 @@ pub(super) fn made_up(
         geometry,
         clean: false,
         failed: false,
-        old: true,
+        old,
         seals: None,
         epoch_limit: epoch.saturating_add(4 * EPOCHS_RESERVED),
         file: FileIdentity::default(),
@@ -113,29 +116,12 @@ fn record(
     convert: impl FnOnce(Option<&[u8]>) -> Option<Vec<u8>>,
 ) -> io::Result<()> {
     let path = path_of(dir, record);
-    let found = match fs::read(&path) {
+    let found = match found(fs::read(&path))? {
         Ok(bytes) => Some(bytes),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error),
+        Err(Fault::Missing) => None,
+        Err(_) => return Ok(()),
     };
     convert(found.as_deref()).map_or(Ok(()), |content| durable::write_file(&path, &content))
-}
-
-fn changes(dir: &Path) -> io::Result<Vec<u64>> {
-    let entries = match fs::read_dir(dir.join("changes")) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries?,
-    };
-    let mut cuts = Vec::new();
-    for entry in entries {
-        cuts.extend(
-            entry?
-                .file_name()
-                .to_str()
-                .and_then(|name| name.parse::<u64>().ok()),
-        );
-    }
-    Ok(cuts)
 }
 
 /// Writes the map again with each bit twice, beside the one that is there, and puts it in its place.
@@ -166,14 +152,14 @@ fn dirty(
 fn intent(dir: &Path, id: VolumeId, geometry: Geometry) -> io::Result<()> {
     let path = path_of(dir, StateFile::Intent);
     let pages = regions(geometry).div_ceil(old::PAGE_REGIONS);
-    let mut bytes = Vec::new();
-    match File::open(&path) {
-        Ok(file) => file
-            .take(pages * 2 * PAGE_LEN as u64 + 1)
-            .read_to_end(&mut bytes)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
+    let Ok(mut file) = found(File::open(&path))? else {
+        return Ok(());
     };
+    let mut bytes = Vec::new();
+    let limit = pages * 2 * PAGE_LEN as u64 + 1;
+    if found(file.by_ref().take(limit).read_to_end(&mut bytes))?.is_err() {
+        return Ok(());
+    }
     if bytes.len() as u64 != pages * 2 * PAGE_LEN as u64 {
         return Ok(());
     }

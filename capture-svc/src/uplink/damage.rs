@@ -352,6 +352,25 @@ fn files_of_the_uplink_that_are_cut_short_gone_or_another_volumes_are_found() {
 }
 
 #[test]
+fn files_of_the_uplink_that_the_disk_cannot_read_cost_what_damaged_ones_do() {
+    for how in [Left::Settled, Left::Applying] {
+        let mut scene = Scene::new(how);
+        for name in ["uplink", "table.stamp", "pending"] {
+            let damaged = scene.with(name, |bytes| bytes[40] ^= 1);
+            scene.put_back();
+            let path = scene.dir.path().join(name);
+            fs::remove_file(&path).unwrap();
+            // A file of which no byte can be read: this process has nothing at its first address.
+            std::os::unix::fs::symlink("/proc/self/mem", &path).unwrap();
+            let told = fs::read(&path).unwrap_err();
+            assert!(tidemark_disk::guarded_map::is_unreadable(&told));
+            assert_eq!(scene.count(name), damaged, "{name}, {how:?}");
+            fs::remove_file(&path).unwrap();
+        }
+    }
+}
+
+#[test]
 fn the_table_of_another_image_is_found_at_the_opening() {
     let mut scene = Scene::new(Left::Settled);
     let other = super::crash::scratch();

@@ -296,6 +296,11 @@ impl Driver {
                 let failure = failure_of(&error);
                 return self.failed("compare checksum tables with the vault", &error, failure);
             }
+            Err(ResyncError::Table(error)) => {
+                self.table.failed(&error);
+                let error = anyhow::Error::new(ResyncError::Table(error));
+                return self.failed_here("compare checksum tables with the vault", &error);
+            }
             Err(ResyncError::Local(error)) => {
                 return self.failed_here("compare checksum tables with the vault", &error);
             }
@@ -558,19 +563,28 @@ impl Driver {
         match shipped {
             Ok(Shipped::Receipt(receipt)) => self.settle(interval, receipt).await,
             Ok(Shipped::Unchanged) => self.mark_current(interval.id, interval.cut_time_ms).await,
-            Err(ShipError::Stopped) => Outcome::Stop,
-            Err(ShipError::GivenUp) => self.given_up().await,
-            Err(ShipError::Rpc(error)) => {
+            Err(error) => self.ship_failed(error).await,
+        }
+    }
+
+    async fn ship_failed(&mut self, error: ShipError) -> Outcome {
+        match error {
+            ShipError::Stopped => Outcome::Stop,
+            ShipError::GivenUp => self.given_up().await,
+            ShipError::Rpc(error) => {
                 let failure = failure_of(&error);
                 self.failed("ship the interval", &error, failure)
             }
-            Err(ShipError::Local(walk::WalkError::Engine(
-                error @ EngineError::SpoolDamaged { .. },
-            ))) => {
+            ShipError::Local(walk::WalkError::Engine(error @ EngineError::SpoolDamaged { .. })) => {
                 let error = RpcError::new(Reason::IoFailed, error.to_string(), "");
                 self.failed("read the cut", &error, Failure::Refused)
             }
-            Err(ShipError::Local(error)) => self.failed_here("read the cut", &error.into()),
+            ShipError::Local(error) => {
+                if let walk::WalkError::Table(error) = &error {
+                    self.table.failed(error);
+                }
+                self.failed_here("read the cut", &error.into())
+            }
         }
     }
 

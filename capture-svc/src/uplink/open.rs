@@ -1,6 +1,7 @@
 //! What a restart finds, and what follows from it.
 
 use std::{
+    io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -25,7 +26,7 @@ pub(crate) enum TableDoubt {
     #[error("it was to be compared when the service stopped")]
     Recorded,
     /// There was none to be used.
-    #[error("it was missing or damaged, and is made anew")]
+    #[error("it was missing, damaged or not to be read, and is made anew")]
     Anew,
     /// It, or the checksums of the last interval, were damaged; or somebody put another one there.
     #[error("it does not come to the image digest of the base")]
@@ -169,13 +170,30 @@ pub(super) fn table_doubt(
     if record.table_doubtful {
         return Ok(Some(TableDoubt::Recorded));
     }
+    // A table made anew is that of the all-zero image.
+    let anew = (record.base.get() > 0).then_some(TableDoubt::Anew);
     if !table.is_sound() {
-        // A table made anew is that of the all-zero image.
-        return Ok((record.base.get() > 0).then_some(TableDoubt::Anew));
+        return Ok(anew);
     }
+    match compared(dir, record, table, stores_kept) {
+        Err(error) if table.failed(&error) => {
+            table.to_repair()?;
+            Ok(anew)
+        }
+        found => found.context("use the checksum table"),
+    }
+}
+
+/// The same, of a table that was found whole.
+fn compared(
+    dir: &Path,
+    record: &UplinkRecord,
+    table: &BaseTable,
+    stores_kept: bool,
+) -> io::Result<Option<TableDoubt>> {
     let stamp = table.table().stamp();
     if stamp == record.base {
-        let found = table.table().digest().context("read the checksum table")?;
+        let found = table.table().digest()?;
         let differs = record.base_digest.is_some_and(|digest| digest != found);
         return Ok(differs.then_some(TableDoubt::Digest));
     }
@@ -190,9 +208,8 @@ pub(super) fn table_doubt(
         interval,
         base: stamp,
     };
-    let is_that_of_the_base = table
-        .replay(&path_in(dir), key, digest)
-        .context("apply the last interval's checksums again")?;
+    // The last interval's checksums are applied again.
+    let is_that_of_the_base = table.replay(&path_in(dir), key, digest)?;
     Ok((!is_that_of_the_base).then_some(TableDoubt::Digest))
 }
 
@@ -243,6 +260,11 @@ mod tests {
         (record, table)
     }
 
+    fn file_of(dir: &Path) -> std::fs::File {
+        let mut options = std::fs::File::options();
+        options.write(true).open(table_path(dir)).unwrap()
+    }
+
     #[test]
     fn the_last_intervals_checksums_are_applied_again_only_where_every_store_was_kept() {
         for (stores_kept, sound) in [(true, true), (false, false)] {
@@ -265,6 +287,32 @@ mod tests {
         let (record, table) = crashed(dir.path(), &[foreign]);
         let doubt = table_doubt(dir.path(), &record, &table, true).unwrap();
         assert_eq!(doubt, Some(TableDoubt::Digest));
+    }
+
+    #[test]
+    fn a_table_that_the_disk_cannot_read_is_made_anew() {
+        for stamped in [true, false] {
+            let dir = tempfile::tempdir().unwrap();
+            let (mut record, table) = crashed(dir.path(), &[]);
+            if stamped {
+                table.table().sync_and_stamp(record.base).unwrap();
+            }
+            // What a map of a file has lost is read as a bad sector is.
+            file_of(dir.path()).set_len(0).unwrap();
+            let told = table.table().digest().unwrap_err();
+            assert!(tidemark_disk::guarded_map::is_unreadable(&told));
+            let doubt = || table_doubt(dir.path(), &record, &table, true).unwrap();
+            assert_eq!(doubt(), Some(TableDoubt::Anew), "{stamped}");
+            assert_eq!(table.table().stamp(), GenerationId::ZERO);
+            let zero = table.table().digest().unwrap();
+            // Of a volume that has shipped nothing, the new one is the right one.
+            record.base = GenerationId::ZERO;
+            record.base_digest = None;
+            table.set_sound(true);
+            file_of(dir.path()).set_len(0).unwrap();
+            let doubt = table_doubt(dir.path(), &record, &table, true).unwrap();
+            assert_eq!((doubt, table.table().digest().unwrap()), (None, zero));
+        }
     }
 
     #[test]

@@ -17,6 +17,7 @@ use tidemark_block::{
     wire::{self, ENVELOPE_LEN, Reader, WireError},
     xxh3_128,
 };
+use tidemark_disk::guarded_map::is_unreadable;
 
 const MAGIC: [u8; 8] = *b"TMPENDIN";
 const VERSION: u16 = 1;
@@ -209,6 +210,17 @@ impl PendingWriter {
     }
 }
 
+/// Whether bytes were read; not where the file ends, or where the disk can't read it.
+fn is_there(read: io::Result<()>) -> io::Result<bool> {
+    match read {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::UnexpectedEof || is_unreadable(&error) => {
+            Ok(false)
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// Reads entries up to the end, or to the first that is damaged.
 #[derive(Debug)]
 pub(crate) struct PendingReader {
@@ -226,9 +238,8 @@ impl PendingReader {
         };
         let mut file = BufReader::new(file);
         let mut header = [0; HEADER_LEN];
-        match file.read_exact(&mut header) {
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(None),
-            read => read?,
+        if !is_there(file.read_exact(&mut header))? {
+            return Ok(None);
         }
         Ok((PendingKey::decode(&header) == Ok(key)).then_some(Self {
             file,
@@ -240,10 +251,7 @@ impl PendingReader {
     /// The next entry.
     pub(crate) fn next(&mut self) -> io::Result<Option<Entry>> {
         let mut head = [0; ENTRY_HEAD];
-        let mut whole = |buffer: &mut [u8]| match self.file.read_exact(buffer) {
-            Err(error) if error.kind() == ErrorKind::UnexpectedEof => Ok(false),
-            read => read.map(|()| true),
-        };
+        let mut whole = |buffer: &mut [u8]| is_there(self.file.read_exact(buffer));
         if !whole(&mut head)? {
             return Ok(None);
         }

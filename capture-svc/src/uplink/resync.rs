@@ -32,7 +32,10 @@ pub(crate) enum ResyncError {
     /// The vault, or the way to it.
     #[error(transparent)]
     Rpc(#[from] RpcError),
-    /// Something here.
+    /// The checksum table.
+    #[error("use the checksum table: {0}")]
+    Table(io::Error),
+    /// Something else here.
     #[error("{0:#}")]
     Local(#[from] anyhow::Error),
 }
@@ -102,9 +105,8 @@ async fn blocking<T: Send + 'static>(
 ) -> Result<T, ResyncError> {
     let table = Arc::clone(table);
     let done = tokio::task::spawn_blocking(move || work(&table)).await;
-    Ok(done
-        .context("join the table's work")?
-        .context("use the checksum table")?)
+    done.context("join the table's work")?
+        .map_err(ResyncError::Table)
 }
 
 /// The nodes of `ranges` that the vault has, those that are zero left out.
@@ -261,12 +263,12 @@ async fn fix_blocks(
     let theirs = fetch(link, target, DigestLevel::Block, ranges).await?;
     let (groups, doubt) = (groups.to_vec(), doubt.clone());
     let table = Arc::clone(table);
-    let fixed = tokio::task::spawn_blocking(move || -> Result<u64> {
+    let fixed = tokio::task::spawn_blocking(move || -> Result<u64, ResyncError> {
         let mut theirs = Nodes::new(theirs);
         let mut fixes: Vec<(BlockIndex, Checksum128)> = Vec::new();
         let mut differing = BlockSet::new();
         for group in groups {
-            let ours = table.blocks(group).context("read the checksum table")?;
+            let ours = table.blocks(group).map_err(ResyncError::Table)?;
             for (block, our) in extent(group).iter().zip(ours) {
                 let their = theirs.get(block.get());
                 if their != our {
@@ -277,8 +279,8 @@ async fn fix_blocks(
         }
         doubt.doubt(&differing)?;
         let count = fixes.len() as u64;
-        table.apply(fixes).context("write the checksum table")?;
+        table.apply(fixes).map_err(ResyncError::Table)?;
         Ok(count)
     });
-    Ok(fixed.await.context("join the table's work")??)
+    fixed.await.context("join the table's work")?
 }

@@ -1,18 +1,21 @@
 //! The checksum table of the base, and who may look at it when.
 //!
-//! A cache of what the vault holds. It is changed only after "base = g" is durable, together with the release of the
+//! A cache of what the vault holds: where the disk can't read it, it is made anew. It is changed only after "base = g" is durable, together with the release of the
 //! engine's interval, under the write lock: a reader that holds the read lock sees tracking and table fit together.
 
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
 };
 
 use anyhow::{Context, Result};
 use parking_lot::{RwLock, RwLockReadGuard};
 use tidemark_block::{BlockIndex, Checksum128, Extent, Geometry, ImageDigest, VolumeId};
-use tidemark_disk::{ChecksumTable, TableError};
+use tidemark_disk::{ChecksumTable, TableError, guarded_map::is_unreadable};
 
 use super::pending::{Entry, PendingKey, PendingReader};
 
@@ -25,6 +28,8 @@ pub(crate) struct BaseTable {
     /// Replaced only while it isn't sound.
     table: RwLock<Arc<ChecksumTable>>,
     sound: RwLock<bool>,
+    /// The disk can't read it: the next repair makes another one.
+    unreadable: AtomicBool,
 }
 
 impl BaseTable {
@@ -37,6 +42,7 @@ impl BaseTable {
             geometry,
             table: RwLock::new(Arc::new(table)),
             sound: RwLock::new(found),
+            unreadable: AtomicBool::new(false),
         })
     }
 
@@ -51,15 +57,33 @@ impl BaseTable {
     }
 
     /// The table, to be compared and repaired: not sound until [`Self::set_sound`] says so. One that a failed write
-    /// has closed is opened again.
+    /// has closed is opened again; one that the disk can't read gives way to another.
     pub(crate) fn to_repair(&self) -> Result<Arc<ChecksumTable>> {
         let mut sound = self.sound.write();
         *sound = false;
         let mut table = self.table.write();
-        if table.is_poisoned() {
+        if self.unreadable.load(SeqCst) {
+            *table = Arc::new(create(&self.path, self.volume, self.geometry)?);
+            self.unreadable.store(false, SeqCst);
+        } else if table.is_poisoned() {
             *table = Arc::new(open_or_create(&self.path, self.volume, self.geometry)?.0);
         }
         Ok(Arc::clone(&table))
+    }
+
+    /// Takes note of why the table could not be used. True where the disk can't read it: it is not sound then. Not to be
+    /// called while [`Self::steady`] is held.
+    pub(crate) fn failed(&self, error: &io::Error) -> bool {
+        if !is_unreadable(error) {
+            return false;
+        }
+        tracing::error!(
+            volume = %self.volume, file = %self.path.display(),
+            "the disk can't read the checksum table: it is made anew and compared with the vault's; check the disk"
+        );
+        self.unreadable.store(true, SeqCst);
+        self.set_sound(false);
+        true
     }
 
     /// Whether the table is that of the base, and can be read.
@@ -96,6 +120,7 @@ impl BaseTable {
                 Ok(complete) => complete,
                 Err(error) => {
                     tracing::error!(%error, "the interval's checksums can't be applied; the table will be fetched again");
+                    self.unreadable.fetch_or(is_unreadable(&error), SeqCst);
                     false
                 }
             };
@@ -172,11 +197,14 @@ fn open_or_create(
             if !matches!(error, TableError::Missing(_)) {
                 tracing::warn!(%volume, %error, "the checksum table is made anew");
             }
-            let table = ChecksumTable::create(path, volume, geometry)
-                .with_context(|| format!("create the checksum table {}", path.display()))?;
-            Ok((table, false))
+            Ok((create(path, volume, geometry)?, false))
         }
     }
+}
+
+fn create(path: &Path, volume: VolumeId, geometry: Geometry) -> Result<ChecksumTable> {
+    ChecksumTable::create(path, volume, geometry)
+        .with_context(|| format!("create the checksum table {}", path.display()))
 }
 
 /// Checksums gathered before they are applied.

@@ -112,6 +112,45 @@ async fn the_scrub_accuses_a_damaged_table_and_not_the_volume() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_checksum_table_that_the_disk_cannot_read_is_made_anew_and_compared() {
+    // Found by the scrub, or by the next interval.
+    for scrubbed in [true, false] {
+        let mut rig = Rig::new().await;
+        rig.add("data", 1024).await;
+        rig.nbd("data").write(0, &noise(1, 2 << 20)).unwrap();
+        rig.ship("data").await;
+        let dir = state_dir(&rig, "data").await;
+        let calls = rig.proxy.digest_calls();
+        // What an open file has lost is read as a bad sector is.
+        let table = File::options().write(true).open(dir.join("table"));
+        table.unwrap().set_len(4096).unwrap();
+        if scrubbed {
+            let told = rig.scrub("data").await.unwrap_err();
+            assert_eq!(told.reason, Reason::Busy, "{told}");
+            eventually("the table is compared with the vault's", || async {
+                rig.scrub("data").await.ok()
+            })
+            .await;
+        }
+        rig.nbd("data").write(0, &[7; BLOCK]).unwrap();
+        let (receipt, sent) = (rig.ship("data").await, rig.proxy.frame_bytes());
+        assert!(receipt.created);
+        assert!(rig.proxy.digest_calls() > calls);
+        assert_newest_is_the_volume(&rig).await;
+        // The one that was made anew is believed from now on.
+        let calls = rig.proxy.digest_calls();
+        rig.stop_capture().await;
+        rig.start_capture().await;
+        rig.nbd("data").write(0, &[8; BLOCK]).unwrap();
+        rig.ship("data").await;
+        assert_newest_is_the_volume(&rig).await;
+        assert_eq!(rig.proxy.digest_calls(), calls);
+        assert!(rig.proxy.frame_bytes() - sent < 64 << 10);
+        assert_eq!(rig.scrub("data").await.unwrap().mismatches, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_interval_whose_before_images_are_damaged_is_cut_anew() {
     let mut rig = Rig::new().await;
     rig.add("data", 1024).await;

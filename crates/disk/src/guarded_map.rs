@@ -34,6 +34,13 @@ const MAP_AT_ONCE_LEN: usize = 256 << 10;
 /// The most windows of the whole process: what the signal handler looks through. Past it, files are read by `pread`.
 const SLOTS: usize = 1024;
 
+/// Whether the disk can't read what was asked for, or the file no longer has it: nothing will be read there until it is
+/// written anew.
+#[must_use]
+pub fn is_unreadable(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EIO)
+}
+
 /// A file of fixed length, mapped for reading.
 #[derive(Debug)]
 pub struct VolumeMap {

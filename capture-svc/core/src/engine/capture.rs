@@ -18,7 +18,7 @@ use super::{
     spool::{Spool, SpoolLimits},
 };
 use crate::sync::{
-    Mutex, RwLock,
+    Mutex, MutexGuard, RwLock,
     atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
 };
 
@@ -115,6 +115,9 @@ pub enum CaptureError {
     /// A before-image isn't what was stored.
     #[error("the before-image of block {0} in spool.data is damaged")]
     SpoolDamaged(u64),
+    /// It was closed.
+    #[error("closed")]
+    Closed,
 }
 
 /// A cut that can be read.
@@ -147,6 +150,21 @@ pub(super) struct OpenCut {
     pub(super) wanted: bool,
 }
 
+impl OpenCut {
+    /// One that nobody reads yet.
+    pub(super) fn new(cut: u64) -> Self {
+        let view = View {
+            cut,
+            broken: AtomicBool::new(false),
+        };
+        Self {
+            view: Arc::new(view),
+            readers: 0,
+            wanted: true,
+        }
+    }
+}
+
 /// The open interval.
 #[derive(Debug, Clone)]
 pub struct Interval {
@@ -173,6 +191,20 @@ pub(super) struct Table {
     pub(super) changes: std::collections::BTreeSet<u64>,
     /// The cut of the last committed interval.
     pub(super) committed: u64,
+    /// The records stay as they are.
+    pub(super) closed: bool,
+}
+
+impl Table {
+    /// # Errors
+    /// Where the records stay as they are. Whoever replaces one asks under the lock under which it does.
+    pub(super) fn check_open(&self) -> Result<(), CaptureError> {
+        if self.closed {
+            Err(CaptureError::Closed)
+        } else {
+            Ok(())
+        }
+    }
 }
 
 /// Counters since the opening.
@@ -212,7 +244,7 @@ pub struct Capture<M> {
     pub(super) dirty_count: [AtomicU64; 2],
     pub(super) carry_count: AtomicU64,
     poisoned: AtomicBool,
-    /// Nothing of the state changes any more; readers may still let go of cuts. Held while before-images are freed.
+    /// No before-image is freed any more; readers may still let go of cuts. Held while some are freed.
     closed: Mutex<bool>,
     /// One syncs the volume at a time: a failure is reported to one sync only, and must stop the engine before
     /// another one counts as good.
@@ -404,9 +436,11 @@ impl<M: Media> Capture<M> {
         std::mem::take(&mut self.damage.lock())
     }
 
-    /// Nothing is freed from now on: what a reader lets go of later stays for the next opening. No request is in flight
+    /// On return the records and the mapped files are as the next opening finds them: whatever is under way has ended,
+    /// and what comes later is refused. What a reader lets go of later stays for that opening. No request is in flight
     /// and none is made any more.
     pub fn close(&self) {
+        self.table.lock().closed = true;
         *self.closed.lock() = true;
     }
 
@@ -452,6 +486,17 @@ impl<M: Media> Capture<M> {
         }
     }
 
+    /// The table, for whoever replaces records by what it holds then.
+    ///
+    /// # Errors
+    /// Where work is refused.
+    pub(super) fn table_to_change(&self) -> Result<MutexGuard<'_, Table>, CaptureError> {
+        self.check()?;
+        let table = self.table.lock();
+        table.check_open()?;
+        Ok(table)
+    }
+
     /// Replaces a record. After a failure either the old one is known to be there, or all work is refused.
     pub(super) fn put(&self, record: Record, content: Option<&[u8]>) -> Result<(), CaptureError> {
         let Err(error) = self.media.put(record, content) else {
@@ -475,10 +520,9 @@ impl<M: Media> Capture<M> {
     /// Puts blocks into the next interval, durably.
     ///
     /// # Errors
-    /// Where the carry can't be replaced.
+    /// [`CaptureError::Closed`], or where the carry can't be replaced.
     pub fn doubt(&self, blocks: &BlockSet) -> Result<(), CaptureError> {
-        self.check()?;
-        let mut table = self.table.lock();
+        let mut table = self.table_to_change()?;
         let mut carry = table.carry.clone();
         carry.union_with(blocks);
         if carry == table.carry {

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use tidemark_block::BlockSet;
 
 use super::{
-    capture::{Capture, CaptureError, Interval, OpenCut, Table, View, parity},
+    capture::{Capture, CaptureError, Interval, OpenCut, Table, parity},
     media::{Media, Record},
     records::{Snapshot, encode_interval},
 };
-use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use crate::sync::atomic::Ordering::SeqCst;
 
 /// What a cut is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,10 +49,9 @@ impl<M: Media> Capture<M> {
     /// before.
     ///
     /// # Errors
-    /// Where the purpose doesn't fit what is open, or the dirty map of an earlier cut still can't be folded.
+    /// Where the purpose doesn't fit what is open, it was closed, or the dirty map of an earlier cut still can't be folded.
     pub fn begin_cut(&self, purpose: Purpose) -> Result<Cut, CaptureError> {
-        self.check()?;
-        let mut table = self.table.lock();
+        let mut table = self.table_to_change()?;
         assert!(table.cutting.is_none(), "cuts follow each other");
         match (&purpose, &table.interval) {
             (Purpose::Interval, Some(open)) => return Err(CaptureError::IntervalOpen(open.cut)),
@@ -68,18 +67,7 @@ impl<M: Media> Capture<M> {
             table.undrained = None;
         }
         let epoch = self.epoch();
-        let view = Arc::new(View {
-            cut: epoch,
-            broken: AtomicBool::new(false),
-        });
-        table.cuts.insert(
-            epoch,
-            OpenCut {
-                view,
-                readers: 0,
-                wanted: true,
-            },
-        );
+        table.cuts.insert(epoch, OpenCut::new(epoch));
         table.cutting = Some(epoch);
         // Writers of the new epoch must find the cut open, so it is published first. Its parity is free: the last
         // epoch of it has settled.
@@ -100,7 +88,8 @@ impl<M: Media> Capture<M> {
         );
         let mut table = self.table.lock();
         table.cutting = None;
-        let result = self.check().and_then(|()| match cut.purpose {
+        let may_change = self.check().and_then(|()| table.check_open());
+        let result = may_change.and_then(|()| match cut.purpose {
             _ if !table.cuts.contains_key(&cut.epoch) => Err(CaptureError::GivenUp(cut.epoch)),
             Purpose::Interval => self.finish_interval(&mut table, cut.epoch),
             Purpose::Snapshot { label, time_ms } => {
@@ -195,10 +184,9 @@ impl<M: Media> Capture<M> {
     /// Folds the open interval into the carry, durably, and lets go of its cut.
     ///
     /// # Errors
-    /// Where a record can't be written: the interval is still open.
+    /// [`CaptureError::Closed`], or where a record can't be written: the interval is still open.
     pub fn give_up_interval(&self) -> Result<(), CaptureError> {
-        self.check()?;
-        let mut table = self.table.lock();
+        let mut table = self.table_to_change()?;
         self.fold_interval(&mut table)?;
         self.publish_cuts(&table, self.epoch());
         drop(table);
@@ -227,7 +215,7 @@ impl<M: Media> Capture<M> {
     /// that has happened since the cut settled, drops the interval, and clears the intents that may be cleared.
     ///
     /// # Errors
-    /// [`CaptureError::NoInterval`]; where the sync fails all work is refused from now on.
+    /// [`CaptureError::NoInterval`], [`CaptureError::Closed`]; where the sync fails all work is refused from now on.
     pub fn commit_interval(&self, cut: u64) -> Result<(), CaptureError> {
         self.check()?;
         let is_open = |table: &Table| table.interval.as_ref().is_some_and(|open| open.cut == cut);
@@ -242,8 +230,9 @@ impl<M: Media> Capture<M> {
         let Some(interval) = interval else {
             return Err(CaptureError::NoInterval(cut));
         };
-        // Another sync may have failed meanwhile.
+        // Another sync may have failed meanwhile, or a close have come.
         self.check()?;
+        table.check_open()?;
         if interval.recorded {
             self.put_interval(None)?;
         }

@@ -7,7 +7,7 @@ use thiserror::Error;
 use super::{
     dirty::DirtyFault,
     intent::IntentFault,
-    media::{Map, Record},
+    media::{Map, Media, MediaError, Record},
     records::RecordError,
 };
 
@@ -63,6 +63,9 @@ pub enum Fault {
     /// It isn't there.
     #[error("it is missing")]
     Missing,
+    /// It lies, in part, where the disk can't read.
+    #[error("the disk can't read it")]
+    Unreadable,
     /// It has bytes that it never has, or lacks some.
     #[error("it has a length that it never has")]
     Length,
@@ -160,5 +163,17 @@ impl Damage {
             fault: fault.into(),
             cost,
         }
+    }
+}
+
+/// The content of a record, or why there is none.
+pub(super) fn content<M: Media>(
+    media: &M,
+    record: Record,
+) -> Result<Result<Vec<u8>, Fault>, MediaError> {
+    match media.get(record) {
+        Ok(found) => Ok(found.ok_or(Fault::Missing)),
+        Err(error) if error.is_unreadable() => Ok(Err(Fault::Unreadable)),
+        Err(error) => Err(error),
     }
 }

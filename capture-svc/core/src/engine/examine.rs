@@ -8,7 +8,7 @@ use super::{
         CHANGES_WORD, CaptureError, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, MARK_SYNC_FAILED,
         MARKS_WORD, RING_WORD, checked, epoch_seal,
     },
-    damage::{Damage, Fault},
+    damage::{Damage, Fault, content},
     dirty::DirtyLayout,
     media::{Map, Media, Record},
     records::{RecordError, SnapshotTable, decode_carry, decode_interval},
@@ -44,8 +44,7 @@ pub(super) fn read_records<M: Media>(
 ) -> Result<(Found, Vec<Damage>), CaptureError> {
     let mut damage = Vec::new();
     let mut read = |record, take: &mut dyn FnMut(&[u8]) -> Result<(), RecordError>| {
-        let found = media.get(record)?;
-        let taken = found.map_or(Err(Fault::Missing), |bytes| Ok(take(&bytes)?));
+        let taken = content(media, record)?.and_then(|bytes| Ok(take(&bytes)?));
         damage.extend(taken.err().map(|fault| Damage::everything(record, fault)));
         Ok::<_, CaptureError>(())
     };

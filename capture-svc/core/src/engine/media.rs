@@ -12,6 +12,17 @@ use crate::sync::atomic::AtomicU64;
 #[error("system error {0}")]
 pub struct MediaError(pub i32);
 
+impl MediaError {
+    /// Whether the disk can't read what lies there: that is lost no less than what it reads otherwise.
+    #[must_use]
+    pub const fn is_unreadable(self) -> bool {
+        self.0 == EIO
+    }
+}
+
+/// What a system says of bytes that it can't read.
+const EIO: i32 = 5;
+
 /// Shorthand for what each operation returns.
 pub type MediaResult<T = ()> = Result<T, MediaError>;
 

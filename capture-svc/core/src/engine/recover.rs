@@ -9,9 +9,9 @@ use tidemark_block::{BlockCount, BlockIndex, BlockSet, Extent, Geometry, VolumeI
 use super::{
     capture::{
         CHANGES_WORD, Capture, CaptureError, ENTRIES_WORD, EPOCH_SEAL_WORD, EPOCH_WORD, Interval,
-        MARKS_WORD, OpenCut, RING_WORD, Table, Tuning, View, checked_word, epoch_seal,
+        MARKS_WORD, OpenCut, RING_WORD, Table, Tuning, checked_word, epoch_seal,
     },
-    damage::{Cost, Damage, Fault, StateFile},
+    damage::{Cost, Damage, Fault, StateFile, content},
     dirty::DirtyLayout,
     examine::{Found, examine, newest_changes, open_epoch, read_records},
     intent::{IntentFault, IntentMap, PAGE_LEN, page_count},
@@ -21,7 +21,7 @@ use super::{
     spool::{Spool, record_entries},
     trust::{Judgement, Reason},
 };
-use crate::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use crate::sync::atomic::Ordering::SeqCst;
 
 /// How far the tracking could be trusted.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -236,8 +236,13 @@ fn read_intent<M: Media>(
     (0..page_count(regions) as u64)
         .map(|number| {
             let mut pair = [vec![0; PAGE_LEN], vec![0; PAGE_LEN]];
-            media.read_intent(number * 2, &mut pair[0])?;
-            media.read_intent(number * 2 + 1, &mut pair[1])?;
+            for (place, page) in (number * 2..).zip(&mut pair) {
+                match media.read_intent(place, page) {
+                    // Nothing of it is whole.
+                    Err(error) if error.is_unreadable() => page.fill(0),
+                    read => read?,
+                }
+            }
             Ok(pair)
         })
         .collect()
@@ -279,43 +284,32 @@ fn resume<M: Media>(
         media.instant()?;
     }
 
-    let mut carry = found.carry;
-    carry.union_with(&drained);
     let mut table = Table {
-        carry,
+        carry: found.carry,
         changes,
         snapshots: found.snapshots,
         ..Table::default()
     };
-    let mut open = |cut| {
-        let view = Arc::new(View {
-            cut,
-            broken: AtomicBool::new(false),
-        });
-        table.cuts.insert(
-            cut,
-            OpenCut {
-                view,
-                readers: 0,
-                wanted: true,
-            },
-        );
-    };
-    table
+    table.carry.union_with(&drained);
+    open_cuts(&mut table, found.interval);
+    let gone = gone.map(|cut| Damage::new(Record::Changes(cut), Fault::Missing, Cost::Changes));
+    Ok((table, epoch + 1, gone))
+}
+
+/// Opens the cuts that were open: those of the snapshots and of the interval.
+fn open_cuts(table: &mut Table, interval: Option<(u64, BlockSet)>) {
+    let snapshots = table
         .snapshots
         .snapshots
         .iter()
-        .for_each(|snapshot| open(snapshot.cut));
-    if let Some((cut, changed)) = found.interval {
-        open(cut);
-        table.interval = Some(Interval {
-            cut,
-            changed: Arc::new(changed),
-            recorded: true,
-        });
-    }
-    let gone = gone.map(|cut| Damage::new(Record::Changes(cut), Fault::Missing, Cost::Changes));
-    Ok((table, epoch + 1, gone))
+        .map(|snapshot| snapshot.cut);
+    let cuts = snapshots.chain(interval.iter().map(|(cut, _)| *cut));
+    table.cuts = cuts.map(|cut| (cut, OpenCut::new(cut))).collect();
+    table.interval = interval.map(|(cut, changed)| Interval {
+        cut,
+        changed: Arc::new(changed),
+        recorded: true,
+    });
 }
 
 /// The newest record of changes, where it should be there and isn't.
@@ -340,11 +334,12 @@ fn changes_at<M: Media>(
     changes: &BTreeSet<u64>,
 ) -> Result<Changes, CaptureError> {
     let mut blocks = drained.clone();
-    if let Some(bytes) = media.get(Record::Changes(epoch))? {
-        match Changes::decode(&bytes, volume, epoch, geometry.all()) {
-            Ok(recorded) => blocks.union_with(&recorded.blocks),
-            Err(_) => blocks.insert(geometry.all()),
-        }
+    let recorded = content(media, Record::Changes(epoch))?
+        .and_then(|bytes| Ok(Changes::decode(&bytes, volume, epoch, geometry.all())?));
+    match recorded {
+        Ok(recorded) => blocks.union_with(&recorded.blocks),
+        Err(Fault::Missing) => {}
+        Err(_) => blocks.insert(geometry.all()),
     }
     let before = changes.range(..epoch).next_back();
     Ok(Changes {

@@ -7,6 +7,7 @@
 
 use tidemark_block::{BlockIndex, Checksum128, Extent, block_checksum, xxh3_128};
 
+use super::words::{halves, joined};
 use crate::sync::{
     atomic::{
         AtomicBool, AtomicU64, AtomicUsize,
@@ -48,12 +49,6 @@ impl Default for Ring {
 )]
 const fn place_of(block: BlockIndex) -> usize {
     (block.get().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56) as usize % RING_LEN
-}
-
-fn halves(checksum: Checksum128) -> [u64; 2] {
-    let value = u128::from_le_bytes(*checksum.as_bytes());
-    #[allow(clippy::cast_possible_truncation, reason = "the two halves")]
-    [value as u64, (value >> 64) as u64]
 }
 
 fn seal_of(tag: u64, checksum: [u64; 2]) -> u64 {
@@ -128,10 +123,9 @@ impl Ring {
                 return None;
             }
             let block = BlockIndex::new(tag - 1);
-            let value = u128::from(low) | u128::from(high) << 64;
             let valid = seal == seal_of(tag, [low, high]) && place_of(block) as u64 == place;
             Some(if valid {
-                Ok((block, Checksum128::from_bytes(value.to_le_bytes())))
+                Ok((block, joined([low, high])))
             } else {
                 Err(place)
             })

@@ -6,7 +6,7 @@ use tidemark_block::BlockSet;
 
 use super::{
     capture::{Capture, CaptureError, Table, View},
-    damage::{Cost, Damage, Fault},
+    damage::{Cost, Damage, content},
     media::{Media, Record},
     records::{Changes, RecordError, Snapshot, SnapshotTable, old},
 };
@@ -21,10 +21,10 @@ impl<M: Media> Capture<M> {
     /// Deletes a snapshot; its before-images go with its last reader.
     ///
     /// # Errors
-    /// [`CaptureError::NoSnapshot`], or where the table can't be written: the snapshot is still there.
+    /// [`CaptureError::NoSnapshot`], [`CaptureError::Closed`], or where the table can't be written: the snapshot is
+    /// still there.
     pub fn delete_snapshot(&self, id: u64) -> Result<(), CaptureError> {
-        self.check()?;
-        let mut table = self.table.lock();
+        let mut table = self.table_to_change()?;
         let cut = find(&table, id)?.cut;
         self.drop_snapshot(&mut table, cut)?;
         self.unwant(&mut table, cut);
@@ -127,13 +127,11 @@ impl<M: Media> Capture<M> {
         Ok(())
     }
 
-    /// A record of changes; none where it is damaged or gone, which is noted.
+    /// A record of changes; none where it is damaged, unreadable or gone, which is noted.
     fn changes_of(&self, table: &Table, cut: u64) -> Result<Option<Changes>, CaptureError> {
         let record = Record::Changes(cut);
-        let found = match self.media.get(record)? {
-            Some(bytes) => self.decode_changes(table, cut, &bytes).map_err(Fault::from),
-            None => Err(Fault::Missing),
-        };
+        let found = content(&self.media, record)?
+            .and_then(|bytes| Ok(self.decode_changes(table, cut, &bytes)?));
         Ok(found
             .map_err(|fault| self.note([Damage::new(record, fault, Cost::Changes)]))
             .ok())
@@ -231,8 +229,7 @@ impl<M: Media> Capture<M> {
     pub fn relieve(&self) -> Result<Vec<u64>, CaptureError> {
         let mut given_up = Vec::new();
         loop {
-            self.check()?;
-            let mut table = self.table.lock();
+            let mut table = self.table_to_change()?;
             let cuts: Vec<u64> = table.cuts.keys().copied().collect();
             if cuts.is_empty() || (self.spool.has_room() && !given_up.is_empty()) {
                 return Ok(given_up);

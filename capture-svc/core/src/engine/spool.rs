@@ -21,6 +21,7 @@ use super::{
     capture::{ENTRIES_WORD, checked, checked_word},
     damage::{Cost, Damage, Fault, StateFile},
     media::{Map, Media, MediaError},
+    words::{halves, joined},
 };
 use crate::sync::{
     Mutex,
@@ -35,8 +36,6 @@ pub const INDEX_BYTES_PER_ENTRY: u64 = 40;
 /// First word of a used entry: "TMSLOT" and version 1.
 pub const ENTRY_TAG: u64 = u64::from_le_bytes(*b"TMSLOT\x01\0");
 const ZEROES: u64 = u64::MAX;
-/// What a system says of bytes that it can't read.
-const EIO: i32 = 5;
 const SHARDS: usize = many(64, 2);
 /// Blocks that stay together in a shard: a request rarely meets more than one.
 const SHARD_BLOCKS: u64 = 256;
@@ -361,8 +360,7 @@ impl Spool {
             return Ok(());
         }
         match media.read_before(entry.slot, buffer) {
-            // What the disk can't read is lost no less than what it reads otherwise.
-            Err(MediaError(EIO)) => return Err(SpoolError::Damaged),
+            Err(error) if error.is_unreadable() => return Err(SpoolError::Damaged),
             read => read?,
         }
         if block_checksum(buffer) == entry.checksum {
@@ -466,15 +464,6 @@ fn entry_words(words: &[AtomicU64], id: u32) -> &[AtomicU64] {
     &words[id as usize * ENTRY_WORDS..][..ENTRY_WORDS]
 }
 
-#[allow(
-    clippy::cast_possible_truncation,
-    reason = "the two halves of 128 bits"
-)]
-fn halves(checksum: Checksum128) -> [u64; 2] {
-    let value = u128::from_le_bytes(*checksum.as_bytes());
-    [value as u64, (value >> 64) as u64]
-}
-
 impl Entry {
     fn fields(self) -> [u64; 5] {
         let [low, high] = halves(self.checksum);
@@ -511,13 +500,11 @@ impl Entry {
         .ok()?;
         let valid = tag == ENTRY_TAG && Self::seal(&fields) == [seal_low, seal_high];
         let [block, epoch, slot, low, high] = fields;
-        let checksum =
-            Checksum128::from_bytes((u128::from(low) | u128::from(high) << 64).to_le_bytes());
         valid.then_some(Self {
             block,
             epoch,
             slot,
-            checksum,
+            checksum: joined([low, high]),
         })
     }
 }

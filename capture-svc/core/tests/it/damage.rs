@@ -8,6 +8,7 @@ use capture_core::engine::{
     cut::Purpose,
     damage::{Cost, Damage, Fault, StateFile},
     dirty::DirtyLayout,
+    intent::IntentFault,
     media::{Media, Record},
     read::SnapshotRead,
     recover::Outcome,
@@ -310,22 +311,89 @@ fn a_bit_that_is_flipped_while_the_map_is_in_use_loses_no_block_and_spares_no_co
 }
 
 #[test]
+fn a_record_that_the_disk_cannot_read_costs_what_a_damaged_one_does() {
+    let told = |found: &Found| {
+        let damage = found.damage.iter().map(|damage| (damage.file, damage.cost));
+        damage.collect::<Vec<_>>()
+    };
+    for left in [Left::Killed, Left::PowerLost] {
+        let scene = Scene::new(left);
+        for record in [Record::Carry, Record::Interval, Record::Snapshots] {
+            let (damaged, unreadable) = (scene.bench.sim.fork(), scene.bench.sim.fork());
+            damaged.flip(record.into(), 20, 0);
+            unreadable.lose_record(record);
+            let [damaged, unreadable] = [damaged, unreadable].map(|sim| scene.open(&sim));
+            let reason = Reason::Damaged(Damage::everything(record, Fault::Unreadable));
+            assert_eq!(unreadable.outcome, Outcome::Everything(reason));
+            assert_eq!(told(&unreadable), told(&damaged));
+            assert_eq!(unreadable.tracked, damaged.tracked);
+            assert_eq!((unreadable.cuts, unreadable.epoch), (vec![], damaged.epoch));
+        }
+    }
+}
+
+#[test]
+fn a_page_of_the_intent_map_that_the_disk_cannot_read_has_all_its_regions_set() {
+    for (left, place) in [Left::Killed, Left::PowerLost]
+        .into_iter()
+        .flat_map(|left| [(left, 0), (left, 1)])
+    {
+        let scene = Scene::new(left);
+        let sim = scene.bench.sim.fork();
+        sim.lose_intent(place);
+        let found = scene.open(&sim);
+        let lost = Damage {
+            file: StateFile::Intent,
+            fault: Fault::Intent(IntentFault::Lost(0)),
+            cost: Cost::Regions,
+        };
+        assert_eq!(found.damage, [lost], "{left:?} {place}");
+        let sound = scene.sound.as_ref().unwrap();
+        match left {
+            Left::Killed => assert_eq!(found.tracked, sound.tracked),
+            Left::PowerLost => assert_eq!(found.tracked.len() as u64, BLOCKS),
+        }
+        assert_eq!(found.cuts, sound.cuts);
+    }
+}
+
+/// What becomes of a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ruin {
+    Gone,
+    Flipped,
+    Unreadable,
+}
+
+impl Ruin {
+    const ALL: [Self; 3] = [Self::Gone, Self::Flipped, Self::Unreadable];
+
+    fn of(self, record: Record, sim: &Sim) {
+        match self {
+            Self::Gone => sim.put(record, None).unwrap(),
+            Self::Flipped => sim.flip(record.into(), 70, 1),
+            Self::Unreadable => sim.lose_record(record),
+        }
+    }
+}
+
+#[test]
 fn a_record_of_changes_that_is_damaged_or_gone_makes_every_block_one_that_may_have_changed() {
-    for (gone, merged) in [(true, false), (false, false), (true, true), (false, true)] {
+    for (ruin, merged) in Ruin::ALL
+        .into_iter()
+        .flat_map(|ruin| [(ruin, false), (ruin, true)])
+    {
         let bench = Bench::with(|tuning| tuning.changes_max = if merged { 1 } else { 8 });
         bench.cut(snapshot());
         bench.write(3, 1);
         let cut = bench.cut(Purpose::Interval);
         bench.capture.commit_interval(cut).unwrap();
         let record = Record::Changes(cut);
-        match gone {
-            true => bench.sim.put(record, None).unwrap(),
-            false => bench.sim.flip(record.into(), 70, 1),
-        }
+        ruin.of(record, &bench.sim);
         bench.write(4, 1);
         bench.cut(snapshot());
         let changed = bench.capture.changed_between(1, 2).unwrap();
-        assert_eq!(changed.len().get(), BLOCKS, "{gone} {merged}");
+        assert_eq!(changed.len().get(), BLOCKS, "{ruin:?} {merged}");
         let told = bench.capture.take_damage();
         assert!(!told.is_empty());
         for damage in told {
@@ -336,6 +404,25 @@ fn a_record_of_changes_that_is_damaged_or_gone_makes_every_block_one_that_may_ha
         bench.cut(snapshot());
         let changed = bench.capture.changed_between(2, 3).unwrap();
         assert_eq!(crate::bench::blocks(&changed), [5]);
+    }
+}
+
+#[test]
+fn what_an_earlier_opening_has_recorded_of_changes_and_is_damaged_makes_every_block_one_that_may_have_changed()
+ {
+    for ruin in [Ruin::Flipped, Ruin::Unreadable] {
+        let bench = Bench::new();
+        bench.cut(snapshot());
+        bench.write(3, 1);
+        let record = Record::Changes(bench.capture.epoch());
+        let earlier = vec![0; 100];
+        bench.sim.put(record, Some(&earlier)).unwrap();
+        ruin.of(record, &bench.sim);
+        let (bench, outcome) = bench.reopen(false);
+        assert_eq!(outcome, Outcome::ProcessCrash);
+        bench.cut(snapshot());
+        let changed = bench.capture.changed_between(1, 2).unwrap();
+        assert_eq!(changed.len().get(), BLOCKS, "{ruin:?}");
     }
 }
 

@@ -9,6 +9,8 @@
 //! - **Failed sync**: reported once; sectors that were not synced are any of their versions on the disk. Readers see
 //!   that at once, or still the last version, which counts as synced and is never written, until the cache is dropped
 //!   or the power is lost.
+//! - **Bad sectors**: records and places of the intent file, of a test's choice, can't be read until they are written
+//!   again.
 //! - **No room**: replacing a record, and growing the spool, may fail with nothing changed.
 //!
 //! A crash, or a failure, may be set for any future operation that changes something; from a crash on each operation
@@ -143,6 +145,8 @@ struct Inner {
     intent: Sectors,
     spool: BTreeMap<u64, Vec<u8>>,
     records: BTreeMap<Record, Vec<u8>>,
+    /// Records, and places of the intent file, that the disk can't read until they are written again.
+    unreadable: (BTreeSet<Record>, BTreeSet<u64>),
     locked: BTreeSet<u64>,
     /// Operations until the crash.
     crash_in: Option<u64>,
@@ -215,6 +219,7 @@ impl Sim {
                 intent,
                 spool: BTreeMap::new(),
                 records: records.into(),
+                unreadable: Default::default(),
                 locked: BTreeSet::new(),
                 crash_in: None,
                 fail_in: None,
@@ -251,6 +256,16 @@ impl Sim {
     /// Nothing of the spool can be read any more.
     pub(crate) fn lose_spool(&self) {
         self.0.inner.borrow_mut().spool.clear();
+    }
+
+    /// A record can't be read any more.
+    pub(crate) fn lose_record(&self, record: Record) {
+        self.0.inner.borrow_mut().unreadable.0.insert(record);
+    }
+
+    /// A place of the intent file can't be read any more.
+    pub(crate) fn lose_intent(&self, place: u64) {
+        self.0.inner.borrow_mut().unreadable.1.insert(place);
     }
 
     /// The bytes of a file of the state.
@@ -513,6 +528,9 @@ impl Media for Sim {
 
     fn read_intent(&self, place: u64, page: &mut [u8]) -> MediaResult {
         let inner = self.alive()?;
+        if inner.unreadable.1.contains(&place) {
+            return Err(EIO);
+        }
         page.copy_from_slice(
             &inner.intent.now[usize::try_from(place).unwrap() * PAGE_LEN..][..PAGE_LEN],
         );
@@ -520,7 +538,9 @@ impl Media for Sim {
     }
 
     fn write_intent(&self, place: u64, page: &[u8]) -> MediaResult {
-        self.write(|inner| &mut inner.intent, place * PAGE_LEN as u64, page)
+        self.write(|inner| &mut inner.intent, place * PAGE_LEN as u64, page)?;
+        self.0.inner.borrow_mut().unreadable.1.remove(&place);
+        Ok(())
     }
 
     fn sync_intent(&self) -> MediaResult {
@@ -546,6 +566,7 @@ impl Media for Sim {
         if !crash && (failed || self.fails(&mut inner.random, |faults| faults.put)) {
             return Err(ENOSPC);
         }
+        inner.unreadable.0.remove(&record);
         match content {
             Some(content) => inner.records.insert(record, content.to_vec()),
             None => inner.records.remove(&record),
@@ -554,7 +575,11 @@ impl Media for Sim {
     }
 
     fn get(&self, record: Record) -> MediaResult<Option<Vec<u8>>> {
-        Ok(self.alive()?.records.get(&record).cloned())
+        let inner = self.alive()?;
+        if inner.unreadable.0.contains(&record) {
+            return Err(EIO);
+        }
+        Ok(inner.records.get(&record).cloned())
     }
 
     fn changes(&self) -> MediaResult<Vec<u64>> {

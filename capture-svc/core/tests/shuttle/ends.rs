@@ -1,4 +1,4 @@
-//! The end of the process, or of the power, at any point of a schedule; records that find no room; flushes.
+//! The end of the process, or of the power, at any point of a schedule; the close; records that find no room; flushes.
 
 use capture_core::engine::cut::Purpose;
 use shuttle::{
@@ -37,6 +37,30 @@ fn a_process_that_ends_at_any_moment_leaves_exact_snapshots_and_a_superset_of_th
         });
         rig.finish();
         end.reopen(setting, false);
+    });
+}
+
+#[test]
+fn a_call_under_way_at_the_close_changes_nothing_of_what_the_close_has_sealed() {
+    explore(|| {
+        let setting = Setting::default();
+        let rig = Rig::new(setting);
+        rig.write(1);
+        let first = rig.snapshot().unwrap();
+        rig.write(1);
+        rig.cut_an_interval();
+        let sealed = thread::scope(|scope| {
+            scope.spawn(|| rig.delete(first));
+            scope.spawn(|| match thread_rng().r#gen() {
+                true => rig.commit_what_is_open(),
+                false => rig.give_up_interval(),
+            });
+            scope.spawn(|| rig.doubt(2));
+            scope.spawn(|| rig.snapshot());
+            scope.spawn(|| rig.seal()).join().unwrap()
+        });
+        assert!(sealed == rig.capture.media().sealed());
+        rig.end_here().reopen(setting, false);
     });
 }
 

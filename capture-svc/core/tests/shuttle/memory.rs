@@ -9,8 +9,9 @@ use std::collections::BTreeMap;
 use capture_core::engine::{
     capture::TRACKING_WORDS,
     dirty::DirtyLayout,
-    intent::{PAGE_LEN, decode_page, encode_page, place_of},
+    intent::{decode_page, encode_page, place_of},
     media::{Map, Media, MediaError, MediaResult, Record},
+    records::{SnapshotTable, encode_carry, encode_interval},
     spool::ENTRY_WORDS,
 };
 use shuttle::{
@@ -21,6 +22,7 @@ use shuttle::{
     },
     thread,
 };
+use tidemark_block::BlockSet;
 
 use crate::{
     BLOCK, BLOCKS,
@@ -128,13 +130,18 @@ impl Memory {
     /// A medium for a new volume, all zeroes.
     pub(crate) fn new(entries: u64, slots: u64) -> Self {
         let dirty = DirtyLayout::new(BLOCKS).total();
-        let mut intent = vec![Place::new(&[0; PAGE_LEN]); 2];
-        let page = encode_page(volume(), 0, 1, &[0; _]);
-        intent[index(place_of(0, 1))] = Place::new(&page[..]);
+        let page = |sequence| Place::new(&encode_page(volume(), 0, sequence, &[0; _])[..]);
+        let mut intent = vec![page(0); 2];
+        intent[index(place_of(0, 1))] = page(1);
+        let records = [
+            (Record::Carry, encode_carry(volume(), &BlockSet::new())),
+            (Record::Interval, encode_interval(volume(), None)),
+            (Record::Snapshots, SnapshotTable::default().encode(volume())),
+        ];
         let zeroes = vec![0; index(BLOCKS) * CHUNKS];
         Self::from(Remains {
             files: Files {
-                records: BTreeMap::new(),
+                records: records.into(),
                 unreadable: false,
                 intent: intent.clone(),
                 synced: Synced {
@@ -196,6 +203,12 @@ impl Memory {
             let newest = places.iter().filter_map(|place| place.regions).max();
             newest.map_or(u64::MAX, |(_, regions)| regions)
         })
+    }
+
+    /// What a clean close takes the digests of.
+    pub(crate) fn sealed(&self) -> (BTreeMap<Record, Vec<u8>>, [Vec<u64>; 4]) {
+        let Remains { words, files, .. } = self.remains();
+        (files.records, words)
     }
 
     /// What a process that ended at this point would leave.

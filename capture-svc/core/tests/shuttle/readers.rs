@@ -175,8 +175,9 @@ impl Rig {
     /// Gives up the open interval, however often it takes.
     pub(crate) fn give_up_interval(&self) {
         while let Err(error) = self.capture.give_up_interval() {
+            let closed = error == CaptureError::Closed;
             self.accept::<()>(Err(error));
-            if self.capture.is_poisoned() {
+            if closed || self.capture.is_poisoned() {
                 return;
             }
         }

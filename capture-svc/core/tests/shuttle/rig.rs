@@ -9,6 +9,7 @@ use std::{
 use capture_core::engine::{
     capture::{Capture, CaptureError, Tuning},
     cut::Purpose,
+    media::Record,
     recover::Outcome,
     spool::SpoolLimits,
     trust::Judgement,
@@ -87,6 +88,8 @@ pub(crate) struct Rig {
     relieving: shuttle::sync::Mutex<()>,
     /// Nobody will make room any more: who waits for it is refused.
     closed: AtomicBool,
+    /// The capture is closed, or about to be.
+    sealed: AtomicBool,
 }
 
 impl Setting {
@@ -127,8 +130,11 @@ impl Setting {
 impl Rig {
     pub(crate) fn new(setting: Setting) -> Self {
         let memory = Memory::new(setting.entries, setting.slots);
-        // Nothing has been written, so nothing is in doubt; and the recorded blocks need not be read.
-        let (capture, _) = setting.recover(memory, Judgement::PowerLoss, 1);
+        let judgement = Judgement::Exact { clean: true };
+        let (capture, outcome) = setting.recover(memory, judgement, 1);
+        // Nothing is in doubt: what is tracked from here on was found to have changed.
+        assert_eq!((outcome, capture.take_damage()), (Outcome::Clean, vec![]));
+        assert_eq!(capture.intent().set_regions(), []);
         let history = History::new();
         let base = Base {
             image: history.content(),
@@ -153,6 +159,7 @@ impl Rig {
             cutting: shuttle::sync::Mutex::new(()),
             relieving: shuttle::sync::Mutex::new(()),
             closed: AtomicBool::new(false),
+            sealed: AtomicBool::new(false),
         }
     }
 
@@ -184,6 +191,7 @@ impl Rig {
             // The record that none is open found no room: the last one still is.
             CaptureError::IntervalOpen(_) => matches!(puts, Puts::FindNoRoom(_)),
             CaptureError::GivenUp(_) | CaptureError::NoInterval(_) => self.may_be_given_up(),
+            CaptureError::Closed => self.sealed.load(Relaxed),
             _ => false,
         };
         assert!(expected, "{error}");
@@ -279,6 +287,14 @@ impl Rig {
     /// From now on nobody makes room in the spool.
     pub(crate) fn close(&self) {
         self.closed.store(true, Relaxed);
+    }
+
+    /// Closes the capture, which has no request in flight: what it leaves.
+    pub(crate) fn seal(&self) -> (BTreeMap<Record, Vec<u8>>, [Vec<u64>; 4]) {
+        self.sealed.store(true, Relaxed);
+        let _cutting = self.cutting.lock().unwrap();
+        self.capture.close();
+        self.capture.media().sealed()
     }
 
     /// Makes durable what had ended before.

@@ -57,3 +57,22 @@ fn a_table_that_a_failed_write_has_closed_is_opened_again_for_repair() {
         assert_eq!(table.table().stamp(), base);
     }
 }
+
+#[test]
+fn a_table_that_the_disk_cannot_read_gives_way_to_another_and_one_that_failed_otherwise_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    drop(opened(dir.path()));
+    let table = opened(dir.path());
+    let base = GenerationId::new(1);
+    table.table().sync_and_stamp(base).unwrap();
+    assert!(!table.failed(&io::ErrorKind::StorageFull.into()));
+    assert!(table.is_sound());
+    assert_eq!(table.to_repair().unwrap().stamp(), base);
+    table.set_sound(true);
+    assert!(table.failed(&io::Error::from_raw_os_error(5)));
+    assert!(!table.is_sound());
+    for _ in 0..2 {
+        let another = table.to_repair().unwrap();
+        assert_eq!(another.stamp(), GenerationId::ZERO);
+    }
+}

@@ -155,6 +155,41 @@ fn a_file_of_the_state_that_is_gone_is_missed() {
 }
 
 #[test]
+fn a_file_of_the_state_that_the_disk_cannot_read_is_named_and_costs_what_a_damaged_one_does() {
+    for left in ALL {
+        let scene = Scene::new(left, volume());
+        for name in ["carry", "interval", "snapshots", "identity"] {
+            let _shown = Shown(format!("{left:?}, {name}"));
+            scene.put_back();
+            let path = scene.make_unreadable(name);
+            let verdict = scene.judge(name);
+            if name == "identity" {
+                assert_eq!(verdict, Verdict::Refused);
+                let (engine, trust) = scene.setup.readopt().unwrap();
+                assert!(matches!(trust, Trust::Everything { .. }), "{trust:?}");
+                let found = scene.hold(&engine, trust);
+                assert_eq!(found.tracked.len().get(), scene::BLOCKS);
+            } else {
+                assert_eq!(verdict, Verdict::Everything);
+            }
+            // It was written anew, and is believed.
+            assert!(!path.is_symlink());
+            let (engine, trust) = scene.setup.open();
+            assert_eq!(
+                (trust, engine.damage_at_opening()),
+                (Trust::ProcessCrash, &[][..])
+            );
+        }
+        // Found while others of the files are made anew.
+        scene.put_back();
+        let path = scene.make_unreadable("snapshots");
+        scene.put("tracking", b"damaged");
+        assert_eq!(scene.judge("tracking"), Verdict::Everything);
+        assert!(!path.is_symlink());
+    }
+}
+
+#[test]
 fn a_file_of_another_volume_or_in_the_place_of_another_is_found_and_named() {
     let mut counts = Counts::default();
     for left in ALL {
@@ -288,6 +323,20 @@ fn a_lost_identity_is_made_up_for_by_a_readoption() {
         let (engine, trust) = scene.setup.open();
         assert_eq!(trust, Trust::ProcessCrash);
         drop(engine);
+
+        // Of a state of today's no record may be missing, whatever became of the identity.
+        for record in ["snapshots", "carry", "interval"] {
+            let _shown = Shown(format!("{left:?}, no identity, no {record}"));
+            scene.put_back();
+            spoil();
+            fs::remove_file(scene.setup.state().join(record)).unwrap();
+            let (engine, trust) = scene.setup.readopt().unwrap();
+            let found = scene.hold(&engine, trust);
+            let named: Vec<_> = found.damage.iter().map(|d| d.file.to_string()).collect();
+            assert_eq!(named, [record]);
+            assert_eq!(found.tracked.len().get(), scene::BLOCKS);
+            assert!(engine.create_snapshot("", 0).unwrap().id.0 > 2);
+        }
 
         spoil();
         fs::write(scene.setup.state().join("tracking"), "damaged").unwrap();

@@ -225,6 +225,16 @@ impl Scene {
         fs::write(self.setup.state().join(name), bytes).unwrap();
     }
 
+    /// Makes a file one that opens, and of which no byte can be read: this process has nothing at its first address.
+    pub(super) fn make_unreadable(&self, name: &str) -> PathBuf {
+        let path = self.setup.state().join(name);
+        fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/proc/self/mem", &path).unwrap();
+        let told = fs::read(&path).unwrap_err();
+        assert_eq!(told.raw_os_error(), Some(libc::EIO));
+        path
+    }
+
     /// Opens the state as it is, and holds it to what it was.
     pub(super) fn open(&self) -> Result<Found, EngineError> {
         let (engine, trust) = self.setup.try_open()?;
