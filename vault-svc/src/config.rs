@@ -20,6 +20,9 @@ const FOREIGN_EXACT: [&str; 8] = [
 ];
 const FOREIGN_PREFIXES: [&str; 4] = ["port_", "service_", "client_", "tls_"];
 
+/// 10 years: what is added to the present moment has to be a moment.
+const PERIOD_MAX: Span = Span::from_secs(10 * 31_557_600);
+
 settings! {
     /// Address to listen on; port 0 takes any free one.
     listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 7402));
@@ -59,9 +62,9 @@ settings! {
     cache_bytes_max: ByteSize = ByteSize::mib(64);
     /// Preallocated file that is released when the store is full, so that retire and reclaim still work. 0 = none.
     reserve_bytes: ByteSize = ByteSize::mib(32);
-    /// How often volumes are looked after even if nothing was committed.
+    /// How often volumes are looked after even if nothing was committed. 100 ms to 10 years.
     maintenance_period: Span = Span::from_secs(60);
-    /// Time for one pass of the scrub, which reads and verifies all that is stored. 0s: no scrub.
+    /// Time for one pass of the scrub, which reads and verifies all that is stored. 0s: no scrub. At most 10 years.
     scrub_period: Span = Span::from_secs(7 * 24 * 3600);
     /// The most bytes per second that the scrub reads.
     scrub_bytes_per_second_max: ByteSize = ByteSize::mib(64);
@@ -155,10 +158,15 @@ impl Config {
             self.stream_idle_max > self.part_age_max,
             "must be longer than part_age_max",
         );
-        rules.at_least(
+        rules.within(
             "maintenance_period",
             self.maintenance_period,
-            Span::from_millis(100),
+            Span::from_millis(100)..=PERIOD_MAX,
+        );
+        rules.within(
+            "scrub_period",
+            self.scrub_period,
+            Span::from_millis(0)..=PERIOD_MAX,
         );
         rules.that(
             "interval_lease",

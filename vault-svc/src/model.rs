@@ -16,6 +16,7 @@ mod growth;
 mod leases;
 mod maps;
 mod marker;
+mod scrubs;
 mod strays;
 mod tables;
 mod writers;
@@ -399,7 +400,7 @@ impl World {
             .scrub(&mut Pace::unbounded(), &mut |_| ())
             .await
             .unwrap();
-        assert!(found.damaged.is_empty(), "{:?}", found.damaged);
+        assert!(found.named.is_empty(), "{:?}", found.named);
     }
 }
 

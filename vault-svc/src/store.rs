@@ -27,7 +27,10 @@ use tidemark_block::VolumeId;
 use vault_core::manifest::StoreMarker;
 
 use self::error::short_or;
-pub use self::{error::StoreError, found::Found, local::Reserve, volume::VolumeStore};
+pub use self::{
+    check::Whose, error::StoreError, found::Found, local::Reserve, volume::VolumeStore,
+};
+pub(crate) use check::MARKER;
 pub(crate) use local::Settle;
 
 /// The objects of a vault.
@@ -154,7 +157,7 @@ impl Store {
     /// # Errors
     /// The store holds something else, or can't be read, written or synced.
     pub async fn marker(&self, fresh: StoreMarker) -> Result<StoreMarker, StoreError> {
-        let path = Path::from("store");
+        let path = Path::from(MARKER);
         let put = self
             .put(&path, fresh.encode().into(), PutMode::Create)
             .await;

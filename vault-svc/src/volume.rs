@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
-use futures::FutureExt;
+use futures::{FutureExt, Stream, StreamExt, stream};
 use parking_lot::{Mutex as SyncMutex, RwLock};
 use tidemark_block::{Checksum128, Extent, GenerationId, VolumeId};
 use tidemark_proto::{Reason, RpcError};
@@ -290,6 +290,17 @@ impl Volume {
         Ok(page)
     }
 
+    /// The records of every segment that images are read from, list by list: the manifest's own, then page by page. A
+    /// page that can't be read is an error, and the next one comes after it.
+    pub(crate) fn segment_lists<'a>(
+        &'a self,
+        manifest: &'a Manifest,
+    ) -> impl Stream<Item = Result<Arc<Vec<SegmentRecord>>, StoreError>> + Send + 'a {
+        let own = stream::once(async { Ok(Arc::new(manifest.tail.clone())) });
+        let pages = stream::iter(&manifest.pages).then(move |page| self.page(page.name));
+        own.chain(pages)
+    }
+
     /// The segments that touch `range` and have versions above `above`, in no order.
     pub(crate) async fn segments(
         &self,
@@ -305,6 +316,22 @@ impl Volume {
             if page.sequences.1 > above && !page.blocks.intersect(range).is_empty() {
                 found.extend(self.page(page.name).await?.iter().filter(wanted).copied());
             }
+        }
+        Ok(found)
+    }
+
+    /// The indexes of several segments, in their order, without a trace in the cache of whoever reads images.
+    pub(crate) async fn indexes_beside_the_cache(
+        &self,
+        manifest: &Manifest,
+        records: &[SegmentRecord],
+    ) -> Result<Vec<Arc<SegmentIndex>>, StoreError> {
+        let mut found = Vec::with_capacity(records.len());
+        for record in records {
+            found.push(match self.shared.indexes.get(&(self.id, record.id)) {
+                Some(index) => index,
+                None => Arc::new(self.store.index(manifest.geometry, record).await?),
+            });
         }
         Ok(found)
     }

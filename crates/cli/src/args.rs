@@ -254,7 +254,7 @@ with. One that differs was written past the NBD export, or its change was missed
 the command exits with 6. The service does the same by itself all the time, slowly.
 
 With --stored the vault reads and verifies every byte that it stores of the volume, and names what is damaged and which
-generations need it; the command exits with 6 where anything is. The vault does the same by itself, slowly.
+generations need it; the command exits with 6 where anything stays damaged. The vault does the same by itself, slowly.
 
 Examples:
   tidemark scrub data

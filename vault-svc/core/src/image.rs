@@ -5,6 +5,8 @@
 
 mod map;
 
+use std::collections::BTreeSet;
+
 use tidemark_block::{BlockCount, BlockIndex, Extent, Geometry, Sequence};
 
 pub use map::{DataPiece, ExtentMap, FrameAt};
@@ -184,6 +186,44 @@ pub fn overlay<'a>(
         last = n;
     }
     pieces
+}
+
+/// The retained images of `retained` (ascending) of which a block in `range` is read from an entry that `wanted` names.
+/// The indexes must be those of all segments that touch `range`.
+#[must_use]
+pub fn images_that_need<'a>(
+    indexes: impl IntoIterator<Item = &'a SegmentIndex>,
+    range: Extent,
+    retained: &[Sequence],
+    wanted: impl Fn(EntryRef) -> bool,
+) -> BTreeSet<Sequence> {
+    let newest = Sequence::new(u64::MAX);
+    let clipped = gather(indexes, range, newest);
+    // Of each block: the version that hides older ones.
+    let mut hidden_from = vec![newest; place(range, range.end())];
+    let mut needing = BTreeSet::new();
+    for entry in &clipped {
+        let is_wanted = wanted(entry.source);
+        let first = retained.partition_point(|sequence| *sequence < entry.sequence);
+        let mut done = first;
+        let blocks = place(range, entry.blocks.start())..place(range, entry.blocks.end());
+        for slot in &mut hidden_from[blocks] {
+            let next = std::mem::replace(slot, entry.sequence);
+            if !is_wanted {
+                continue;
+            }
+            let behind = if next == newest {
+                retained.len()
+            } else {
+                retained.partition_point(|sequence| *sequence < next)
+            };
+            if behind > done {
+                needing.extend(&retained[done..behind]);
+                done = behind;
+            }
+        }
+    }
+    needing
 }
 
 /// A run of blocks of one entry that a retained generation needs.

@@ -4,34 +4,54 @@
 //! frames that the index names must fill the object up to the index without a gap. So a segment that passes has no
 //! byte that was not checked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use thiserror::Error;
-use tidemark_block::{Checksum128, FrameError, SegmentId, VerifiedFrame};
+use tidemark_block::{Checksum128, Extent, FrameError, SegmentId, VerifiedFrame};
 
 use crate::segment::{FRAMES_AT, SegmentIndex, SegmentRecord};
 
-/// The segments that a pass reads next: the `most` first ones behind `after` in the order of a pass that begins at
-/// `start`, goes up by name, and goes on with the lowest name.
+/// Chooses the segments that a pass reads next: of all that it is shown, the `most` first ones behind `after` in the
+/// order of a pass that begins at `start`, goes up by name, and goes on with the lowest name.
 ///
 /// Names are random, so wherever passes begin, and however often they are cut short, every segment has its turn. What
 /// is in the manifest throughout a pass is read by it; what comes or goes meanwhile may be.
-pub fn next_segments(
-    records: impl Iterator<Item = SegmentRecord>,
+#[derive(Debug)]
+pub struct NextSegments {
     start: SegmentId,
-    after: Option<SegmentId>,
+    behind: Option<(bool, SegmentId)>,
     most: usize,
-) -> Vec<SegmentRecord> {
-    let place = |id: SegmentId| (id < start, id);
-    let behind = after.map(place);
-    let mut next = BTreeMap::new();
-    for record in records.filter(|record| Some(place(record.id)) > behind) {
-        next.insert(place(record.id), record);
-        if next.len() > most {
-            next.pop_last();
+    next: BTreeMap<(bool, SegmentId), SegmentRecord>,
+}
+
+impl NextSegments {
+    /// Nothing is chosen yet.
+    #[must_use]
+    pub fn new(start: SegmentId, after: Option<SegmentId>, most: usize) -> Self {
+        Self {
+            start,
+            behind: after.map(|id| (id < start, id)),
+            most,
+            next: BTreeMap::new(),
         }
     }
-    next.into_values().collect()
+
+    /// Shows it a segment, in any order.
+    pub fn offer(&mut self, record: SegmentRecord) {
+        let place = (record.id < self.start, record.id);
+        if Some(place) > self.behind {
+            self.next.insert(place, record);
+            if self.next.len() > self.most {
+                self.next.pop_last();
+            }
+        }
+    }
+
+    /// Those that were chosen, in the order of the pass; none where it is at its end.
+    #[must_use]
+    pub fn chosen(self) -> Vec<SegmentRecord> {
+        self.next.into_values().collect()
+    }
 }
 
 /// What is wrong with a segment whose sections are each sound.
@@ -151,6 +171,15 @@ impl<'a> SegmentFrames<'a> {
     #[must_use]
     pub fn frames(&self) -> &[IndexedFrame] {
         &self.frames
+    }
+
+    /// The blocks of which one of these frames, by where they begin, holds a version.
+    pub fn blocks_of<'f>(&'f self, frames: &'f HashSet<u64>) -> impl Iterator<Item = Extent> + 'f {
+        let entries = self.by_frame.iter();
+        entries
+            .map(|place| &self.index.entries()[*place as usize])
+            .filter(|entry| frames.contains(&entry.frame_at))
+            .map(|entry| entry.blocks)
     }
 
     fn places(&self, frame: &IndexedFrame) -> &[u32] {

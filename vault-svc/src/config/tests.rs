@@ -72,3 +72,20 @@ fn variables_of_kubernetes_and_of_other_vaults_are_left_alone() {
         assert!(!Config::is_foreign(key), "{key}");
     }
 }
+
+#[test]
+fn periods_that_no_clock_can_count_are_refused() {
+    for key in ["scrub_period", "maintenance_period"] {
+        for (period, holds) in [
+            ("10years", true),
+            ("10years 1s", false),
+            ("500000000000years", false),
+        ] {
+            let loaded = load(&format!("{key} = \"{period}\"\n"), &[], Flags::default());
+            assert_eq!(loaded.is_ok(), holds, "{key} = {period}");
+            if let Err(error) = loaded {
+                assert!(error.to_string().contains("to 10years"), "{error}");
+            }
+        }
+    }
+}

@@ -14,7 +14,7 @@ use std::{
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream::BoxStream};
 use object_store::{
-    CopyOptions, Error, GetOptions, GetResult, ListResult, MultipartUpload, ObjectMeta,
+    CopyOptions, Error, GetOptions, GetRange, GetResult, ListResult, MultipartUpload, ObjectMeta,
     ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result, memory::InMemory,
     path::Path,
 };
@@ -55,6 +55,10 @@ pub(super) struct Fuse {
     stop: Mutex<Option<Arc<Stop>>>,
     /// No object whose path contains this can be read.
     unreadable: Mutex<Option<&'static str>>,
+    /// These bytes of this object can't be read.
+    bad_sectors: Mutex<Option<(Path, Vec<Range<u64>>)>>,
+    /// What was dropped from the page cache.
+    forgotten: Mutex<BTreeSet<String>>,
     reads: Mutex<Reads>,
     /// Objects look years old.
     aged: AtomicBool,
@@ -118,6 +122,29 @@ impl Fuse {
 
     pub(super) fn make_unreadable(&self, paths: Option<&'static str>) {
         *self.unreadable.lock() = paths;
+    }
+
+    pub(super) fn spoil(&self, sectors: Option<(Path, Vec<Range<u64>>)>) {
+        *self.bad_sectors.lock() = sectors;
+    }
+
+    fn read_sectors(&self, path: &Path, ranges: &[Range<u64>]) -> Result<()> {
+        let bad = self.bad_sectors.lock();
+        let bad = bad.iter().filter(|(at, _)| at == path);
+        let hit = |bad: &Range<u64>| {
+            ranges
+                .iter()
+                .any(|r| r.start < bad.end && bad.start < r.end)
+        };
+        if bad.flat_map(|(_, bad)| bad).any(hit) {
+            return Err(bad_sector());
+        }
+        Ok(())
+    }
+
+    /// What was dropped from the page cache since this was last asked.
+    pub(super) fn take_forgotten(&self) -> BTreeSet<String> {
+        std::mem::take(&mut self.forgotten.lock())
     }
 
     /// What was read since this was last asked.
@@ -339,13 +366,21 @@ impl Settle for FaultyStore {
         }
     }
 
-    fn forget(&self, _: &str) -> std::io::Result<()> {
+    fn forget(&self, object: &str) -> std::io::Result<()> {
+        self.fuse.forgotten.lock().insert(object.to_owned());
         Ok(())
     }
 }
 
 /// What a system says of a bad sector.
 const EIO: i32 = 5;
+
+fn bad_sector() -> Error {
+    Error::Generic {
+        store: "faulty",
+        source: std::io::Error::from_raw_os_error(EIO).into(),
+    }
+}
 
 fn failure() -> Error {
     Error::Generic {
@@ -414,17 +449,21 @@ impl ObjectStore for FaultyStore {
         self.alive()?;
         let unreadable = *self.fuse.unreadable.lock();
         if unreadable.is_some_and(|part| location.as_ref().contains(part)) {
-            return Err(Error::Generic {
-                store: "faulty",
-                source: std::io::Error::from_raw_os_error(EIO).into(),
-            });
+            return Err(bad_sector());
         }
+        let range = match &options.range {
+            _ if options.head => 0..0,
+            Some(GetRange::Bounded(range)) => range.clone(),
+            _ => 0..u64::MAX,
+        };
+        self.fuse.read_sectors(location, &[range])?;
         self.fuse.reads.lock().sections += 1;
         self.objects.get_opts(location, options).await
     }
 
     async fn get_ranges(&self, location: &Path, ranges: &[Range<u64>]) -> Result<Vec<Bytes>> {
         self.alive()?;
+        self.fuse.read_sectors(location, ranges)?;
         self.fuse.reads.lock().frames += ranges.len() as u64;
         self.objects.get_ranges(location, ranges).await
     }

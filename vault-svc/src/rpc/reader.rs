@@ -134,7 +134,8 @@ impl Vault for Service {
         request: Request<ScrubRequest>,
     ) -> Result<Response<Self::ScrubStream>, Status> {
         let volume = self.vault.find(&request.into_inner().volume)?;
-        Ok(Response::new(scrub::stream(volume, self.stopping.clone())))
+        let answers = scrub::stream(volume, self.stopping.clone())?;
+        Ok(Response::new(answers))
     }
 
     async fn get_status(

@@ -1,37 +1,64 @@
 //! One segment, from its first byte to its last.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    ops::Range,
+    slice,
+    sync::Arc,
+};
 
-use tidemark_block::{Checksum128, FrameDecoder, GenerationId, SegmentId, UnverifiedFrame};
+use bytes::Bytes;
+use tidemark_block::{
+    BlockIndex, Checksum128, Extent, FrameDecoder, GenerationId, Geometry, SegmentId, Sequence,
+    UnverifiedFrame,
+};
 use tidemark_proto::RpcError;
 use vault_core::{
-    image::windows,
+    image::{images_that_need, window_of},
     manifest::Manifest,
     scrub::{IndexedFrame, SegmentError, SegmentFrames},
     segment::{SegmentIndex, SegmentRecord, encode_header},
 };
 
-use super::{Damage, Pass, damage_of, since};
-use crate::{error::of_store, image::ImageReader, store::StoreError};
+use super::{Damage, NeededFor, Pass, since, sound};
+use crate::{error::of_store, store::StoreError};
 
 /// Bytes of frames read at a time.
 const READ_BYTES: u64 = 4 << 20;
 
 /// What is wrong with a segment.
-enum Fault {
-    /// A part that no image is read through.
-    Beside(String),
-    /// Its index, or the object: nothing in it can be found.
-    Whole(String),
-    /// These frames, by where they begin; the first one's fault.
-    Frames(HashSet<u64>, String),
+struct Fault {
+    problem: String,
+    hits: Hits,
+    needed_for: NeededFor,
 }
 
-/// What was read, or what is wrong with the object; an error where the store is at fault.
-fn sound<T>(read: Result<T, StoreError>) -> Result<Result<T, String>, StoreError> {
-    match read {
-        Ok(value) => Ok(Ok(value)),
-        Err(error) => Ok(Err(damage_of(Err(error))?.unwrap_or_default())),
+/// Which images a fault hits.
+enum Hits {
+    None,
+    /// All that a block of the segment may belong to: its index, or the object, can't be read.
+    All,
+    /// Those that need a version of these blocks out of these frames.
+    Frames(BTreeMap<BlockIndex, Extent>, HashSet<u64>),
+}
+
+impl Fault {
+    /// Nothing in the object can be found.
+    const fn whole(problem: String) -> Self {
+        Self {
+            problem,
+            hits: Hits::All,
+            needed_for: NeededFor::ChecksumTable,
+        }
+    }
+
+    /// A part that no image is read through.
+    const fn beside(problem: String, needed_for: NeededFor) -> Self {
+        Self {
+            problem,
+            hits: Hits::None,
+            needed_for,
+        }
     }
 }
 
@@ -43,6 +70,35 @@ fn frames_of<'a>(
     sections: &'a Sections,
 ) -> Result<SegmentFrames<'a>, SegmentError> {
     SegmentFrames::new(record, &sections.0, sections.1.as_deref())
+}
+
+/// Frames that are wrong, by where they begin, and the first one's fault.
+#[derive(Default)]
+struct Wrong {
+    frames: HashSet<u64>,
+    first: Option<String>,
+}
+
+impl Wrong {
+    fn add(&mut self, error: &SegmentError) {
+        self.frames.extend(error.frame());
+        self.first.get_or_insert_with(|| error.to_string());
+    }
+
+    fn unread(&mut self, at: u64, problem: &str) {
+        self.frames.insert(at);
+        let told = || format!("its frame at byte {at}: {problem}");
+        self.first.get_or_insert_with(told);
+    }
+
+    fn problem(&self) -> Option<String> {
+        let first = self.first.as_ref()?;
+        Some(match self.frames.len().saturating_sub(1) {
+            0 => first.clone(),
+            1 => format!("{first}; and another frame"),
+            others => format!("{first}; and {others} other frames"),
+        })
+    }
 }
 
 impl Pass<'_> {
@@ -60,15 +116,24 @@ impl Pass<'_> {
             None => None,
             // It was chosen from an older manifest, and has been replaced since.
             Some(_) if !self.is_named(&manifest, record.id).await? => return Ok(()),
-            Some(fault) => Some(self.damage(&manifest, record, object.clone(), fault).await),
+            Some(fault) => {
+                self.own_store().await?;
+                let generations = self.hit(&manifest, record, fault.hits).await;
+                Some(Damage {
+                    generations,
+                    ..Damage::new(object.clone(), fault.problem, fault.needed_for)
+                })
+            }
         };
-        self.note(object, damage);
+        self.note(&object, damage);
         Ok(())
     }
 
     async fn is_named(&self, manifest: &Manifest, id: SegmentId) -> Result<bool, RpcError> {
-        let records = self.known_segments(manifest).await?;
-        Ok(records.iter().any(|record| record.id == id))
+        let mut named = false;
+        self.known_segments(manifest, |record| named |= record.id == id)
+            .await?;
+        Ok(named)
     }
 
     async fn fault(
@@ -78,24 +143,48 @@ impl Pass<'_> {
     ) -> Result<Option<Fault>, StoreError> {
         let store = &self.volume.store;
         let geometry = manifest.geometry;
-        if let Some(problem) = damage_of(store.check_length(record).await)? {
-            return Ok(Some(Fault::Whole(problem)));
+        if let Err(problem) = sound(store.check_length(record).await)? {
+            return Ok(Some(Fault::whole(problem)));
         }
         let index = match sound(store.index(geometry, record).await)? {
             Ok(index) => index,
-            Err(problem) => return Ok(Some(Fault::Whole(problem))),
+            Err(problem) => return Ok(Some(Fault::whole(problem))),
         };
-        let mut beside = self.ends(manifest, record).await?;
+        let ends = self.ends(manifest, record).await?;
+        let mut beside = ends.map(|problem| Fault::beside(problem, NeededFor::Nothing));
         let checksums = match sound(store.checksums(record).await)? {
             Ok(checksums) => Some(checksums),
             Err(problem) => {
-                beside = Some(problem);
+                beside = Some(Fault::beside(problem, NeededFor::ChecksumTable));
                 None
             }
         };
         self.read(record.file_len - record.frame_bytes()).await;
-        let frames = self.frames(manifest, record, Arc::new((index, checksums)));
-        Ok(frames.await?.or(beside.map(Fault::Beside)))
+        let sections = Arc::new((index, checksums));
+        let frames = match frames_of(record, &sections) {
+            Ok(frames) => frames.frames().to_vec(),
+            Err(error) => return Ok(Some(Fault::whole(error.to_string()))),
+        };
+        let wrong = match self.frames(geometry, record, &sections, &frames).await? {
+            Ok(wrong) => wrong,
+            Err(problem) => return Ok(Some(Fault::whole(problem))),
+        };
+        let Some(problem) = wrong.problem() else {
+            return Ok(beside);
+        };
+        let (problem, needed_for) = match beside {
+            None => (problem, NeededFor::Nothing),
+            Some(other) => (format!("{problem}; {}", other.problem), other.needed_for),
+        };
+        let blocks = match frames_of(record, &sections) {
+            Ok(frames) => by_window(geometry, frames.blocks_of(&wrong.frames)),
+            Err(error) => return Ok(Some(Fault::whole(error.to_string()))),
+        };
+        Ok(Some(Fault {
+            problem,
+            hits: Hits::Frames(blocks, wrong.frames),
+            needed_for,
+        }))
     }
 
     /// Header and footer, which no reader of images needs.
@@ -116,7 +205,7 @@ impl Pass<'_> {
             ));
         }
         let header = encode_header(&footer.origin);
-        damage_of(store.check_header(record.id, &header).await)
+        Ok(sound(store.check_header(record.id, &header).await)?.err())
     }
 
     async fn read(&mut self, bytes: u64) {
@@ -125,112 +214,180 @@ impl Pass<'_> {
         self.pace.spent(bytes).await;
     }
 
+    /// Reads and checks all frames; or says what is wrong with the object as a whole.
     async fn frames(
         &mut self,
-        manifest: &Manifest,
+        geometry: Geometry,
         record: &SegmentRecord,
-        sections: Arc<Sections>,
-    ) -> Result<Option<Fault>, StoreError> {
-        let frames: Vec<IndexedFrame> = match frames_of(record, &sections) {
-            Ok(frames) => frames.frames().to_vec(),
-            Err(error) => return Ok(Some(Fault::Whole(error.to_string()))),
-        };
-        let geometry = manifest.geometry;
-        let mut wrong = HashSet::new();
-        let mut first = None;
-        let mut rest = &frames[..];
+        sections: &Arc<Sections>,
+        frames: &[IndexedFrame],
+    ) -> Result<Result<Wrong, String>, StoreError> {
+        let mut wrong = Wrong::default();
+        let mut rest = frames;
         while let Some(from) = rest.first().map(|frame| frame.at) {
             let fit = rest.partition_point(|frame| frame.end() - from <= READ_BYTES);
             let (now, later) = rest.split_at(fit.max(1));
             rest = later;
-            let ranges: Vec<_> = now.iter().map(|frame| frame.at..frame.end()).collect();
-            let bytes = match sound(self.volume.store.frames(record.id, &ranges).await)? {
-                Ok(bytes) => bytes,
-                Err(problem) => return Ok(Some(Fault::Whole(problem))),
+            let read = match sound(self.read_frames(record.id, now, &mut wrong).await)? {
+                Ok(read) => read,
+                Err(problem) => return Ok(Err(problem)),
             };
-            let (record, sections, now) = (*record, Arc::clone(&sections), now.to_vec());
-            let length = ranges.iter().map(|range| range.end - range.start).sum();
-            let checked = tokio::task::spawn_blocking(move || {
-                let frames = frames_of(&record, &sections)?;
-                let mut decoder = FrameDecoder::new();
-                let checked = now.iter().zip(bytes).filter_map(|(frame, bytes)| {
-                    let found = UnverifiedFrame::split(bytes)
-                        .and_then(|(found, _)| found.verify(geometry, &mut decoder))
-                        .map_err(|error| SegmentError::Frame {
-                            at: frame.at,
-                            error,
-                        });
-                    found.and_then(|found| frames.check(frame, &found)).err()
-                });
-                Ok(checked.collect::<Vec<_>>())
+            let (record, sections) = (*record, Arc::clone(sections));
+            let checked =
+                tokio::task::spawn_blocking(move || check(geometry, &record, &sections, read));
+            let Ok(errors) = checked.await else {
+                return Ok(Err("it could not be checked".to_owned()));
+            };
+            errors.iter().for_each(|error| wrong.add(error));
+            self.read(now.iter().map(|frame| u64::from(frame.len)).sum())
+                .await;
+        }
+        Ok(Ok(wrong))
+    }
+
+    /// The bytes of frames, as they are stored. Those that the disk can't read are left out, and are wrong: a bad sector
+    /// says nothing of the others.
+    async fn read_frames(
+        &self,
+        id: SegmentId,
+        frames: &[IndexedFrame],
+        wrong: &mut Wrong,
+    ) -> Result<Vec<(IndexedFrame, Bytes)>, StoreError> {
+        let range = |frame: &IndexedFrame| frame.at..frame.end();
+        let ranges: Vec<Range<u64>> = frames.iter().map(range).collect();
+        match self.volume.store.frames(id, &ranges).await {
+            Ok(read) => return Ok(frames.iter().copied().zip(read).collect()),
+            Err(error) if error.is_unreadable() => {}
+            Err(error) => return Err(error),
+        }
+        let mut found = Vec::new();
+        for (frame, range) in frames.iter().zip(&ranges) {
+            let read = self.volume.store.frames(id, slice::from_ref(range)).await;
+            match sound(read)? {
+                Ok(read) => found.extend(read.into_iter().map(|bytes| (*frame, bytes))),
+                Err(problem) => wrong.unread(frame.at, &problem),
+            }
+        }
+        Ok(found)
+    }
+
+    /// The generations that a fault hits.
+    async fn hit(
+        &mut self,
+        manifest: &Manifest,
+        record: &SegmentRecord,
+        hits: Hits,
+    ) -> Vec<GenerationId> {
+        let (blocks, frames) = match hits {
+            Hits::None => return Vec::new(),
+            Hits::All => return since(manifest, record.sequences.0),
+            Hits::Frames(blocks, frames) => (blocks, Arc::new(frames)),
+        };
+        let mut needing = BTreeSet::new();
+        for range in blocks.into_values() {
+            match self.needing(manifest, record, range, &frames).await {
+                Some(sequences) => needing.extend(sequences),
+                None => return since(manifest, record.sequences.0),
+            }
+        }
+        let needs = |generation: &&vault_core::manifest::Generation| {
+            needing.contains(&generation.sequence())
+        };
+        let generations = manifest.generations.iter().filter(needs);
+        generations.map(|generation| generation.id).collect()
+    }
+
+    /// The images that are read from one of these frames in `range`; none where that can't be told.
+    async fn needing(
+        &mut self,
+        manifest: &Manifest,
+        record: &SegmentRecord,
+        range: Extent,
+        frames: &Arc<HashSet<u64>>,
+    ) -> Option<BTreeSet<Sequence>> {
+        let volume = self.volume;
+        let records = volume
+            .segments(manifest, range, Sequence::ZERO)
+            .await
+            .ok()?;
+        let damaged = records.iter().position(|other| other.id == record.id)?;
+        let indexes = volume.indexes_beside_the_cache(manifest, &records).await;
+        let indexes = indexes.ok()?;
+        let read: u64 = records.iter().map(|r| u64::from(r.index_len)).sum();
+        self.pace.spent_beside(read).await;
+        let (frames, retained) = (Arc::clone(frames), manifest.retained());
+        let work = tokio::task::spawn_blocking(move || {
+            let entries = indexes[damaged].entries();
+            let all = indexes.iter().map(AsRef::as_ref);
+            images_that_need(all, range, &retained, |at| {
+                let entry = || &entries[at.entry as usize];
+                at.index as usize == damaged && !entry().zero && frames.contains(&entry().frame_at)
+            })
+        });
+        work.await.ok()
+    }
+}
+
+/// The smallest extent of each window that has all these blocks of it.
+fn by_window(
+    geometry: Geometry,
+    extents: impl Iterator<Item = Extent>,
+) -> BTreeMap<BlockIndex, Extent> {
+    let mut found: BTreeMap<BlockIndex, Extent> = BTreeMap::new();
+    for mut rest in extents {
+        while !rest.is_empty() {
+            let window = window_of(geometry, rest.start());
+            let here = rest.intersect(window);
+            let extent = found.entry(window.start()).or_insert(here);
+            let start = extent.start().min(here.start());
+            *extent = Extent::between(start, extent.end().max(here.end()));
+            rest = Extent::between(here.end(), rest.end());
+        }
+    }
+    found
+}
+
+/// Verifies frames, and compares them with what the sections say of them.
+fn check(
+    geometry: Geometry,
+    record: &SegmentRecord,
+    sections: &Sections,
+    read: Vec<(IndexedFrame, Bytes)>,
+) -> Vec<SegmentError> {
+    let frames = match frames_of(record, sections) {
+        Ok(frames) => frames,
+        Err(error) => return vec![error],
+    };
+    let mut decoder = FrameDecoder::new();
+    let checked = read.into_iter().filter_map(|(frame, bytes)| {
+        let found = UnverifiedFrame::split(bytes)
+            .and_then(|(found, _)| found.verify(geometry, &mut decoder))
+            .map_err(|error| SegmentError::Frame {
+                at: frame.at,
+                error,
             });
-            let errors = match checked.await {
-                Ok(Ok(errors)) => errors,
-                Ok(Err(error)) => vec![error],
-                Err(_) => return Ok(Some(Fault::Whole("it could not be checked".to_owned()))),
-            };
-            for error in errors {
-                wrong.extend(error.frame());
-                first.get_or_insert_with(|| error.to_string());
-            }
-            self.read(length).await;
-        }
-        Ok(first.map(|problem| Fault::Frames(wrong, problem)))
-    }
+        found.and_then(|found| frames.check(&frame, &found)).err()
+    });
+    checked.collect()
+}
 
-    async fn damage(
-        &self,
-        manifest: &Arc<Manifest>,
-        record: &SegmentRecord,
-        object: String,
-        fault: Fault,
-    ) -> Damage {
-        let (problem, generations) = match fault {
-            Fault::Beside(problem) => (problem, Vec::new()),
-            Fault::Whole(problem) => (problem, since(manifest, record.sequences.0)),
-            Fault::Frames(frames, problem) => {
-                let others = frames.len().saturating_sub(1);
-                let problem = match others {
-                    0 => problem,
-                    _ => format!("{problem}; and {others} other frames"),
-                };
-                let mut needing = Vec::new();
-                for generation in since(manifest, record.sequences.0) {
-                    if self.needs(generation, record, &frames).await {
-                        needing.push(generation);
-                    }
-                }
-                (problem, needing)
-            }
-        };
-        Damage {
-            object,
-            problem,
-            generations,
-            repaired: false,
-        }
-    }
+#[cfg(test)]
+mod tests {
+    use tidemark_block::{BlockCount, BlockSize};
+    use vault_core::image::WINDOW_BLOCKS;
 
-    /// Whether a generation's image is read from one of these frames. Where that can't be told it is.
-    async fn needs(
-        &self,
-        generation: GenerationId,
-        record: &SegmentRecord,
-        frames: &HashSet<u64>,
-    ) -> bool {
-        let Ok(reader) = ImageReader::open(Arc::clone(self.volume), generation.get()) else {
-            // It has been retired meanwhile.
-            return false;
-        };
-        for window in windows(reader.geometry(), record.blocks) {
-            let Ok(map) = reader.map(window).await else {
-                return true;
-            };
-            let mut pieces = map.pieces(record.blocks);
-            if pieces.any(|p| p.frame.segment == record.id && frames.contains(&p.frame.at)) {
-                return true;
-            }
-        }
-        false
+    use super::*;
+
+    #[test]
+    fn only_windows_with_damaged_blocks_are_looked_at_and_of_them_the_part_that_has_them() {
+        let block_size = BlockSize::new(4096).unwrap();
+        let geometry = Geometry::new(10 * WINDOW_BLOCKS * 4096, block_size).unwrap();
+        let extent = |(start, count)| Extent::new(BlockIndex::new(start), BlockCount::new(count));
+        let last = 9 * WINDOW_BLOCKS;
+        let damaged = [(7, 3), (last - 2, 5), (2, 1), (last + 100, 1)].map(extent);
+        let found: Vec<_> = by_window(geometry, damaged.into_iter())
+            .into_values()
+            .collect();
+        assert_eq!(found, [(2, 8), (last - 2, 2), (last, 101)].map(extent));
     }
 }

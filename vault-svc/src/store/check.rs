@@ -3,24 +3,36 @@
 use object_store::{ObjectStoreExt, PutMode};
 use tidemark_block::{Checksum128, SegmentId};
 use vault_core::{
-    manifest::{Current, Manifest, StoreMarker},
+    manifest::{Current, Manifest, StoreMarker, decode_page},
     segment::{FRAMES_AT, SegmentRecord},
 };
 
 use super::{Store, StoreError, VolumeStore};
 
+/// The name of the store's marker.
+pub(crate) const MARKER: &str = "store";
+
+/// Whose store it is, by its marker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Whose {
+    /// The one that the vault has opened.
+    Own,
+    /// Another one: a disk was mounted, or put, in its place.
+    Anothers,
+}
+
 impl Store {
-    /// Whether the store's marker is this one.
+    /// Whose store it is.
     ///
     /// # Errors
-    /// It is missing or another one, or the store can't be read.
-    pub async fn check_marker(&self, marker: StoreMarker) -> Result<(), StoreError> {
-        let path = object_store::path::Path::from("store");
+    /// The marker is missing or damaged, or the store can't be read.
+    pub async fn whose(&self, marker: StoreMarker) -> Result<Whose, StoreError> {
+        let path = object_store::path::Path::from(MARKER);
         self.forget(path.as_ref()).await;
         let bytes = self.get(&path).await?;
         match StoreMarker::decode(&bytes) {
-            Ok(found) if found == marker => Ok(()),
-            Ok(_) => Err(StoreError::corrupt(&path, "it is another store's")),
+            Ok(found) if found.store == marker.store => Ok(Whose::Own),
+            Ok(_) => Ok(Whose::Anothers),
             Err(error) => Err(StoreError::corrupt(&path, error)),
         }
     }
@@ -30,7 +42,7 @@ impl Store {
     /// # Errors
     /// The store can't.
     pub async fn replace_marker(&self, marker: StoreMarker) -> Result<(), StoreError> {
-        let path = object_store::path::Path::from("store");
+        let path = object_store::path::Path::from(MARKER);
         self.put(&path, marker.encode().into(), PutMode::Overwrite)
             .await
     }
@@ -82,33 +94,57 @@ impl VolumeStore {
         self.versions_above(0).await
     }
 
-    /// Whether a manifest is whole, and, where it is the version that `newest` has, is that one.
+    /// Whether a manifest is whole, and, where it is the version that `newest` has, is that one. Gives its bytes.
     ///
     /// # Errors
     /// It is missing, damaged or another one, or the store can't be read.
-    pub async fn check_manifest(&self, newest: &Manifest, version: u64) -> Result<(), StoreError> {
+    pub async fn check_manifest(&self, newest: &Manifest, version: u64) -> Result<u64, StoreError> {
         let path = self.manifest_path(version);
         self.forget(path.as_ref()).await;
-        let found = self.manifest(version).await?;
+        let bytes = self.store.get(&path).await?;
+        let found = Manifest::decode(&bytes, self.volume, version)
+            .map_err(|e| StoreError::corrupt(&path, e))?;
         if version == newest.version && found != *newest {
             return Err(StoreError::corrupt(&path, "it is not what was written"));
         }
-        Ok(())
+        Ok(bytes.len() as u64)
     }
 
-    /// Whether the advisory object is whole, or absent.
+    /// Puts a manifest again that is damaged or gone: the same bytes as before.
+    ///
+    /// # Errors
+    /// The store can't.
+    pub async fn replace_manifest(&self, manifest: &Manifest) -> Result<(), StoreError> {
+        let path = self.manifest_path(manifest.version);
+        let bytes = manifest.encode().into();
+        self.store.put(&path, bytes, PutMode::Overwrite).await
+    }
+
+    /// Whether a page is whole. Gives its bytes.
+    ///
+    /// # Errors
+    /// It is missing or damaged, or the store can't be read.
+    pub async fn check_page(&self, name: Checksum128) -> Result<u64, StoreError> {
+        let path = self.page_path(name);
+        self.forget(path.as_ref()).await;
+        let bytes = self.store.get(&path).await?;
+        decode_page(&bytes, name).map_err(|e| StoreError::corrupt(&path, e))?;
+        Ok(bytes.len() as u64)
+    }
+
+    /// Whether the advisory object is whole, or absent. Gives its bytes.
     ///
     /// # Errors
     /// It is damaged, or the store can't be read.
-    pub async fn check_current(&self) -> Result<(), StoreError> {
+    pub async fn check_current(&self) -> Result<u64, StoreError> {
         let path = self.current_path();
         self.forget(path.as_ref()).await;
         let bytes = match self.store.get(&path).await {
-            Err(StoreError::Missing(_)) => return Ok(()),
+            Err(StoreError::Missing(_)) => return Ok(0),
             bytes => bytes?,
         };
         Current::decode(&bytes, self.volume)
-            .map(|_| ())
+            .map(|_| bytes.len() as u64)
             .map_err(|e| StoreError::corrupt(&path, e))
     }
 

@@ -121,7 +121,7 @@ impl VolumeStore {
             .await
     }
 
-    /// Deletes versions below `version`; returns how many there were.
+    /// Deletes versions below `version`; returns which there were.
     ///
     /// # Errors
     /// One can't be deleted.
@@ -129,14 +129,16 @@ impl VolumeStore {
         &self,
         version: u64,
         older_than_ms: u64,
-    ) -> Result<usize, StoreError> {
+    ) -> Result<Vec<u64>, StoreError> {
         let found = self.store.list(&self.manifests()).await?;
-        let mut pruned = 0;
+        let mut pruned = Vec::new();
         for meta in found {
             let number: Option<u64> = meta.location.filename().and_then(|name| name.parse().ok());
-            if number.is_some_and(|n| n < version) && modified_ms(&meta) <= older_than_ms {
+            if let Some(number) = number.filter(|n| *n < version)
+                && modified_ms(&meta) <= older_than_ms
+            {
                 self.store.delete(&meta.location).await?;
-                pruned += 1;
+                pruned.push(number);
             }
         }
         Ok(pruned)

@@ -69,6 +69,7 @@ impl Volume {
                         .delete_segment(id)
                         .await
                         .map_err(|e| of_store(&e))?;
+                    self.scrub.sound(self.store.segment_path(id).as_ref());
                     done.deleted_segments += 1;
                     done.freed_bytes += condemned.length;
                 }
@@ -77,6 +78,7 @@ impl Volume {
                         .delete_page(name)
                         .await
                         .map_err(|e| of_store(&e))?;
+                    self.scrub.sound(&self.store.page_name(name));
                 }
             }
             deleted.insert(condemned.object);
@@ -179,11 +181,14 @@ impl Vault {
             } else {
                 now_ms().saturating_sub(millis(keep))
             };
-            volume
+            let pruned = volume
                 .store
                 .prune_manifests(keep_from, older_than)
                 .await
                 .map_err(|e| of_store(&e))?;
+            for version in pruned {
+                volume.scrub.sound(&volume.store.manifest_name(version));
+            }
             upkeep.pruned_to = keep_from;
         }
         let due = upkeep

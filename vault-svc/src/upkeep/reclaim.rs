@@ -2,9 +2,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    pin::pin,
     sync::Arc,
 };
 
+use futures::StreamExt;
 use tidemark_block::SegmentId;
 use tidemark_proto::{Reason as ErrorReason, RpcError, vault::v1::MaintainedVolume};
 use vault_core::{
@@ -47,15 +49,10 @@ impl Volume {
         &self,
         manifest: &Manifest,
     ) -> Result<Vec<SegmentRecord>, RpcError> {
-        let mut records = manifest.tail.clone();
-        for page in &manifest.pages {
-            records.extend(
-                self.page(page.name)
-                    .await
-                    .map_err(|e| of_store(&e))?
-                    .iter()
-                    .copied(),
-            );
+        let mut records = Vec::new();
+        let mut lists = pin!(self.segment_lists(manifest));
+        while let Some(list) = lists.next().await {
+            records.extend_from_slice(&list.map_err(|e| of_store(&e))?);
         }
         Ok(records)
     }

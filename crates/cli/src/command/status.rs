@@ -166,37 +166,50 @@ fn show(global: &Global, status: &Status, clear: &str) -> Result<(), Failure> {
 
 fn describe(status: &Status, now: Timestamp) -> String {
     let mut text = headline("capture", &status.capture);
-    if !status.capture.volumes.is_empty() {
-        let rows: Vec<_> = status
-            .capture
-            .volumes
-            .iter()
-            .map(|v| {
-                [
-                    v.volume.clone(),
-                    v.state.to_owned(),
-                    v.changed_blocks.to_string(),
-                    v.snapshots.to_string(),
-                    v.generation.to_string(),
-                    format::ago(v.uplink.recovery_point, now),
-                    uplink_state(&v.uplink),
-                ]
-            })
-            .collect();
-        text.push_str(&format::table(
-            [
-                "VOLUME",
-                "STATE",
-                "CHANGED",
-                "SNAPSHOTS",
-                "GENERATION",
-                "RECOVERY POINT",
-                "UPLINK",
-            ],
-            &rows,
-        ));
+    text.push_str(&captured(&status.capture.volumes, now));
+    text.push_str(&problems(&status.capture.volumes));
+    text.push('\n');
+    text.push_str(&headline("vault", &status.vault));
+    text.push_str(&vaulted(&status.vault.volumes, now));
+    text.push_str(&damage(&status.vault.volumes));
+    text
+}
+
+fn captured(volumes: &[Volume], now: Timestamp) -> String {
+    if volumes.is_empty() {
+        return String::new();
     }
-    for v in &status.capture.volumes {
+    let rows: Vec<_> = volumes
+        .iter()
+        .map(|v| {
+            [
+                v.volume.clone(),
+                v.state.to_owned(),
+                v.changed_blocks.to_string(),
+                v.snapshots.to_string(),
+                v.generation.to_string(),
+                format::ago(v.uplink.recovery_point, now),
+                uplink_state(&v.uplink),
+            ]
+        })
+        .collect();
+    format::table(
+        [
+            "VOLUME",
+            "STATE",
+            "CHANGED",
+            "SNAPSHOTS",
+            "GENERATION",
+            "RECOVERY POINT",
+            "UPLINK",
+        ],
+        &rows,
+    )
+}
+
+fn problems(volumes: &[Volume]) -> String {
+    let mut text = String::new();
+    for v in volumes {
         for problem in [&v.problem, &v.uplink.error] {
             if !problem.is_empty() {
                 text.push_str(&format!("{}: {problem}\n", v.volume));
@@ -209,45 +222,49 @@ fn describe(status: &Status, now: Timestamp) -> String {
             ));
         }
     }
-    text.push('\n');
-    text.push_str(&headline("vault", &status.vault));
-    if !status.vault.volumes.is_empty() {
-        let rows: Vec<_> = status
-            .vault
-            .volumes
-            .iter()
-            .map(|v| {
-                [
-                    v.volume.clone(),
-                    v.source.clone(),
-                    v.generations.to_string(),
-                    v.generation.to_string(),
-                    format::ago(v.current_through, now),
-                    format::bytes(v.stored_bytes),
-                ]
-            })
-            .collect();
-        text.push_str(&format::table(
-            [
-                "VOLUME",
-                "SOURCE",
-                "GENERATIONS",
-                "NEWEST",
-                "CURRENT THROUGH",
-                "STORED",
-            ],
-            &rows,
-        ));
+    text
+}
+
+fn vaulted(volumes: &[VaultVolume], now: Timestamp) -> String {
+    if volumes.is_empty() {
+        return String::new();
     }
-    for v in &status.vault.volumes {
-        if v.scrub.damaged_objects > 0 {
-            text.push_str(&format!(
+    let rows: Vec<_> = volumes
+        .iter()
+        .map(|v| {
+            [
+                v.volume.clone(),
+                v.source.clone(),
+                v.generations.to_string(),
+                v.generation.to_string(),
+                format::ago(v.current_through, now),
+                format::bytes(v.stored_bytes),
+            ]
+        })
+        .collect();
+    format::table(
+        [
+            "VOLUME",
+            "SOURCE",
+            "GENERATIONS",
+            "NEWEST",
+            "CURRENT THROUGH",
+            "STORED",
+        ],
+        &rows,
+    )
+}
+
+fn damage(volumes: &[VaultVolume]) -> String {
+    let damaged = volumes.iter().filter(|v| v.scrub.damaged_objects > 0);
+    damaged
+        .map(|v| {
+            format!(
                 "{}: {} stored objects are damaged; `tidemark scrub {} --stored` names them\n",
                 v.volume, v.scrub.damaged_objects, v.volume
-            ));
-        }
-    }
-    text
+            )
+        })
+        .collect()
 }
 
 fn headline<V>(service: &str, status: &Service<V>) -> String {

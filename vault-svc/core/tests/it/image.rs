@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use tidemark_block::{BlockIndex, Extent, Geometry, SegmentId, Sequence};
 use vault_core::{
-    image::{ExtentMap, WINDOW_BLOCKS, live_pieces, overlay, windows},
+    image::{EntryRef, ExtentMap, WINDOW_BLOCKS, images_that_need, live_pieces, overlay, windows},
     segment::{SealedSegment, SegmentIndex, SegmentKind, SegmentWriter},
 };
 
@@ -118,6 +118,23 @@ proptest! {
         for block in window.iter() {
             prop_assert_eq!(found.get(&block.get()).copied(), seen(&contents, block.get(), newest));
         }
+    }
+
+    #[test]
+    fn the_images_that_need_an_entry_are_those_that_are_read_from_it(
+        contents in segments(), range in (0..BLOCKS, 0..BLOCKS), retained in prop::collection::btree_set(0..13_u64, 1..6),
+        segment in 0..4_usize, entries in prop::collection::hash_set(0..300_u32, 1..20),
+    ) {
+        let indexes: Vec<_> = contents.iter().map(index_of).collect();
+        let window = window(range);
+        let wanted = |at: EntryRef| at.index as usize == segment && entries.contains(&at.entry);
+        let retained: Vec<_> = retained.into_iter().map(Sequence::new).collect();
+        let read_from_it = |newest: &&Sequence| {
+            overlay(&indexes, window, **newest).iter().any(|piece| wanted(piece.source))
+        };
+        let expected: Vec<_> = retained.iter().filter(read_from_it).copied().collect();
+        let found = images_that_need(&indexes, window, &retained, wanted);
+        prop_assert_eq!(found.into_iter().collect::<Vec<_>>(), expected);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use tidemark_block::{Checksum128, FrameDecoder, IntervalId, SegmentId, UnverifiedFrame};
 use vault_core::{
-    scrub::{SegmentError, SegmentFrames, next_segments},
+    scrub::{NextSegments, SegmentError, SegmentFrames},
     segment::{FRAMES_AT, SealedSegment, SegmentIndex, SegmentRecord, decode_checksums},
 };
 
@@ -33,7 +33,9 @@ proptest! {
         let mut after = None;
         for round in 0.. {
             let there: BTreeSet<u8> = stays.union(&others[round % others.len()]).copied().collect();
-            let next = next_segments(there.iter().map(record), id(start), after, most);
+            let mut next = NextSegments::new(id(start), after, most);
+            there.iter().map(record).for_each(|record| next.offer(record));
+            let next = next.chosen();
             prop_assert!(next.len() <= most);
             let Some(last) = next.last() else { break };
             after = Some(last.id);
