@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use jiff::{RoundMode, Timestamp, TimestampRound, Unit};
 
-use crate::report::Time;
+use crate::report::{Moment, Time};
 
 /// Bytes with a unit of 1024 and one decimal: `1.5 GiB`; below 1 KiB plain.
 #[must_use]
@@ -40,14 +40,14 @@ pub fn time(time: Time) -> String {
         .mode(RoundMode::Floor);
     time.map_or_else(
         || "-".to_owned(),
-        |t| t.round(seconds).unwrap_or(t).to_string().replace('T', " "),
+        |Moment(t)| t.round(seconds).unwrap_or(t).to_string().replace('T', " "),
     )
 }
 
 /// How long ago `time` was: `12 s ago`; `never` where there is none.
 #[must_use]
 pub fn ago(time: Time, now: Timestamp) -> String {
-    let Some(time) = time else {
+    let Some(Moment(time)) = time else {
         return "never".to_owned();
     };
     let seconds = now.as_second().saturating_sub(time.as_second()).max(0);
@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn ages_have_the_unit_that_reads_best() {
         let now = Timestamp::from_second(1_000_000).unwrap();
-        let at = |second| Some(Timestamp::from_second(second).unwrap());
+        let at = |second| Some(Moment(Timestamp::from_second(second).unwrap()));
         assert_eq!(ago(None, now), "never");
         assert_eq!(ago(at(1_000_003), now), "0 s ago");
         assert_eq!(ago(at(999_900), now), "100 s ago");

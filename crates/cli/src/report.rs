@@ -2,7 +2,7 @@
 //! compares them. Fields are only ever added.
 
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tidemark_block::{Checksum128, VolumeId};
 use tidemark_proto::{
     capture::v1 as capture,
@@ -13,7 +13,17 @@ use tidemark_proto::{
 use crate::failure::Failure;
 
 /// A point in time, UTC; `null` where there is none yet.
-pub type Time = Option<Timestamp>;
+pub type Time = Option<Moment>;
+
+/// To the millisecond, always with three digits, so that the texts have the order of the times.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment(pub Timestamp);
+
+impl Serialize for Moment {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:.3}", self.0))
+    }
+}
 
 /// Milliseconds since the Unix epoch as a time; 0 is none.
 #[must_use]
@@ -24,6 +34,7 @@ pub fn time(ms: u64) -> Time {
     i64::try_from(ms)
         .ok()
         .and_then(|ms| Timestamp::from_millisecond(ms).ok())
+        .map(Moment)
 }
 
 /// A volume at the capture service.
@@ -534,5 +545,19 @@ impl Maintained {
             stored_bytes: v.stored_bytes,
             live_bytes: v.live_bytes,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_texts_of_times_have_their_order() {
+        let texts = [1_793_337_404_000, 1_793_337_404_090, 1_793_337_404_900]
+            .map(|ms| serde_json::to_string(&time(ms)).unwrap());
+        assert_eq!(texts[0], "\"2026-10-30T05:16:44.000Z\"");
+        assert!(texts.is_sorted());
+        assert_eq!(serde_json::to_string(&time(0)).unwrap(), "null");
     }
 }
