@@ -5,6 +5,7 @@
 
 pub mod config;
 mod registry;
+mod rollback;
 mod rpc;
 mod scrub;
 pub mod service;

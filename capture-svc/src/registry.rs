@@ -6,6 +6,7 @@
 
 mod add;
 mod readopt;
+mod rollback;
 
 use std::{
     collections::BTreeMap,

@@ -1,5 +1,6 @@
 //! The control interface: `tidemark.capture.v1.Capture`.
 
+mod rollback;
 mod scrub;
 mod shown;
 mod snapshots;
@@ -182,6 +183,16 @@ impl Capture for CaptureService {
         Ok(Response::new(
             self.stream_snapshot(request.into_inner()).await?,
         ))
+    }
+
+    type RollbackVolumeStream = Streamed<pb::RollbackVolumeResponse>;
+
+    async fn rollback_volume(
+        &self,
+        request: Request<pb::RollbackVolumeRequest>,
+    ) -> Reply<Self::RollbackVolumeStream> {
+        self.stopping()?;
+        Ok(Response::new(self.stream_rollback(request.into_inner())?))
     }
 
     type TriggerIntervalStream = Streamed<pb::TriggerIntervalResponse>;

@@ -19,6 +19,7 @@ pub(crate) use record::VolumeRecord;
 use crate::{
     config::{CodecSetting, Config, SpoolFull},
     engine::{Engine, EngineError, EngineOptions, SpoolPolicy, Trust},
+    rollback,
     scrub::{Scrub, ScrubSettings},
     uplink::{Opened, Settings, Uplink, blocking},
 };
@@ -121,6 +122,12 @@ impl Ready {
             Trust::Everything { reason } => {
                 tracing::warn!(volume = %record.name, reason, "opened in doubt: snapshots are gone, every block will be compared");
             }
+        }
+        if readopt {
+            // Whatever was decided was decided on another file.
+            rollback::forget(dir)?;
+        } else {
+            rollback::carry_out(dir, record.id, &engine, &mut |_, _| true)?;
         }
         let stores_kept = matches!(trust, Trust::Clean | Trust::ProcessCrash);
         let opened = Opened::open(dir, record.id, &engine, stores_kept)?;

@@ -130,6 +130,8 @@ reasons! {
     SnapshotLost = "SNAPSHOT_LOST", Conflict;
     /// The volume has as many snapshots as it may have.
     SnapshotLimit = "SNAPSHOT_LIMIT", Exhausted;
+    /// The spool has no room for what must be kept; nothing was changed.
+    SpoolTooSmall = "SPOOL_TOO_SMALL", Exhausted;
     /// No retained generation of the volume has this number.
     GenerationNotFound = "GENERATION_NOT_FOUND", NotFound;
     /// Another writer took the volume over: the term is no longer the current one.

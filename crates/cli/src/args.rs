@@ -219,6 +219,24 @@ Examples:
         #[arg(long, conflicts_with = "since")]
         force: bool,
     },
+    /// Put the volume back, in place, to what it was at a snapshot
+    #[command(after_help = "\
+What the volume holds now is kept as another snapshot, so that a rollback can be rolled back. It happens as a whole: after
+a crash or a loss of power the volume is what it was before, or what it was at the snapshot. Clients must be disconnected,
+or are with --force; unmount filesystems first.
+
+Example:
+  tidemark snapshot rollback data 3")]
+    Rollback {
+        /// Name or UUID
+        volume: String,
+        /// The snapshot's number
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        snapshot: u64,
+        /// Disconnect clients
+        #[arg(long)]
+        force: bool,
+    },
     /// Delete a snapshot and free its part of the spool
     Delete {
         /// Name or UUID

@@ -4,6 +4,7 @@ mod completions;
 mod generation;
 mod maintain;
 mod restore;
+mod rollback;
 mod scrub;
 mod ship;
 mod snapshot;

@@ -46,6 +46,11 @@ pub(super) async fn run(global: &Global, command: SnapshotCommand) -> Result<(),
             };
             read.run(global).await
         }
+        SnapshotCommand::Rollback {
+            volume,
+            snapshot,
+            force,
+        } => super::rollback::run(global, volume, snapshot, force).await,
         SnapshotCommand::Delete { volume, snapshot } => {
             let request = DeleteSnapshotRequest {
                 volume: volume.clone(),

@@ -395,6 +395,15 @@ impl Capture for Service {
         none()
     }
 
+    type RollbackVolumeStream = Streamed<capture::RollbackVolumeResponse>;
+
+    async fn rollback_volume(
+        &self,
+        _: Request<capture::RollbackVolumeRequest>,
+    ) -> Result<Response<Self::RollbackVolumeStream>, Status> {
+        none()
+    }
+
     async fn trigger_interval(
         &self,
         _: Request<capture::TriggerIntervalRequest>,

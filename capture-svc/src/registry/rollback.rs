@@ -1,0 +1,90 @@
+//! Rolling a volume back to one of its snapshots, while no client is connected.
+
+use std::sync::Arc;
+
+use anyhow::{Result, anyhow};
+use tidemark_export::NbdServer;
+use tidemark_proto::{Reason, RpcError};
+
+use super::{Registry, local};
+use crate::{
+    engine::SnapshotId,
+    rollback::{self, Plan, RollbackError},
+    uplink::{blocking, shutting_down},
+    volume::{Serving, Volume},
+};
+
+impl Registry {
+    /// Puts a volume back to what it was at a snapshot, and says what was done; none where it is that already.
+    ///
+    /// `told` hears how far it is: blocks done and in all.
+    pub(crate) async fn rollback(
+        &self,
+        text: &str,
+        snapshot: SnapshotId,
+        force: bool,
+        nbd: Option<&NbdServer>,
+        told: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<Option<Plan>, RpcError> {
+        self.stopping()?;
+        let _change = self.change.lock().await;
+        let volume = self.find(text)?;
+        let serving = volume.need()?;
+        self.unexport(&serving, force, nbd).await?;
+        let done = self.roll_back(&volume, &serving, snapshot, told).await;
+        if done.is_err() && rollback::is_decided(&volume.dir) {
+            // It goes on when the volume is opened again. Until then nobody may see it.
+            let problem =
+                format!("its rollback to snapshot {snapshot} was interrupted and will go on");
+            drop(serving);
+            if let Err(error) = volume.end(&problem).await {
+                tracing::warn!(volume = %volume.record.name, error = %format!("{error:#}"), "close a volume that is being rolled back");
+            }
+        } else if let Err(error) = serving.export_again(&self.exports) {
+            tracing::error!(volume = %volume.record.name, %error, "export a volume after its rollback");
+        }
+        done.map_err(|error| explained(&error))
+    }
+
+    async fn roll_back(
+        &self,
+        volume: &Arc<Volume>,
+        serving: &Arc<Serving>,
+        snapshot: SnapshotId,
+        mut told: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<Option<Plan>> {
+        let (engine, volume, stop) = (
+            Arc::clone(&serving.engine),
+            Arc::clone(volume),
+            self.stop.clone(),
+        );
+        blocking(move || {
+            let told = &mut |done, total| {
+                told(done, total);
+                !*stop.borrow()
+            };
+            let (dir, id) = (&volume.dir, volume.record.id);
+            if rollback::decide(dir, id, &engine, snapshot, told)?.is_none() {
+                return Ok(None);
+            }
+            rollback::carry_out(dir, id, &engine, told)?
+                .ok_or_else(|| anyhow!("the plan of the rollback is gone"))
+                .map(Some)
+        })
+        .await
+    }
+}
+
+fn explained(error: &anyhow::Error) -> RpcError {
+    match error.downcast_ref::<RollbackError>() {
+        Some(RollbackError::Stopped) => shutting_down(),
+        Some(RollbackError::NoRoom { free, needed }) => RpcError::new(
+            Reason::SpoolTooSmall,
+            format!(
+                "the spool has room for {free} bytes; keeping what the volume holds now takes {needed}"
+            ),
+            "delete snapshots, or raise spool_bytes_max; nothing was changed",
+        ),
+        None => local(error),
+    }
+}
