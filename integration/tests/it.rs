@@ -17,6 +17,8 @@ mod disks;
 mod docs;
 #[path = "it/files.rs"]
 mod files;
+#[path = "it/find_coherent.rs"]
+mod find_coherent;
 #[path = "it/first_use.rs"]
 mod first_use;
 #[path = "it/kills.rs"]

@@ -75,6 +75,8 @@ pub enum Command {
     Generation(GenerationCommand),
     /// Write a generation's image to a file, verified
     Restore(RestoreArgs),
+    /// Go back through snapshots and generations until a check of yours passes
+    FindCoherent(FindCoherentArgs),
     /// Show both services and all volumes
     Status(StatusArgs),
     /// Retire and reclaim at the vault now, or show what would be done
@@ -321,6 +323,39 @@ pub struct RestoreArgs {
     pub output: PathBuf,
     /// Replace OUTPUT where it exists
     #[arg(long)]
+    pub force: bool,
+}
+
+/// `tidemark find-coherent`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each image is written to a file of its own, verified, and checked there; the check may write to it. It is run by the shell,
+with {image} as the file's path, and TIDEMARK_CANDIDATE in its environment; what it prints goes to standard error. It
+passes where it ends with 0.
+
+Examples:
+  tidemark find-coherent data --check 'e2fsck -fp {image}'
+  tidemark find-coherent db --check './recovers.sh {image}' --bisect --dir /var/tmp --keep good.img")]
+pub struct FindCoherentArgs {
+    /// Name or UUID
+    pub volume: String,
+    /// The command that looks at an image
+    #[arg(long, value_name = "COMMAND")]
+    pub check: String,
+    /// How long a check may take; then it is killed and counts as failed
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = parse::duration)]
+    pub check_timeout: Duration,
+    /// Look by halves: right where everything older than a good image is good
+    #[arg(long)]
+    pub bisect: bool,
+    /// Where images are written to be checked [default: the folder for temporary files]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Write the image that was found to this file, as it was before the check
+    #[arg(long, value_name = "FILE")]
+    pub keep: Option<PathBuf>,
+    /// Replace FILE where it exists
+    #[arg(long, requires = "keep")]
     pub force: bool,
 }
 

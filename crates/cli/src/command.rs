@@ -1,6 +1,7 @@
 //! The subcommands, one module per family.
 
 mod completions;
+mod find_coherent;
 mod generation;
 mod maintain;
 mod restore;
@@ -47,6 +48,7 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
             Command::Scrub(args) => scrub::run(&global, args).await,
             Command::Generation(command) => generation::run(&global, command).await,
             Command::Restore(args) => restore::run(&global, args).await,
+            Command::FindCoherent(args) => find_coherent::run(&global, args).await,
             Command::Status(args) => status::run(&global, args).await,
             Command::Maintain(args) => maintain::run(&global, args).await,
             Command::Completions(args) => completions::run(&args),

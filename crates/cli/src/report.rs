@@ -16,7 +16,7 @@ use crate::failure::Failure;
 pub type Time = Option<Moment>;
 
 /// To the millisecond, always with three digits, so that the texts have the order of the times.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment(pub Timestamp);
 
 impl Serialize for Moment {

@@ -1,6 +1,6 @@
 //! `tidemark restore`.
 
-use std::{sync::Arc, time::Instant};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use futures::{Stream, StreamExt};
 use tidemark_block::{BlockSize, Geometry, ImageDigest};
@@ -21,39 +21,58 @@ use crate::{
 };
 
 pub(super) async fn run(global: &Global, args: RestoreArgs) -> Result<(), Failure> {
+    let asked = args.generation;
+    let written = write(
+        global,
+        asked.volume,
+        asked.generation,
+        args.output,
+        args.force,
+    )
+    .await?;
+    output::print(global.json, &written, &describe(&written))
+}
+
+/// Writes a generation's image to a file; without a number the newest.
+pub(super) async fn write(
+    global: &Global,
+    volume: String,
+    generation: Option<u64>,
+    output: PathBuf,
+    force: bool,
+) -> Result<Written, Failure> {
     let began = Instant::now();
     let request = RestoreRequest {
-        volume: args.generation.volume.clone(),
-        generation: args.generation.generation.unwrap_or(0),
+        volume: volume.clone(),
+        generation: generation.unwrap_or(0),
     };
     let mut answers = global.vault().await?.restore(request).await?.into_inner();
     let generation = header(&mut answers).await?;
     let geometry = geometry(generation.geometry.as_ref())?;
     let promised = digest(&generation.image_digest)?;
 
-    let (output, force) = (args.output.clone(), args.force);
-    let file = blocking(move || ImageFile::create(&output, geometry.length(), force)).await?;
+    let path = output.clone();
+    let file = blocking(move || ImageFile::create(&path, geometry.length(), force)).await?;
     let file = Arc::new(file);
     let progress = Progress::bytes(
-        &format!("{}@{}", args.generation.volume, generation.generation),
+        &format!("{volume}@{}", generation.generation),
         geometry.length(),
     );
     let received = image::receive(messages(answers, promised), geometry, &file, &progress).await?;
     finish(file).await?;
     drop(progress);
 
-    let written = Written {
-        volume: args.generation.volume,
+    Ok(Written {
+        volume,
         generation: Some(generation.generation),
         snapshot: None,
         since: None,
-        output: args.output.display().to_string(),
+        output: output.display().to_string(),
         size: geometry.length(),
         data_bytes: received.data_bytes,
         image_digest: received.digest.map(|digest| digest.to_string()),
         took_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-    };
-    output::print(global.json, &written, &describe(&written))
+    })
 }
 
 async fn header(answers: &mut Streaming<RestoreResponse>) -> Result<Generation, Failure> {

@@ -44,7 +44,8 @@ pub(super) async fn run(global: &Global, command: SnapshotCommand) -> Result<(),
                 since,
                 force,
             };
-            read.run(global).await
+            let written = read.write(global).await?;
+            output::print(global.json, &written, &describe(&written))
         }
         SnapshotCommand::Rollback {
             volume,
@@ -101,16 +102,17 @@ fn table(snapshots: &[report::Snapshot]) -> String {
     format::table(["SNAPSHOT", "CUT", "EPOCH", "COHERENCE", "LABEL"], &rows)
 }
 
-struct Read {
-    volume: String,
-    snapshot: u64,
-    output: PathBuf,
-    since: Option<u64>,
-    force: bool,
+/// What is to be read, and into which file.
+pub(super) struct Read {
+    pub(super) volume: String,
+    pub(super) snapshot: u64,
+    pub(super) output: PathBuf,
+    pub(super) since: Option<u64>,
+    pub(super) force: bool,
 }
 
 impl Read {
-    async fn run(self, global: &Global) -> Result<(), Failure> {
+    pub(super) async fn write(self, global: &Global) -> Result<Written, Failure> {
         let began = Instant::now();
         let request = ReadSnapshotRequest {
             volume: self.volume.clone(),
@@ -139,7 +141,7 @@ impl Read {
         finish(file).await?;
         drop(progress);
 
-        let written = Written {
+        Ok(Written {
             volume: self.volume,
             generation: None,
             snapshot: Some(self.snapshot),
@@ -149,8 +151,7 @@ impl Read {
             data_bytes: received.data_bytes,
             image_digest: received.digest.map(|digest| digest.to_string()),
             took_ms: u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX),
-        };
-        output::print(global.json, &written, &describe(&written))
+        })
     }
 }
 
