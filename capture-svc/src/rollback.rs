@@ -22,7 +22,7 @@ pub(crate) use plan::Plan;
 use plan::{Decided, Draft};
 
 use crate::{
-    engine::{Engine, SnapshotId, SnapshotReader},
+    engine::{Engine, EngineError, SnapshotId, SnapshotReader},
     uplink::now_ms,
 };
 
@@ -140,7 +140,14 @@ pub(crate) fn carry_out(
     engine: &Engine,
     told: Told<'_>,
 ) -> Result<Option<Plan>> {
-    plan::remove_unfinished(dir).context("remove the unfinished plan of a rollback")?;
+    let unfinished = plan::remove_unfinished(dir);
+    if let Some(kept) = unfinished.context("remove the unfinished plan of a rollback")? {
+        match engine.delete_snapshot(kept) {
+            // A loss of power has taken it, or nothing came of it.
+            Ok(()) | Err(EngineError::NoSuchSnapshot(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
     let path = plan::path_in(dir);
     let damaged = |error: anyhow::Error| {
         anyhow!(
@@ -182,7 +189,7 @@ pub(crate) fn carry_out(
 /// The plan can't be removed.
 pub(crate) fn forget(dir: &Path) -> Result<()> {
     plan::remove_unfinished(dir)
-        .and_then(|()| durable::remove_file(&plan::path_in(dir)))
+        .and_then(|_| durable::remove_file(&plan::path_in(dir)))
         .context("remove the plan of a rollback")
 }
 

@@ -94,9 +94,19 @@ fn temporary_in(dir: &Path) -> PathBuf {
     dir.join("rollback.tmp")
 }
 
-/// Removes a plan that never got its name.
-pub(super) fn remove_unfinished(dir: &Path) -> io::Result<()> {
-    durable::remove_file(&temporary_in(dir))
+/// Removes a plan that never got its name. Gives the snapshot that was taken for it, where it says so.
+pub(super) fn remove_unfinished(dir: &Path) -> io::Result<Option<SnapshotId>> {
+    let path = temporary_in(dir);
+    let kept = File::open(&path)
+        .and_then(|mut file| {
+            let mut head = [0; FRAMES_AT];
+            file.read_exact(&mut head)?;
+            Ok(Plan::decode(&head).ok().map(|plan| plan.kept))
+        })
+        .ok()
+        .flatten();
+    durable::remove_file(&path)?;
+    Ok(kept)
 }
 
 /// A plan that is being written; nothing happens for it yet.
@@ -119,27 +129,28 @@ impl Draft {
         snapshot: SnapshotId,
         kept: SnapshotId,
     ) -> io::Result<Self> {
-        let file = OpenOptions::new()
+        let mut file = OpenOptions::new()
             .write(true)
             .create(true)
             .truncate(true)
             // It holds what the volume held.
             .mode(0o600)
             .open(temporary_in(dir))?;
-        let mut file = BufWriter::with_capacity(1 << 20, file);
-        file.write_all(&[0; FRAMES_AT])?;
+        let plan = Plan {
+            volume,
+            geometry,
+            snapshot,
+            kept,
+            blocks: 0,
+            frames: 0,
+            frame_bytes: 0,
+        };
+        // At once: whoever finds it knows which snapshot was taken for it.
+        file.write_all(&plan.encode())?;
         Ok(Self {
             dir: dir.to_owned(),
-            plan: Plan {
-                volume,
-                geometry,
-                snapshot,
-                kept,
-                blocks: 0,
-                frames: 0,
-                frame_bytes: 0,
-            },
-            file,
+            plan,
+            file: BufWriter::with_capacity(1 << 20, file),
             encoder: FrameEncoder::new(geometry),
             frame: Vec::new(),
             blocks: Vec::new(),

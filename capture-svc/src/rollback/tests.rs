@@ -201,6 +201,11 @@ fn a_draft_that_a_crash_left_behind_is_removed_and_nothing_of_it_happens() {
     );
     assert!(image(&engine) == before);
     assert!(!rig.state().join("rollback.tmp").exists());
+    assert_eq!(
+        engine.list_snapshots().len(),
+        1,
+        "the one that was taken for it is gone"
+    );
 }
 
 #[test]
