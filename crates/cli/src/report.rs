@@ -355,6 +355,8 @@ pub const fn trigger(value: Trigger) -> &'static str {
         Trigger::ChangedBlocksMax => "changed_blocks_max",
         Trigger::Request => "request",
         Trigger::Resync => "resync",
+        Trigger::Schedule => "schedule",
+        Trigger::Hint => "hint",
     }
 }
 
