@@ -227,8 +227,10 @@ enum State {
 pub struct Search {
     limits: Limits,
     parties: Vec<Party>,
-    /// So many of them, from the first, were asked, or hold, and have not been told to thaw.
+    /// So many of them, from the first, were asked, or hold.
     asked: usize,
+    /// They, and all who hold, were told to thaw.
+    thawed: bool,
     /// Writes begun when all held still and none was under way.
     frozen_at: Option<u64>,
     /// Why it can't be quiesced.
@@ -251,6 +253,7 @@ impl Search {
             shortfall: parties.is_empty().then_some(Why::NothingQuiesces),
             parties,
             asked: 0,
+            thawed: false,
             frozen_at: None,
             state: State::Over,
             wake: None,
@@ -349,7 +352,11 @@ impl Search {
         seen: Seen,
         effects: &mut Vec<Effect>,
     ) {
-        let Some(party) = self.parties.get(index).filter(|_| index < self.asked) else {
+        if self.thawed {
+            return;
+        }
+        let takes_part = |party: &&Party| party.holds || index < self.asked;
+        let Some(party) = self.parties.get(index).filter(takes_part) else {
             return;
         };
         let why = Why::Party {
@@ -446,8 +453,12 @@ impl Search {
     }
 
     fn thaw(&mut self, effects: &mut Vec<Effect>) {
-        effects.extend((0..self.asked).rev().map(Effect::Thaw));
-        self.asked = 0;
+        if !self.thawed {
+            self.thawed = true;
+            let frozen = |index: &usize| *index < self.asked || self.parties[*index].holds;
+            let frozen = (0..self.parties.len()).rev().filter(frozen);
+            effects.extend(frozen.map(Effect::Thaw));
+        }
     }
 
     fn end(&mut self, effects: &mut Vec<Effect>) {

@@ -35,6 +35,8 @@ use crate::{
 
 /// How often the number of changed blocks is looked at while `changed_blocks_max` is set.
 const CHANGED_PERIOD: Duration = Duration::from_millis(250);
+/// How long the end of an uplink waits for the workload to be let go on.
+const THAW_MAX: Duration = Duration::from_secs(5);
 
 #[derive(Clone)]
 struct EngineDoubt(Arc<Engine>);
@@ -156,7 +158,8 @@ impl Driver {
         for (_, waiter) in self.waiters.drain() {
             let _ = waiter.send(Err(shutting_down()));
         }
-        self.quiesce.settled().await;
+        // What hangs is killed with this process.
+        let _ = tokio::time::timeout(THAW_MAX, self.quiesce.settled()).await;
         self.stamp_at_end().await;
     }
 
@@ -476,6 +479,7 @@ impl Driver {
             cut_time_ms,
             coherence: graded.coherence,
             trigger,
+            reason: graded.reason(),
         });
         if let Err(error) = self.store(record.clone()).await {
             let engine = Arc::clone(&self.engine);
@@ -529,9 +533,11 @@ impl Driver {
             }
             self.cut = open;
         }
-        let (Some(interval), Some(cut), Some(link)) =
-            (self.record.interval, self.cut.clone(), self.link.clone())
-        else {
+        let (Some(interval), Some(cut), Some(link)) = (
+            self.record.interval.clone(),
+            self.cut.clone(),
+            self.link.clone(),
+        ) else {
             return self.failed_here("ship", &anyhow::anyhow!("the interval is not open"));
         };
         let mut shipment = Shipment {
@@ -545,6 +551,7 @@ impl Driver {
                 epoch: interval.epoch,
                 cut_time_ms: interval.cut_time_ms,
                 coherence: interval.coherence,
+                reason: interval.reason.clone(),
                 trigger: interval.trigger,
             },
             bytes_in_flight_max: self.in_flight_max,

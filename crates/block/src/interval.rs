@@ -177,6 +177,8 @@ pub struct IntervalHeader {
     pub cut_time_ms: u64,
     /// How good the moment was.
     pub coherence: Coherence,
+    /// Why it was no better.
+    pub reason: CutReason,
     /// Why it was made.
     pub trigger: Trigger,
 }
@@ -215,6 +217,8 @@ pub struct Receipt {
     pub committed_time_ms: u64,
     /// How good the moment of the cut was.
     pub coherence: Coherence,
+    /// Why it was no better.
+    pub reason: CutReason,
     /// Why the cut was made.
     pub trigger: Trigger,
 }

@@ -286,13 +286,41 @@ fn an_agent_that_holds_still_of_its_own_accord_is_only_told_to_thaw() {
     assert_eq!(graded(&effects).0, Coherence::Quiesced);
 }
 
+#[test]
+fn an_agent_that_holds_still_and_is_lost_before_its_turn_counts_as_lost_and_all_are_thawed() {
+    let holding = Party {
+        holds: true,
+        ..party("agent log")
+    };
+    let parties = vec![party("agent db"), party("agent web"), holding];
+    let seen = written(7, 10, true);
+    for (event, why) in [
+        (Event::Failed(2, Failure::Gone), "agent log went away"),
+        (Event::Failed(0, Failure::Gone), "agent db went away"),
+    ] {
+        let (mut search, effects) = Search::begin(ms(1000), seen, LIMITS, parties.clone());
+        assert_eq!(effects, [Effect::Freeze(0)]);
+        assert_eq!(
+            search.on(ms(1001), seen, Event::Failed(1, Failure::Gone)),
+            [],
+            "not asked yet"
+        );
+        let effects = search.on(ms(1001), seen, event);
+        assert_eq!(effects, [Effect::Thaw(2), Effect::Thaw(0), Effect::Cut]);
+        let effects = search.on(ms(1002), seen, Event::CutMade);
+        assert_eq!(graded(&effects), (Coherence::Flushed, why.to_owned()));
+    }
+}
+
 /// What really happens, as a naive model of it.
 #[derive(Debug, Default)]
 struct World {
     now: u64,
     seen: Seen,
-    /// Asked and not thawed, in order; with whether it has said that it holds still.
-    held: Vec<(usize, bool)>,
+    /// Asked, in order; with whether it has said that it holds still.
+    asked: Vec<(usize, bool)>,
+    /// Told to thaw, in order.
+    thawed: Vec<usize>,
     cuts: u32,
     /// Somebody failed, or was late.
     failed: bool,
@@ -306,25 +334,23 @@ impl World {
         for effect in effects {
             match effect {
                 Effect::Freeze(n) => {
-                    for (index, party) in parties.iter().enumerate().take(*n).skip(self.held.len())
-                    {
-                        prop_assert!(party.holds, "{index} was passed over");
-                        self.held.push((index, true));
-                    }
-                    prop_assert_eq!(*n, self.held.len(), "in order");
-                    prop_assert!(self.held.iter().all(|(_, frozen)| *frozen));
-                    self.held.push((*n, false));
+                    let from = self.asked.last().map_or(0, |(last, _)| last + 1);
+                    prop_assert!(
+                        parties[from..*n].iter().all(|party| party.holds),
+                        "one was passed over"
+                    );
+                    prop_assert!(self.asked.iter().all(|(_, frozen)| *frozen));
+                    prop_assert!(self.thawed.is_empty());
+                    self.asked.push((*n, false));
                 }
                 Effect::Thaw(n) => {
-                    // Those that hold of their own accord, behind the last one that was asked.
-                    while self.held.len() <= *n {
-                        self.held.push((self.held.len(), true));
-                    }
-                    prop_assert_eq!(
-                        self.held.pop().map(|held| held.0),
-                        Some(*n),
-                        "in reverse order"
+                    let was_asked = self.asked.iter().any(|(asked, _)| asked == n);
+                    prop_assert!(was_asked || parties[*n].holds);
+                    prop_assert!(
+                        self.thawed.last().is_none_or(|last| n < last),
+                        "in reverse order, once"
                     );
+                    self.thawed.push(*n);
                 }
                 Effect::Cut => self.cuts += 1,
                 Effect::Graded(_) | Effect::Skip(_) => {}
@@ -332,6 +358,11 @@ impl World {
         }
         prop_assert!(self.cuts <= 1, "two cuts for one want");
         Ok(())
+    }
+
+    fn left_frozen(&self, parties: &[Party]) -> bool {
+        let frozen = |n: usize| parties[n].holds || self.asked.iter().any(|(asked, _)| *asked == n);
+        (0..parties.len()).any(|n| frozen(n) && !self.thawed.contains(&n))
     }
 
     fn write(&mut self, begins: bool) {
@@ -372,7 +403,7 @@ proptest! {
             let then = world.now + n;
             world.now = search.wake().map_or(then, |wake| then.min(u64::try_from(wake.as_millis()).unwrap()));
             let now = ms(world.now);
-            let current = world.held.last().copied();
+            let current = world.asked.last().copied().filter(|_| world.thawed.is_empty());
             let event = match (step, current) {
                 (0 | 1, _) => { world.write(step == 0); continue; }
                 (2, _) => { world.seen.flushed |= !world.seen.in_flight; continue; }
@@ -381,7 +412,7 @@ proptest! {
                     if late {
                         world.failed = true;
                     } else {
-                        world.held.last_mut().unwrap().1 = true;
+                        world.asked.last_mut().unwrap().1 = true;
                         if holds[index + 1..].iter().all(|holds| *holds) {
                             world.frozen_all = true;
                             world.disturbed = world.seen.in_flight && world.disturbed;
@@ -390,6 +421,10 @@ proptest! {
                     Event::Frozen(index)
                 }
                 (5, Some((index, _))) if n < 10 => { world.failed = true; Event::Failed(index, Failure::Gone) }
+                (8, _) if n < 5 && holds.last() == Some(&true) && world.thawed.is_empty() => {
+                    world.failed = true;
+                    Event::Failed(holds.len() - 1, Failure::Gone)
+                }
                 (6, _) if world.cuts == 1 => Event::CutMade,
                 (7, _) if n == 0 => Event::Abandoned,
                 _ => Event::Look,
@@ -424,7 +459,7 @@ proptest! {
             }
             over = search.is_over();
             if over {
-                prop_assert!(world.held.is_empty(), "left frozen: {:?}", world.held);
+                prop_assert!(!world.left_frozen(&parties), "left frozen: {:?}", world);
                 prop_assert_eq!(search.on(now, world.seen, Event::CutMade), Vec::new());
                 break;
             }
@@ -432,7 +467,7 @@ proptest! {
         if !over {
             let effects = search.on(ms(world.now), world.seen, Event::Abandoned);
             world.perform(&effects, &parties)?;
-            prop_assert!(world.held.is_empty(), "left frozen: {:?}", world.held);
+            prop_assert!(!world.left_frozen(&parties), "left frozen: {:?}", world);
         }
     }
 }
