@@ -9,7 +9,7 @@ use tidemark_config::{Rules, settings};
 use tidemark_telemetry::LogFormat;
 
 pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
-pub use values::{NbdListen, NbdListens};
+pub use values::{CommandLine, NbdListen, NbdListens, Schedule};
 
 use values::kebab;
 
@@ -37,6 +37,17 @@ kebab!(
     }
 );
 
+kebab!(
+    /// What happens where a volume's workload can't be quiesced.
+    QuiesceFailure {
+        /// The next best moment is looked for, and the cut's grade says so.
+        #[default]
+        Cut = "cut",
+        /// No cut: the next time that one is wanted tries again.
+        Skip = "skip",
+    }
+);
+
 settings! {
     /// Directory of everything the service must remember. One service per directory.
     state: PathBuf = PathBuf::from("/var/lib/tidemark/capture");
@@ -52,6 +63,20 @@ settings! {
     interval_max: Span = Span::from_secs(15 * 60);
     /// Cut as soon as so many blocks have changed since the last cut. 0: never.
     changed_blocks_max: u64 = 0;
+    /// Cut at these times too: five fields of cron and a time zone, as in "0 3 * * * Europe/Berlin". Empty: none.
+    schedule: Schedule = Schedule::default();
+    /// Longest search for a moment without writes once a cut is wanted. 0s: it is made at once.
+    lull_wait_max: Span = Span::from_secs(2);
+    /// So long without a write is a good moment to cut.
+    lull_min: Span = Span::from_millis(50);
+    /// Command that freezes the workload before a cut: a shell line, or a list of program and arguments. Empty: none.
+    quiesce_pre: CommandLine = CommandLine::default();
+    /// Command that lets it go on; it runs whatever became of the first one.
+    quiesce_post: CommandLine = CommandLine::default();
+    /// Time that a freeze may take, and each command.
+    quiesce_timeout: Span = Span::from_secs(5);
+    /// Where the workload can't be quiesced: cut at the next best moment, or skip the cut.
+    quiesce_failure: QuiesceFailure = QuiesceFailure::Cut;
     /// Room for before-images, per volume.
     spool_bytes_max: ByteSize = ByteSize::mib(1024);
     /// What happens when the spool is full: give-up or stall.
@@ -110,6 +135,11 @@ impl Settings for Config {
             self.source_name.len() <= 255,
             "must have at most 255 bytes",
         );
+        rules.that(
+            "quiesce_pre",
+            self.quiesce_pre.is_empty() == self.quiesce_post.is_empty(),
+            "must be given together with quiesce_post: what freezes must be let go on",
+        );
         rules.at_least("spool_bytes_max", self.spool_bytes_max, ByteSize::mib(1));
         rules.within("zstd_level", self.zstd_level, 1..=19);
         rules.within(
@@ -127,6 +157,8 @@ impl Settings for Config {
             ("interval_max", self.interval_max),
             ("backoff_min", self.backoff_min),
             ("retry_period", self.retry_period),
+            ("lull_min", self.lull_min),
+            ("quiesce_timeout", self.quiesce_timeout),
         ] {
             rules.that(key, !time.is_zero(), "must be above 0s");
         }

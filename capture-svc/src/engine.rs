@@ -6,6 +6,7 @@
 //! old cuts, and `open` for how it all begins and ends. `docs/CRASH-RULES.md` says what is durable before what,
 //! `docs/FORMAT-CAPTURE.md` how it lies on disk.
 
+mod activity;
 mod device;
 mod error;
 mod files;
@@ -27,6 +28,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use activity::Activity;
+pub use activity::Sample;
 use capture_core::engine::{
     capture::{Capture, CaptureError},
     cut::{Cut, Purpose},
@@ -180,6 +183,7 @@ pub struct Engine {
     options: EngineOptions,
     dir: std::path::PathBuf,
     closed: AtomicBool,
+    activity: Activity,
     /// One cut after the other.
     cutting: Mutex<()>,
     last_flip: Mutex<Duration>,
@@ -377,12 +381,27 @@ impl Engine {
     /// # Errors
     /// [`EngineError::IntervalOpen`] where one is open; where it can't be written the blocks go into the next one.
     pub fn begin_interval(self: &Arc<Self>) -> Result<IntervalCut, EngineError> {
-        let cut = self.cut(Purpose::Interval)?;
-        self.open_interval().ok_or(EngineError::GivenUp(cut))
+        Ok(self.begin_observed_interval()?.0)
+    }
+
+    /// As [`Self::begin_interval`]; also says what the data path had done right after the flip.
+    ///
+    /// # Errors
+    /// As [`Self::begin_interval`].
+    pub fn begin_observed_interval(self: &Arc<Self>) -> Result<(IntervalCut, Sample), EngineError> {
+        let (cut, at_flip) = self.cut(Purpose::Interval)?;
+        let interval = self.open_interval().ok_or(EngineError::GivenUp(cut))?;
+        Ok((interval, at_flip))
+    }
+
+    /// What the data path has done so far. Cheap.
+    #[must_use]
+    pub fn activity(&self) -> Sample {
+        self.activity.sample()
     }
 
     /// Flips, waits for the settle, and finishes the cut.
-    fn cut(&self, purpose: Purpose) -> Result<Epoch, EngineError> {
+    fn cut(&self, purpose: Purpose) -> Result<(Epoch, Sample), EngineError> {
         let _cutting = self.cutting.lock();
         self.check_open()?;
         let begun = Instant::now();
@@ -390,13 +409,14 @@ impl Engine {
             .capture
             .begin_cut(purpose)
             .map_err(|error| self.explain(error))?;
+        let at_flip = self.activity.sample();
         *self.last_flip.lock() = begun.elapsed();
         self.settle(&cut);
         let epoch = Epoch::new(cut.epoch());
         let finished = self.capture.finish_cut(cut);
         self.tell(&self.capture.take_damage());
         finished.map_err(|error| self.explain(error))?;
-        Ok(epoch)
+        Ok((epoch, at_flip))
     }
 
     fn settle(&self, cut: &Cut) {
@@ -459,7 +479,7 @@ impl Engine {
         if label.len() > LABEL_MAX {
             return Err(EngineError::LabelTooLong(label.len()));
         }
-        let cut = self.cut(Purpose::Snapshot {
+        let (cut, _) = self.cut(Purpose::Snapshot {
             label: label.to_owned(),
             time_ms: now_ms,
         })?;

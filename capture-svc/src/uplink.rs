@@ -10,6 +10,7 @@ mod crash;
 mod damage;
 mod driver;
 mod link;
+mod moment;
 mod open;
 mod pending;
 mod produce;
@@ -30,6 +31,7 @@ use std::{
 use anyhow::{Context, Result};
 use capture_core::{
     codec::CodecRule,
+    coherence::Limits,
     interval::{Backoff, Triggers},
 };
 use tidemark_block::{Geometry, Receipt, VolumeId};
@@ -44,7 +46,7 @@ pub(crate) use ship::stopped;
 pub use status::{UplinkState, UplinkStatus};
 pub(crate) use table::BaseTable;
 
-use crate::engine::Engine;
+use crate::{config::Schedule, engine::Engine, quiesce::QuiesceSettings};
 use driver::Driver;
 
 /// Requests that may wait to be noticed.
@@ -61,6 +63,9 @@ pub(crate) struct Settings {
     /// The volume's state directory.
     pub(crate) dir: PathBuf,
     pub(crate) triggers: Triggers,
+    pub(crate) schedule: Schedule,
+    pub(crate) moment: Limits,
+    pub(crate) quiesce: QuiesceSettings,
     pub(crate) backoff: Backoff,
     pub(crate) codec: CodecRule,
     pub(crate) zstd_level: i32,

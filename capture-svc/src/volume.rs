@@ -7,6 +7,7 @@ use std::{path::PathBuf, sync::Arc};
 use anyhow::{Context, Result};
 use capture_core::{
     codec::CodecRule,
+    coherence::{Limits, OnFailure},
     interval::{Backoff, Triggers},
 };
 use parking_lot::RwLock;
@@ -17,8 +18,9 @@ use tokio::sync::watch;
 pub(crate) use record::VolumeRecord;
 
 use crate::{
-    config::{CodecSetting, Config, SpoolFull},
+    config::{CodecSetting, Config, QuiesceFailure, SpoolFull},
     engine::{Engine, EngineError, EngineOptions, SpoolPolicy, Trust},
+    quiesce::QuiesceSettings,
     rollback,
     scrub::{Scrub, ScrubSettings},
     uplink::{Opened, Settings, Uplink, blocking},
@@ -172,6 +174,20 @@ fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config) -> Settings {
             changed_blocks_max: (config.changed_blocks_max > 0)
                 .then_some(config.changed_blocks_max),
             backoff,
+        },
+        schedule: config.schedule.clone(),
+        moment: Limits {
+            lull_wait_max: config.lull_wait_max.get(),
+            lull_min: config.lull_min.get(),
+            on_failure: match config.quiesce_failure {
+                QuiesceFailure::Cut => OnFailure::Cut,
+                QuiesceFailure::Skip => OnFailure::Skip,
+            },
+        },
+        quiesce: QuiesceSettings {
+            pre: config.quiesce_pre.clone(),
+            post: config.quiesce_post.clone(),
+            time: config.quiesce_timeout.get(),
         },
         backoff,
         codec: match config.codec {

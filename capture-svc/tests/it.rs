@@ -3,6 +3,8 @@
 
 #[path = "it/bad_input.rs"]
 mod bad_input;
+#[path = "it/coherence.rs"]
+mod coherence;
 #[path = "it/control.rs"]
 mod control;
 #[path = "it/damage.rs"]

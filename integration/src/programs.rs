@@ -393,6 +393,8 @@ impl Split {
             .arg("--state")
             .arg(&self.capture_state)
             .arg(format!("--nbd=unix:{}", self.socket.display()))
+            // Tests that want to wait for a lull say so.
+            .env("CAPTURE_LULL_WAIT_MAX", "0s")
             .args(&self.capture_flags)
             .stderr(self.log("capture-svc"));
         self.capture = Some(Process::spawn(&mut command, "capture-svc"));

@@ -207,8 +207,8 @@ pub fn trigger(code: i32) -> Result<Trigger, WireError> {
 #[cfg(test)]
 mod tests {
     use tidemark_block::{
-        BlockCount, BlockIndex, Checksum128, Epoch, GenerationId, IntervalHeader, IntervalSeal,
-        Receipt, WriterTerm,
+        BlockCount, BlockIndex, Checksum128, CutReason, Epoch, GenerationId, IntervalHeader,
+        IntervalSeal, Receipt, WriterTerm,
     };
 
     use super::*;
@@ -228,6 +228,7 @@ mod tests {
             epoch: Epoch::new(7),
             cut_time_ms: 1_700_000_000_000,
             coherence: Coherence::Flushed,
+            reason: CutReason::new("agent db went away"),
             trigger: Trigger::Request,
         }
     }
@@ -244,6 +245,7 @@ mod tests {
             cut_time_ms: 1,
             committed_time_ms: 2,
             coherence: Coherence::Crash,
+            reason: CutReason::new("writes without a pause"),
             trigger: Trigger::Resync,
         }
     }
@@ -438,6 +440,8 @@ mod tests {
             (common::Trigger::ChangedBlocksMax, Trigger::ChangedBlocksMax),
             (common::Trigger::Request, Trigger::Request),
             (common::Trigger::Resync, Trigger::Resync),
+            (common::Trigger::Schedule, Trigger::Schedule),
+            (common::Trigger::Hint, Trigger::Hint),
         ] {
             assert_eq!(trigger(wire.into()), Ok(domain));
         }

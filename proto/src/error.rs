@@ -162,6 +162,8 @@ reasons! {
     Busy = "BUSY", Unavailable;
     /// The service is stopping.
     ShuttingDown = "SHUTTING_DOWN", Unavailable;
+    /// The workload could not be quiesced, and by its policy nothing is cut then.
+    NotQuiesced = "NOT_QUIESCED", Unavailable;
     /// The peer can't be reached, or the connection broke.
     Unreachable = "UNREACHABLE", Unavailable;
     /// The failure of a disk or a file.

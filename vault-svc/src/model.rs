@@ -180,6 +180,7 @@ impl World {
                 cut_time_ms: 0,
                 committed_time_ms: 0,
                 coherence: flown.header.coherence,
+                reason: flown.header.reason.clone(),
                 trigger: flown.header.trigger,
             };
             self.landed(&receipt);

@@ -62,6 +62,16 @@ pub enum Event {
     Requested(Ticket),
     /// Blocks joined the doubt, or the vault must be compared with: an interval should follow soon.
     ResyncWanted,
+    /// The schedule says that now is a time to cut.
+    Scheduled,
+    /// The workload says that now is a good moment.
+    Hinted,
+    /// No cut is made this time: the workload can't be quiesced. Those who wait are answered. `jitter` is random, 0
+    /// to 1.
+    Skipped {
+        /// In thousandths.
+        jitter_permille: u16,
+    },
     /// The cut that was asked for has been made.
     Cut,
     /// The interval in flight was committed, or had no changes.
@@ -93,6 +103,8 @@ pub struct Controller {
     flight: Option<Flight>,
     waiting: Vec<Ticket>,
     resync: bool,
+    scheduled: bool,
+    hinted: bool,
     initial: bool,
     changed: u64,
     given_up: u32,
@@ -116,6 +128,8 @@ impl Controller {
             },
             waiting: Vec::new(),
             resync: false,
+            scheduled: false,
+            hinted: false,
             initial,
             changed: 0,
             given_up: 0,
@@ -132,10 +146,23 @@ impl Controller {
                 self.not_before = self.not_before.min(now);
             }
             Event::ResyncWanted => self.resync = true,
+            Event::Scheduled => self.scheduled = true,
+            Event::Hinted => self.hinted = true,
+            Event::Skipped { jitter_permille } => {
+                self.last_cut = Some(now);
+                self.scheduled = false;
+                self.hinted = false;
+                self.back_off(now, jitter_permille);
+                return Answered {
+                    tickets: std::mem::take(&mut self.waiting),
+                };
+            }
             Event::Cut => {
                 self.last_cut = Some(now);
                 self.changed = 0;
                 self.resync = false;
+                self.scheduled = false;
+                self.hinted = false;
                 self.flight = Some(Flight {
                     tickets: std::mem::take(&mut self.waiting),
                 });
@@ -155,12 +182,16 @@ impl Controller {
                     self.waiting.splice(0..0, flight.tickets);
                     self.resync = true;
                 }
-                self.given_up += 1;
-                let jitter = f64::from(jitter_permille) / 1000.0;
-                self.not_before = now + self.triggers.backoff.wait(self.given_up, jitter);
+                self.back_off(now, jitter_permille);
             }
         }
         Answered::default()
+    }
+
+    fn back_off(&mut self, now: Duration, jitter_permille: u16) {
+        self.given_up += 1;
+        let jitter = f64::from(jitter_permille) / 1000.0;
+        self.not_before = now + self.triggers.backoff.wait(self.given_up, jitter);
     }
 
     /// Why a cut is due now; none where it isn't.
@@ -177,6 +208,10 @@ impl Controller {
             Some(Trigger::Request)
         } else if self.resync {
             Some(Trigger::Resync)
+        } else if self.hinted {
+            Some(Trigger::Hint)
+        } else if self.scheduled {
+            Some(Trigger::Schedule)
         } else if self.triggers.changed_blocks_max.is_some_and(changed) {
             Some(Trigger::ChangedBlocksMax)
         } else if self.last_cut.is_none_or(elapsed) {
@@ -195,7 +230,8 @@ impl Controller {
         let by_time = self
             .last_cut
             .map_or(now, |last| last.saturating_add(self.triggers.interval_max));
-        let soon = self.initial || self.resync || !self.waiting.is_empty();
+        let asked = self.scheduled || self.hinted || !self.waiting.is_empty();
+        let soon = self.initial || self.resync || asked;
         Some(if soon {
             self.not_before
         } else {
@@ -239,6 +275,10 @@ mod tests {
         },
     };
 
+    const SKIPPED: Event = Event::Skipped {
+        jitter_permille: 1000,
+    };
+
     fn settled_at_zero() -> Controller {
         let mut c = Controller::new(TRIGGERS, at(0), false, false);
         c.on(at(0), Event::Cut);
@@ -249,7 +289,7 @@ mod tests {
     #[test]
     fn each_trigger_makes_a_cut_due_at_its_moment() {
         type Case = (&'static [(u64, Event)], u64, Option<Trigger>);
-        let cases: [Case; 8] = [
+        let cases: [Case; 12] = [
             (&[], 899, None),
             (&[], 900, Some(Trigger::IntervalMax)),
             (&[(5, Event::Changed(99))], 5, None),
@@ -270,6 +310,18 @@ mod tests {
                 Some(Trigger::Request),
             ),
             (&[(5, Event::Changed(500)), (6, Event::Cut)], 5000, None),
+            (&[(5, Event::Scheduled)], 5, Some(Trigger::Schedule)),
+            (
+                &[(5, Event::Scheduled), (5, Event::Hinted)],
+                5,
+                Some(Trigger::Hint),
+            ),
+            (
+                &[(5, Event::Scheduled), (5, Event::Hinted), (6, Event::Cut)],
+                6,
+                None,
+            ),
+            (&[(5, Event::Hinted), (6, SKIPPED)], 905, None),
         ];
         for (events, now, due) in cases {
             let mut c = settled_at_zero();
@@ -334,6 +386,19 @@ mod tests {
             c.on(at(101), Event::Settled).tickets,
             [Ticket(1), Ticket(2)]
         );
+    }
+
+    #[test]
+    fn where_no_cut_is_made_those_who_wait_are_answered_and_what_is_wanted_still_comes_later() {
+        let mut c = settled_at_zero();
+        c.on(at(5), Event::Requested(Ticket(1)));
+        c.on(at(5), Event::Changed(100));
+        assert_eq!(c.on(at(6), SKIPPED).tickets, [Ticket(1)]);
+        assert_eq!(c.due(at(6)), None);
+        assert_eq!(c.due(at(7)), Some(Trigger::ChangedBlocksMax));
+        c.on(at(7), SKIPPED);
+        assert_eq!(c.due(at(8)), None, "longer each time");
+        assert_eq!(c.due(at(9)), Some(Trigger::ChangedBlocksMax));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Decisions of the capture service, free of I/O.
 
 pub mod codec;
+pub mod coherence;
 pub mod engine;
 pub mod interval;
 mod sync;

@@ -48,6 +48,9 @@ fn what_is_printed_loads_again() {
         nbd: NbdListens(vec!["unix:/run/nbd.sock".parse().unwrap()]),
         spool_full: SpoolFull::Stall,
         scrub_period: Span::from_secs(0),
+        schedule: "30 2 * * MON-FRI Europe/Berlin".parse().unwrap(),
+        quiesce_pre: "fsfreeze -f /data".into(),
+        quiesce_post: "fsfreeze -u /data".into(),
         ..Config::default()
     };
     let again = load(&config.to_toml(), &[], Flags::default()).unwrap();
@@ -90,4 +93,44 @@ fn addresses_of_nbd_are_absolute_paths_or_tcp_with_a_port() {
     for text in ["unix:relative", "tcp:host:1", "tcp:127.0.0.1", "/a/b", ""] {
         assert!(text.parse::<NbdListen>().is_err(), "{text}");
     }
+}
+
+#[test]
+fn commands_are_lines_for_the_shell_or_lists_of_words_and_come_in_pairs() {
+    let toml = "quiesce_pre = [\"/bin/freeze\", \"a b\"]\n";
+    let environment = [("CAPTURE_QUIESCE_POST", "thaw $TIDEMARK_VOLUME")];
+    let config = load(toml, &environment, Flags::default()).unwrap();
+    assert_eq!(config.quiesce_pre.words(), ["/bin/freeze", "a b"]);
+    assert_eq!(
+        config.quiesce_post.words(),
+        ["/bin/sh", "-c", "thaw $TIDEMARK_VOLUME"]
+    );
+    let error = load(toml, &[], Flags::default()).unwrap_err();
+    assert!(error.to_string().contains("together with quiesce_post"));
+}
+
+#[test]
+fn a_schedule_has_a_time_zone_and_keeps_to_its_clock_changes() {
+    for text in [
+        "0 3 * * *",
+        "0 3 * * * Nowhere/Else",
+        "61 * * * * UTC",
+        "daily",
+    ] {
+        assert!(text.parse::<Schedule>().is_err(), "{text}");
+    }
+    let hour = 3_600_000;
+    let schedule: Schedule = "0 3 * * * Europe/Berlin".parse().unwrap();
+    // 2026-10-24 12:00 UTC: the next 3 o'clock is 2 o'clock UTC, after the clocks were set back.
+    let noon = 1_792_843_200_000;
+    assert_eq!(schedule.next_after(noon), Some(noon + 14 * hour));
+    assert_eq!(
+        schedule.next_after(noon + 14 * hour),
+        Some(noon + 38 * hour)
+    );
+    assert_eq!(
+        schedule.next_after(noon - 24 * hour),
+        Some(noon - 11 * hour)
+    );
+    assert_eq!(Schedule::default().next_after(noon), None);
 }

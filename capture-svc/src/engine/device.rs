@@ -59,6 +59,7 @@ impl Engine {
     }
 
     fn change(&self, offset: u64, change: Change<'_>, fua: bool) -> io::Result<()> {
+        let writing = self.activity.write_begins();
         let epoch = self.capture.enter().map_err(|error| refused(&error))?;
         {
             let _entered = Entered {
@@ -74,10 +75,11 @@ impl Engine {
             })?;
         }
         if fua {
-            self.capture.sync().map_err(|error| refused(&error))
-        } else {
-            Ok(())
+            let flushing = writing.flush_begins();
+            self.capture.sync().map_err(|error| refused(&error))?;
+            self.activity.flush_succeeded(flushing);
         }
+        Ok(())
     }
 
     fn run(&self, mut op: WriteOp<'_>, scratch: &mut [u8]) -> io::Result<()> {
@@ -189,7 +191,10 @@ impl BlockDevice for Engine {
 
     fn flush(&self) -> io::Result<()> {
         self.refuse_when_closed()?;
-        self.capture.sync().map_err(|error| refused(&error))
+        let flushing = self.activity.flush_begins();
+        self.capture.sync().map_err(|error| refused(&error))?;
+        self.activity.flush_succeeded(flushing);
+        Ok(())
     }
 
     fn trim(&self, offset: u64, len: u64, fua: bool) -> io::Result<()> {

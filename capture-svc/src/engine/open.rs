@@ -312,6 +312,7 @@ fn start(
         options,
         dir: dir.to_owned(),
         closed: AtomicBool::new(false),
+        activity: super::Activity::new(),
         cutting: parking_lot::Mutex::default(),
         last_flip: parking_lot::Mutex::default(),
         relieving: parking_lot::Mutex::default(),

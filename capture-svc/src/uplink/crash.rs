@@ -18,8 +18,9 @@ use std::{
 };
 
 use tidemark_block::{
-    BlockCount, BlockIndex, BlockSize, Checksum128, Coherence, Epoch, Extent, GenerationId,
-    Geometry, ImageDigest, IntervalId, MemoryTable, Trigger, VolumeId, image_digest, xxh3_128,
+    BlockCount, BlockIndex, BlockSize, Checksum128, Coherence, CutReason, Epoch, Extent,
+    GenerationId, Geometry, ImageDigest, IntervalId, MemoryTable, Trigger, VolumeId, image_digest,
+    xxh3_128,
 };
 
 use super::{
@@ -321,6 +322,7 @@ impl<'a> Uplink<'a> {
             base: record.base,
             cut_time_ms: generation.get(),
             coherence: Coherence::Crash,
+            reason: CutReason::default(),
             trigger: Trigger::Request,
         });
         self.store(record)?;
@@ -380,7 +382,7 @@ impl<'a> Uplink<'a> {
 fn key(record: &UplinkRecord) -> PendingKey {
     PendingKey {
         volume: VOLUME,
-        interval: record.interval.unwrap().id,
+        interval: record.interval.as_ref().unwrap().id,
         base: record.base,
     }
 }

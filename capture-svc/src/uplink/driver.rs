@@ -7,7 +7,7 @@ use capture_core::{
     interval::{Controller, Event as IntervalEvent, Ticket},
     uplink::{Action, Event, Failure, Uplink as Machine},
 };
-use tidemark_block::{BlockSet, Coherence, IntervalHeader, IntervalId, Receipt, Trigger};
+use tidemark_block::{BlockSet, IntervalHeader, IntervalId, Receipt, Trigger};
 use tidemark_proto::{
     ErrorKind, Reason, RpcError,
     convert::{CurrentMark, TermRequest},
@@ -21,16 +21,22 @@ use tokio::{
 use super::{
     BaseTable, Opened, Request, Settings, UplinkState, UplinkStatus, blocking,
     link::{Link, failure_of},
+    moment::Moment,
     now_ms, open, pending, produce, random_id,
     record::{IntervalRecord, UplinkRecord},
     resync::{self, Doubt, ResyncError, Target},
     ship::{ShipError, Shipment, Shipped, stopped},
     shutting_down, walk,
 };
-use crate::engine::{Engine, EngineError, IntervalCut};
+use crate::{
+    engine::{Engine, EngineError, IntervalCut},
+    quiesce::Quiesce,
+};
 
 /// How often the number of changed blocks is looked at while `changed_blocks_max` is set.
 const CHANGED_PERIOD: Duration = Duration::from_millis(250);
+/// How long the end of an uplink waits for the workload to be let go on.
+const THAW_MAX: Duration = Duration::from_secs(5);
 
 #[derive(Clone)]
 struct EngineDoubt(Arc<Engine>);
@@ -67,6 +73,9 @@ pub(super) struct Driver {
     pub(super) stamping: Option<JoinHandle<()>>,
     /// Why the last cut failed; none once one has been made.
     pub(super) cut_error: Option<String>,
+    pub(super) quiesce: Quiesce,
+    /// The next time of the schedule, in milliseconds since the Unix epoch.
+    pub(super) scheduled_ms: Option<u64>,
 }
 
 /// What performing an action led to.
@@ -91,6 +100,8 @@ impl Driver {
         Self {
             machine: Machine::new(opened.facts, settings.backoff),
             controller: Controller::new(settings.triggers, Duration::ZERO, initial, in_flight),
+            quiesce: Quiesce::new(settings.quiesce.clone(), &settings.name, &settings.dir),
+            scheduled_ms: settings.schedule.next_after(now_ms()),
             settings,
             engine,
             table: opened.table,
@@ -147,6 +158,8 @@ impl Driver {
         for (_, waiter) in self.waiters.drain() {
             let _ = waiter.send(Err(shutting_down()));
         }
+        // What hangs is killed with this process.
+        let _ = tokio::time::timeout(THAW_MAX, self.quiesce.settled()).await;
         self.stamp_at_end().await;
     }
 
@@ -388,7 +401,7 @@ impl Driver {
         }
     }
 
-    fn take(&mut self, request: Request) {
+    pub(super) fn take(&mut self, request: Request) {
         let now = self.now();
         match request {
             Request::Interval(answer) => {
@@ -412,10 +425,12 @@ impl Driver {
             let now = self.now();
             let hint = self.engine.changed_hint();
             self.controller.on(now, IntervalEvent::Changed(hint));
+            let next_look = self.heed_schedule(now);
             if let Some(trigger) = self.controller.due(now) {
                 return self.cut(trigger).await;
             }
             let mut wake = self.controller.wake(now).unwrap_or(now + CHANGED_PERIOD);
+            wake = wake.min(next_look);
             if self.settings.triggers.changed_blocks_max.is_some() {
                 wake = wake.min(now + CHANGED_PERIOD);
             }
@@ -438,24 +453,21 @@ impl Driver {
         if let Err(error) = released.await {
             return self.cut_failed(&error);
         }
-        // Before the hint: what is counted as unchanged was so at this time.
-        let cut_time_ms = now_ms().max(self.record.last_cut_ms + 1);
-        let unchanged = self.engine.changed_hint() == 0 && self.record.base.get() > 0;
-        if unchanged && self.record.base_digest.is_some() {
-            self.cut_error = None;
-            let now = self.now();
-            self.controller.on(now, IntervalEvent::Cut);
-            return self
-                .mark_current(IntervalId::from_bytes(random_id()), cut_time_ms)
-                .await;
-        }
-        let engine = Arc::clone(&self.engine);
-        let begun = tokio::task::spawn_blocking(move || engine.begin_interval()).await;
-        let cut = match begun {
-            Ok(Ok(cut)) => cut,
-            Ok(Err(EngineError::Closed)) => return Outcome::Stop,
-            Ok(Err(error)) => return self.cut_failed(&error.into()),
-            Err(error) => return self.cut_failed(&error.into()),
+        let (cut, cut_time_ms, graded) = match self.cut_at_best_moment().await {
+            Moment::Cut {
+                cut,
+                cut_time_ms,
+                graded,
+            } => (cut, cut_time_ms, graded),
+            Moment::Unchanged { cut_time_ms } => {
+                self.cut_error = None;
+                let now = self.now();
+                self.controller.on(now, IntervalEvent::Cut);
+                return self
+                    .mark_current(IntervalId::from_bytes(random_id()), cut_time_ms)
+                    .await;
+            }
+            Moment::Next(outcome) => return outcome,
         };
         let id = IntervalId::from_bytes(random_id());
         let mut record = self.record.clone();
@@ -465,8 +477,9 @@ impl Driver {
             epoch: cut.epoch,
             base: record.base,
             cut_time_ms,
-            coherence: Coherence::Crash,
+            coherence: graded.coherence,
             trigger,
+            reason: graded.reason(),
         });
         if let Err(error) = self.store(record.clone()).await {
             let engine = Arc::clone(&self.engine);
@@ -479,7 +492,7 @@ impl Driver {
             }
             return self.cut_failed(&error);
         }
-        tracing::info!(interval = %id, epoch = %cut.epoch, blocks = %cut.changed.len(), %trigger, "cut");
+        Self::tell_cut(&cut, trigger, &graded);
         self.record = record;
         self.cut = Some(cut);
         self.cut_error = None;
@@ -490,7 +503,7 @@ impl Driver {
         Outcome::Event(Event::CutMade(id))
     }
 
-    fn cut_failed(&mut self, error: &anyhow::Error) -> Outcome {
+    pub(super) fn cut_failed(&mut self, error: &anyhow::Error) -> Outcome {
         let text = format!("{error:#}");
         tracing::error!(error = %text, "cut the volume");
         self.show
@@ -520,9 +533,11 @@ impl Driver {
             }
             self.cut = open;
         }
-        let (Some(interval), Some(cut), Some(link)) =
-            (self.record.interval, self.cut.clone(), self.link.clone())
-        else {
+        let (Some(interval), Some(cut), Some(link)) = (
+            self.record.interval.clone(),
+            self.cut.clone(),
+            self.link.clone(),
+        ) else {
             return self.failed_here("ship", &anyhow::anyhow!("the interval is not open"));
         };
         let mut shipment = Shipment {
@@ -536,6 +551,7 @@ impl Driver {
                 epoch: interval.epoch,
                 cut_time_ms: interval.cut_time_ms,
                 coherence: interval.coherence,
+                reason: interval.reason.clone(),
                 trigger: interval.trigger,
             },
             bytes_in_flight_max: self.in_flight_max,

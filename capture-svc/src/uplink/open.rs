@@ -127,7 +127,7 @@ fn own_interval(
     engine: &Arc<Engine>,
 ) -> Result<(OwnInterval, Option<IntervalCut>)> {
     let open = engine.open_interval();
-    Ok(match (open, record.interval) {
+    Ok(match (open, record.interval.clone()) {
         (Some(cut), Some(own)) if cut.epoch == own.epoch => (OwnInterval::Open(own.id), Some(cut)),
         (Some(cut), None) => {
             drop(cut);

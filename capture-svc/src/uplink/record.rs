@@ -9,22 +9,24 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use tidemark_block::{
-    Coherence, Epoch, GenerationId, ImageDigest, IntervalId, Trigger, VolumeId, WriterTerm,
+    Coherence, CutReason, Epoch, GenerationId, ImageDigest, IntervalId, Trigger, VolumeId,
+    WriterTerm,
     wire::{Reader, WireError},
 };
 use tidemark_disk::record;
 
 pub(super) const MAGIC: [u8; 8] = *b"TMUPLINK";
-pub(super) const VERSION: u16 = 1;
+pub(super) const VERSION: u16 = 2;
 
 /// An interval in flight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct IntervalRecord {
     pub(crate) id: IntervalId,
     pub(crate) epoch: Epoch,
     pub(crate) base: GenerationId,
     pub(crate) cut_time_ms: u64,
     pub(crate) coherence: Coherence,
+    pub(crate) reason: CutReason,
     pub(crate) trigger: Trigger,
 }
 
@@ -67,10 +69,11 @@ impl UplinkRecord {
     /// The record in a volume's state directory; none where there isn't one yet.
     pub(crate) fn load(path: &Path, volume: VolumeId) -> Result<Option<Self>> {
         let what = || format!("read the uplink record {}", path.display());
-        let Some((_, payload)) = record::read(path, MAGIC, VERSION).with_context(what)? else {
+        let Some((version, payload)) = record::read(path, MAGIC, VERSION).with_context(what)?
+        else {
             return Ok(None);
         };
-        let found = Self::decode(&payload).with_context(what)?;
+        let found = Self::decode(version, &payload).with_context(what)?;
         anyhow::ensure!(
             found.volume == volume,
             "the uplink record {} is that of volume {}, not of {volume}: this is another volume's state directory",
@@ -117,11 +120,12 @@ impl UplinkRecord {
             out.extend_from_slice(&interval.cut_time_ms.to_le_bytes());
             out.push(interval.coherence.code());
             out.push(interval.trigger.code());
+            interval.reason.encode(&mut out);
         }
         out
     }
 
-    pub(crate) fn decode(payload: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn decode(version: u16, payload: &[u8]) -> Result<Self, WireError> {
         fn flag(r: &mut Reader<'_>) -> Result<bool, WireError> {
             match r.u8()? {
                 0 => Ok(false),
@@ -151,6 +155,11 @@ impl UplinkRecord {
                 cut_time_ms: r.u64()?,
                 coherence: Coherence::from_code(r.u8()?).ok_or(WireError::Range("coherence"))?,
                 trigger: Trigger::from_code(r.u8()?).ok_or(WireError::Range("trigger"))?,
+                reason: if version >= 2 {
+                    CutReason::decode(&mut r)?
+                } else {
+                    CutReason::default()
+                },
             })
         } else {
             None
@@ -197,8 +206,9 @@ mod tests {
                 epoch: Epoch::new(6),
                 base: GenerationId::new(9),
                 cut_time_ms: 1_700_000_000_002,
-                coherence: Coherence::Crash,
+                coherence: Coherence::Lull,
                 trigger: Trigger::Request,
+                reason: CutReason::new("agent db went away"),
             }),
         }
     }
@@ -224,9 +234,19 @@ mod tests {
     }
 
     #[test]
-    fn the_encoding_stays_what_version_1_wrote() {
+    fn the_encoding_stays_what_version_2_wrote() {
         let hex: String = full().encode().iter().map(|b| format!("{b:02x}")).collect();
         insta::assert_snapshot!(hex);
+    }
+
+    #[test]
+    fn what_version_1_wrote_is_read() {
+        let mut first = full();
+        let reason = std::mem::take(&mut first.interval.as_mut().unwrap().reason);
+        let bytes = full().encode();
+        let behind = 2 + reason.as_str().len();
+        let read = UplinkRecord::decode(1, &bytes[..bytes.len() - behind]);
+        assert_eq!(read, Ok(first));
     }
 
     #[test]
@@ -237,9 +257,9 @@ mod tests {
             format!("<!-- table: uplink record, total {bare} -->"),
             format!(
                 "<!-- table: interval in flight, total {} -->",
-                full().encode().len() - bare
+                full().encode().len() - bare - "agent db went away".len()
             ),
-            "magic `TMUPLINK`, version 1".to_owned(),
+            "magic `TMUPLINK`, version 2".to_owned(),
         ] {
             assert!(page.contains(&mark), "{mark}");
         }
@@ -248,7 +268,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_payload_makes_reading_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
-            let _ = UplinkRecord::decode(&bytes);
+            let _ = UplinkRecord::decode(1, &bytes);
+            let _ = UplinkRecord::decode(2, &bytes);
         }
     }
 }

@@ -50,12 +50,13 @@ impl Driver {
         record.recovery_point_ms = receipt.cut_time_ms;
         record.interval = None;
         let key = self.pending_key(&interval);
+        let id = interval.id;
         let advanced = self.advance(record, interval, Some(key)).await;
         if let Err(error) = advanced {
             return self.failed_here("record the receipt", &error);
         }
         tracing::info!(
-            interval = %interval.id, generation = %receipt.generation, blocks = %receipt.changed_blocks,
+            interval = %id, generation = %receipt.generation, blocks = %receipt.changed_blocks,
             bytes = receipt.frame_bytes, "committed"
         );
         self.settled(receipt)

@@ -100,6 +100,7 @@ pub(crate) fn capture_config(dir: &Path, vault: &str) -> Config {
         vault: vault.to_owned(),
         source_name: "test".to_owned(),
         interval_max: Span::from_secs(3600),
+        lull_wait_max: Span::from_secs(0),
         spool_bytes_max: ByteSize::mib(64),
         backoff_min: Span::from_millis(20),
         backoff_max: Span::from_millis(200),

@@ -8,6 +8,7 @@ use crate::{
     geometry::Geometry,
     ids::{IntervalId, VolumeId},
     units::{BlockCount, Epoch, GenerationId, WriterTerm},
+    wire::{Reader, WireError},
 };
 
 macro_rules! coded {
@@ -77,8 +78,74 @@ coded!(
         Request = 4 "request",
         /// Tracking was in doubt and the volume was compared with the vault.
         Resync = 5 "resync",
+        /// The schedule said so.
+        Schedule = 6 "schedule",
+        /// The workload said that it is a good moment.
+        Hint = 7 "hint",
     }
 );
+
+/// Why a cut is not more trustworthy for the workload: one line for people; empty where there is nothing to say.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct CutReason(String);
+
+impl CutReason {
+    /// The most bytes of it.
+    pub const LEN_MAX: usize = 255;
+
+    /// Makes one of any text: what is too long is cut off, control characters become spaces.
+    #[must_use]
+    pub fn new(text: &str) -> Self {
+        let mut end = text.len().min(Self::LEN_MAX);
+        while !text.is_char_boundary(end) {
+            end -= 1;
+        }
+        let printable = |c: char| if c.is_control() { ' ' } else { c };
+        let mut line: String = text[..end].chars().map(printable).collect();
+        line.truncate(line.trim_end().len());
+        Self(line)
+    }
+
+    /// The line.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether there is nothing to say.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Appends it to a durable structure: its length (2 bytes), then its bytes.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&u16::try_from(self.0.len()).unwrap_or(0).to_le_bytes());
+        out.extend_from_slice(self.0.as_bytes());
+    }
+
+    /// Reads what [`Self::encode`] wrote.
+    ///
+    /// # Errors
+    /// Where it is cut short, or no text that could have been written.
+    pub fn decode(r: &mut Reader<'_>) -> Result<Self, WireError> {
+        let length = usize::from(r.u16()?);
+        let bytes = r.bytes(length)?;
+        let text = std::str::from_utf8(bytes).map_err(|_| WireError::Range("reason"))?;
+        let reason = Self::new(text);
+        if reason.0 == text {
+            Ok(reason)
+        } else {
+            Err(WireError::Range("reason"))
+        }
+    }
+}
+
+impl std::fmt::Display for CutReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 
 /// The newest generation of a volume at the vault.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -110,6 +177,8 @@ pub struct IntervalHeader {
     pub cut_time_ms: u64,
     /// How good the moment was.
     pub coherence: Coherence,
+    /// Why it was no better.
+    pub reason: CutReason,
     /// Why it was made.
     pub trigger: Trigger,
 }
@@ -148,6 +217,8 @@ pub struct Receipt {
     pub committed_time_ms: u64,
     /// How good the moment of the cut was.
     pub coherence: Coherence,
+    /// Why it was no better.
+    pub reason: CutReason,
     /// Why the cut was made.
     pub trigger: Trigger,
 }
@@ -163,7 +234,29 @@ mod tests {
             assert!(Trigger::from_code(code).is_none_or(|t| t.code() == code));
         }
         assert_eq!(Coherence::from_code(0), None);
-        assert_eq!(Trigger::from_code(6), None);
+        assert_eq!(Trigger::from_code(8), None);
         assert!(Coherence::Quiesced > Coherence::Crash);
+    }
+
+    #[test]
+    fn a_reason_is_one_line_of_bounded_length_and_survives_its_bytes() {
+        let long = format!("x{}", "é".repeat(200));
+        for (text, line) in [
+            ("", ""),
+            ("agent db went away", "agent db went away"),
+            ("two\nlines\u{1b}[31m\n", "two lines [31m"),
+            (long.as_str(), &long[..255]),
+        ] {
+            let reason = CutReason::new(text);
+            assert_eq!(reason.as_str(), line);
+            let mut bytes = Vec::new();
+            reason.encode(&mut bytes);
+            let mut r = Reader::new(&bytes);
+            assert_eq!(CutReason::decode(&mut r), Ok(reason));
+            assert!(r.rest().is_empty());
+        }
+        for bytes in [&[1, 0][..], &[1, 0, 0xff], &[1, 0, b'\n']] {
+            assert!(CutReason::decode(&mut Reader::new(bytes)).is_err());
+        }
     }
 }

@@ -28,6 +28,6 @@ pub use frame::{
 };
 pub use geometry::{BlockSize, Geometry, GeometryError};
 pub use ids::{IdError, IntervalId, SegmentId, VolumeId};
-pub use interval::{Coherence, Head, IntervalHeader, IntervalSeal, Receipt, Trigger};
+pub use interval::{Coherence, CutReason, Head, IntervalHeader, IntervalSeal, Receipt, Trigger};
 pub use units::{BlockCount, BlockIndex, ByteOffset, Epoch, GenerationId, Sequence, WriterTerm};
 pub use verified::{UnverifiedBlock, VerifiedBlock};

@@ -129,6 +129,8 @@ pub struct Receipt {
     pub bytes_sent: u64,
     /// `crash`, `lull`, `flushed` or `quiesced`.
     pub coherence: &'static str,
+    /// Why it is no better; empty where that is not known.
+    pub coherence_reason: String,
     /// Why it was cut.
     pub trigger: &'static str,
     /// When it was cut.
@@ -177,6 +179,8 @@ pub struct Generation {
     pub current_through: Time,
     /// `crash`, `lull`, `flushed` or `quiesced`.
     pub coherence: &'static str,
+    /// Why it is no better; empty where that is not known.
+    pub coherence_reason: String,
     /// Why it was cut.
     pub trigger: &'static str,
     /// Blocks in its interval.
@@ -356,6 +360,16 @@ pub const fn coherence(value: Coherence) -> &'static str {
     }
 }
 
+/// A grade and why it is no better, for people.
+#[must_use]
+pub fn graded(coherence: &str, reason: &str) -> String {
+    if reason.is_empty() {
+        coherence.to_owned()
+    } else {
+        format!("{coherence} ({reason})")
+    }
+}
+
 /// As it is printed.
 #[must_use]
 pub const fn trigger(value: Trigger) -> &'static str {
@@ -366,6 +380,8 @@ pub const fn trigger(value: Trigger) -> &'static str {
         Trigger::ChangedBlocksMax => "changed_blocks_max",
         Trigger::Request => "request",
         Trigger::Resync => "resync",
+        Trigger::Schedule => "schedule",
+        Trigger::Hint => "hint",
     }
 }
 
@@ -449,6 +465,7 @@ impl Receipt {
             changed_blocks: r.changed_blocks,
             bytes_sent: r.frame_bytes,
             coherence: coherence(r.coherence()),
+            coherence_reason: r.coherence_reason.clone(),
             trigger: trigger(r.trigger()),
             cut_time: time(r.cut_time_ms),
             committed_time: time(r.committed_time_ms),
@@ -487,6 +504,7 @@ impl Generation {
             committed_time: time(g.committed_time_ms),
             current_through: time(g.current_through_ms),
             coherence: coherence(g.coherence()),
+            coherence_reason: g.coherence_reason.clone(),
             trigger: trigger(g.trigger()),
             changed_blocks: g.changed_blocks,
             bytes_sent: g.frame_bytes,

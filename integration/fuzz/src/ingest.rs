@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use tidemark_block::{
-    BlockCount, BlockIndex, BlockSize, Checksum128, Coherence, Epoch, Extent, GenerationId,
-    Geometry, ImageDigest, IntervalHeader, IntervalId, IntervalSeal, MemoryTable, SegmentId,
-    Sequence, Trigger, VolumeId, WriterTerm, image_digest,
+    BlockCount, BlockIndex, BlockSize, Checksum128, Coherence, CutReason, Epoch, Extent,
+    GenerationId, Geometry, ImageDigest, IntervalHeader, IntervalId, IntervalSeal, MemoryTable,
+    SegmentId, Sequence, Trigger, VolumeId, WriterTerm, image_digest,
 };
 use vault_core::{
     ingest::{Admission, BatchError, IngestError, Interval, admit},
@@ -95,6 +95,7 @@ impl Vault {
             epoch: Epoch::new(self.epoch + off(4) * off(5)),
             cut_time_ms: NOW + u64::from(input.u8() % 2),
             coherence: Coherence::Crash,
+            reason: CutReason::default(),
             trigger: Trigger::Request,
         }
     }

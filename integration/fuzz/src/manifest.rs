@@ -1,10 +1,15 @@
 //! Manifests and their pages, the advisory object and the store's marker, and what is planned from them.
 
-use tidemark_block::{GenerationId, Sequence, VolumeId, WriterTerm, wire::Reader, xxh3_128};
+use tidemark_block::{
+    GenerationId, Sequence, VolumeId, WriterTerm,
+    wire::{ENVELOPE_LEN, Reader},
+    xxh3_128,
+};
 use vault_core::{
     manifest::{
-        CURRENT_MAGIC, Current, MANIFEST_MAGIC, MARKER_MAGIC, Manifest, PAGE_MAGIC, StoreMarker,
-        TermRequest, check_invariants, decode_page, encode_page, grant_term,
+        CURRENT_MAGIC, Current, MANIFEST_MAGIC, MANIFEST_VERSION, MARKER_MAGIC, Manifest,
+        PAGE_MAGIC, StoreMarker, TermRequest, check_invariants, decode_page, encode_page,
+        grant_term,
     },
     retention::{RetentionPolicy, plan, retire},
 };
@@ -25,6 +30,12 @@ fn manifest(mut input: Input<'_>) {
         return;
     };
     if sealed {
+        // Version 1, which ends without a list of reasons.
+        let (payload, again) = (&bytes[ENVELOPE_LEN..], manifest.encode());
+        let (same, reasons) = again[ENVELOPE_LEN..].split_at(payload.len());
+        assert_eq!(same, payload, "a manifest has one encoding");
+        assert_eq!(reasons, [0; 4]);
+    } else if Reader::new(&bytes[8..]).u16() == Ok(MANIFEST_VERSION) {
         assert_eq!(manifest.encode(), bytes, "a manifest has one encoding");
     }
     // What only a damaged object could hold is refused before anything is planned from it.

@@ -17,10 +17,16 @@ mod uplink;
 mod volume;
 
 fn uplink_record(bytes: &[u8]) {
-    if let Ok(record) = bounded(room(bytes), || uplink::UplinkRecord::decode(bytes)) {
-        let again = record.encode();
-        assert_eq!(again.len(), bytes.len());
-        assert_eq!(uplink::UplinkRecord::decode(&again), Ok(record));
+    for version in 1..=uplink::VERSION {
+        let read = bounded(room(bytes), || uplink::UplinkRecord::decode(version, bytes));
+        if let Ok(record) = read {
+            let again = record.encode();
+            assert!(again.len() == bytes.len() || version < uplink::VERSION);
+            assert_eq!(
+                uplink::UplinkRecord::decode(uplink::VERSION, &again),
+                Ok(record)
+            );
+        }
     }
 }
 

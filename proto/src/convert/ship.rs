@@ -2,8 +2,8 @@
 
 use bytes::Bytes;
 use tidemark_block::{
-    BlockCount, BlockIndex, Epoch, GenerationId, ImageDigest, IntervalHeader, IntervalId,
-    IntervalSeal, Receipt, VolumeId, WriterTerm,
+    BlockCount, BlockIndex, CutReason, Epoch, GenerationId, ImageDigest, IntervalHeader,
+    IntervalId, IntervalSeal, Receipt, VolumeId, WriterTerm,
 };
 
 use super::{
@@ -31,6 +31,7 @@ impl TryFrom<vault::IntervalHeader> for IntervalHeader {
             epoch: Epoch::new(m.epoch),
             cut_time_ms: m.cut_time_ms,
             coherence: coherence(m.coherence)?,
+            reason: CutReason::new(&m.coherence_reason),
             trigger: trigger(m.trigger)?,
         })
     }
@@ -50,6 +51,7 @@ impl From<IntervalHeader> for vault::IntervalHeader {
             trigger: i32::from(d.trigger.code()),
             digest_kind: DIGEST_KIND_XXH3,
             key_id: Bytes::new(),
+            coherence_reason: d.reason.to_string(),
         }
     }
 }
@@ -213,6 +215,7 @@ impl TryFrom<common::Receipt> for Receipt {
             cut_time_ms: m.cut_time_ms,
             committed_time_ms: m.committed_time_ms,
             coherence: coherence(m.coherence)?,
+            reason: CutReason::new(&m.coherence_reason),
             trigger: trigger(m.trigger)?,
         })
     }
@@ -232,6 +235,7 @@ impl From<Receipt> for common::Receipt {
             committed_time_ms: d.committed_time_ms,
             coherence: i32::from(d.coherence.code()),
             trigger: i32::from(d.trigger.code()),
+            coherence_reason: d.reason.to_string(),
         }
     }
 }

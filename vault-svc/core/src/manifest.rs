@@ -12,8 +12,8 @@ use std::collections::VecDeque;
 
 use thiserror::Error;
 use tidemark_block::{
-    BlockCount, Checksum128, Coherence, Epoch, Extent, GenerationId, Geometry, ImageDigest,
-    IntervalId, Receipt, Sequence, Trigger, VolumeId, WriterTerm, xxh3_128,
+    BlockCount, Checksum128, Coherence, CutReason, Epoch, Extent, GenerationId, Geometry,
+    ImageDigest, IntervalId, Receipt, Sequence, Trigger, VolumeId, WriterTerm, xxh3_128,
 };
 
 pub use codec::{Current, StoreMarker};
@@ -30,7 +30,9 @@ pub const PAGE_MAGIC: [u8; 8] = *b"TMVPAGE\0";
 pub const CURRENT_MAGIC: [u8; 8] = *b"TMVCURNT";
 /// First bytes of the store's marker.
 pub const MARKER_MAGIC: [u8; 8] = *b"TMVSTORE";
-/// The version of all of them that this release writes, and the newest it reads.
+/// The version of a manifest that this release writes, and the newest it reads.
+pub const MANIFEST_VERSION: u16 = 2;
+/// The same of the others.
 pub const VERSION: u16 = 1;
 /// Segment records in the head before they move to a page, and in a page.
 pub const PAGE_RECORDS: usize = 512;
@@ -81,6 +83,8 @@ pub struct Generation {
     pub committed_time_ms: u64,
     /// Kind of cut.
     pub cut: CutKind,
+    /// Why it was not more trustworthy.
+    pub reason: CutReason,
     /// Blocks that the interval changed.
     pub changed_blocks: u64,
     /// Encoded bytes of its frames.
@@ -100,7 +104,7 @@ impl Generation {
 
     /// What is remembered of it beyond its retirement.
     #[must_use]
-    pub const fn recent(&self) -> Recent {
+    pub fn recent(&self) -> Recent {
         Recent {
             interval: self.interval,
             generation: self.id,
@@ -108,6 +112,7 @@ impl Generation {
             cut_time_ms: self.cut_time_ms,
             committed_time_ms: self.committed_time_ms,
             cut: self.cut,
+            reason: self.reason.clone(),
             changed_blocks: self.changed_blocks,
             frame_bytes: self.frame_bytes,
             epoch: self.epoch,
@@ -116,7 +121,7 @@ impl Generation {
 }
 
 /// A committed interval: all that its receipt says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Recent {
     /// Its id.
     pub interval: IntervalId,
@@ -130,6 +135,8 @@ pub struct Recent {
     pub committed_time_ms: u64,
     /// Kind of cut.
     pub cut: CutKind,
+    /// Why it was not more trustworthy.
+    pub reason: CutReason,
     /// Blocks that it changed.
     pub changed_blocks: u64,
     /// Encoded bytes of its frames.
@@ -141,7 +148,7 @@ pub struct Recent {
 impl Recent {
     /// The receipt, as it was given.
     #[must_use]
-    pub const fn receipt(&self, volume: VolumeId) -> Receipt {
+    pub fn receipt(&self, volume: VolumeId) -> Receipt {
         Receipt {
             volume,
             interval: self.interval,
@@ -153,6 +160,7 @@ impl Recent {
             cut_time_ms: self.cut_time_ms,
             committed_time_ms: self.committed_time_ms,
             coherence: self.cut.coherence,
+            reason: self.reason.clone(),
             trigger: self.cut.trigger,
         }
     }

@@ -245,5 +245,6 @@ fn generation(volume: &Volume, manifest: &Manifest, of: &manifest::Generation) -
         frame_bytes: of.frame_bytes,
         epoch: of.epoch.get(),
         damaged: volume.scrub.is_damaged(of.id),
+        coherence_reason: of.reason.to_string(),
     }
 }

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use tidemark_block::{
-    BlockCount, BlockIndex, BlockSize, CodecChoice, Coherence, DigestUpdate, Epoch, Extent,
-    FrameEncoder, GenerationId, Geometry, ImageDigest, IntervalHeader, IntervalId, IntervalSeal,
-    MemoryTable, Receipt, Trigger, VolumeId, WriterTerm, block_checksum, image_digest, is_zero,
+    BlockCount, BlockIndex, BlockSize, CodecChoice, Coherence, CutReason, DigestUpdate, Epoch,
+    Extent, FrameEncoder, GenerationId, Geometry, ImageDigest, IntervalHeader, IntervalId,
+    IntervalSeal, MemoryTable, Receipt, Trigger, VolumeId, WriterTerm, block_checksum,
+    image_digest, is_zero,
 };
 use tidemark_proto::convert::{FrameBatch, TermRequest};
 
@@ -145,6 +146,7 @@ impl Source {
             epoch: Epoch::new(self.epoch),
             cut_time_ms: 1_700_000_000_000 + self.epoch,
             coherence: Coherence::Crash,
+            reason: CutReason::default(),
             trigger: Trigger::Request,
         };
         let changed: Vec<u64> = self.changed.iter().copied().collect();

@@ -6,7 +6,7 @@ use crate::{
     args::{GenerationCommand, Global},
     failure::Failure,
     format, output,
-    report::Generation,
+    report::{Generation, graded},
 };
 
 pub(super) async fn run(global: &Global, command: GenerationCommand) -> Result<(), Failure> {
@@ -57,6 +57,7 @@ fn table(generations: &[Generation]) -> String {
                 format::bytes(g.bytes_sent),
                 g.coherence.to_owned(),
                 g.image_digest.clone(),
+                g.coherence_reason.clone(),
             ]
         })
         .collect();
@@ -69,6 +70,7 @@ fn table(generations: &[Generation]) -> String {
             "SENT",
             "COHERENCE",
             "IMAGE DIGEST",
+            "WHY NO BETTER",
         ],
         &rows,
     );
@@ -99,7 +101,7 @@ fn describe(volume: &str, g: &Generation) -> String {
         ("cut", format::time(g.cut_time)),
         ("committed", format::time(g.committed_time)),
         ("current through", format::time(g.current_through)),
-        ("coherence", g.coherence.to_owned()),
+        ("coherence", graded(g.coherence, &g.coherence_reason)),
         ("trigger", g.trigger.to_owned()),
         ("changed", format!("{} blocks", g.changed_blocks)),
         ("sent", format::bytes(g.bytes_sent)),
@@ -138,6 +140,7 @@ mod tests {
             frame_bytes: 20_000,
             epoch: 9,
             damaged: true,
+            coherence_reason: "agent db went away; writes without a pause of 50ms for 2s".into(),
         })
         .unwrap()
     }

@@ -11,7 +11,7 @@ use crate::{
     failure::{Failure, Kind},
     format, output,
     progress::Progress,
-    report::Receipt,
+    report::{Receipt, graded},
 };
 
 pub(super) async fn run(global: &Global, args: ShipArgs) -> Result<(), Failure> {
@@ -121,7 +121,10 @@ pub(super) fn describe(receipt: &Receipt) -> String {
         ("image digest", receipt.image_digest.clone()),
         ("changed", format!("{} blocks", receipt.changed_blocks)),
         ("sent", format::bytes(receipt.bytes_sent)),
-        ("coherence", receipt.coherence.to_owned()),
+        (
+            "coherence",
+            graded(receipt.coherence, &receipt.coherence_reason),
+        ),
         ("cut", format::time(receipt.cut_time)),
         ("committed", format::time(receipt.committed_time)),
     ]);
@@ -149,6 +152,7 @@ mod tests {
                 committed_time_ms: 1_793_337_405_250,
                 coherence: common::Coherence::Lull.into(),
                 trigger: common::Trigger::Request.into(),
+                coherence_reason: "the last write was not flushed".into(),
             },
         )
         .unwrap()

@@ -166,6 +166,7 @@ fn describe(v: &report::Volume) -> String {
     }
     fields.extend([
         ("recovery point", format::time(v.uplink.recovery_point)),
+        ("last cut", last_cut(&v.uplink)),
         (
             "source scrub",
             format!(
@@ -175,6 +176,14 @@ fn describe(v: &report::Volume) -> String {
         ),
     ]);
     format::fields(&fields)
+}
+
+/// How good the last cut was of which there is a receipt.
+fn last_cut(u: &report::Uplink) -> String {
+    u.last_receipt.as_ref().map_or_else(
+        || "-".to_owned(),
+        |receipt| report::graded(receipt.coherence, &receipt.coherence_reason),
+    )
 }
 
 /// The state of an uplink in a few words.

@@ -76,6 +76,7 @@ impl Finished {
                 coherence: self.header.coherence,
                 trigger: self.header.trigger,
             },
+            reason: self.header.reason.clone(),
             changed_blocks: self.changed_blocks,
             frame_bytes: self.frame_bytes,
             epoch: self.header.epoch,

@@ -1,15 +1,17 @@
 //! Bytes of manifests, of the advisory object and of the store's marker.
 
+use std::collections::BTreeMap;
+
 use tidemark_block::{
-    BlockSize, Checksum128, Coherence, Epoch, GenerationId, Geometry, ImageDigest, IntervalId,
-    SegmentId, Sequence, Trigger, VolumeId, WriterTerm,
+    BlockSize, Checksum128, Coherence, CutReason, Epoch, GenerationId, Geometry, ImageDigest,
+    IntervalId, SegmentId, Sequence, Trigger, VolumeId, WriterTerm,
     wire::{self, Reader, WireError},
 };
 
 use super::{
     CONDEMNED_MAX, CURRENT_MAGIC, Condemned, CondemnedObject, CutKind, GENERATIONS_MAX, Generation,
-    MANIFEST_MAGIC, MARKER_MAGIC, Manifest, NAME_LEN_MAX, PAGE_RECORDS, PAGES_MAX, PageRef,
-    RECENT_MAX, Recent, VERSION,
+    MANIFEST_MAGIC, MANIFEST_VERSION, MARKER_MAGIC, Manifest, NAME_LEN_MAX, PAGE_RECORDS,
+    PAGES_MAX, PageRef, RECENT_MAX, Recent, VERSION,
 };
 use crate::segment::{FILE_LEN_MAX, FormatError, SegmentRecord, misplaced, read_extent};
 
@@ -36,7 +38,44 @@ impl Manifest {
             segment.encode(out)
         });
         put_list(&mut out, self.condemned.iter(), put_condemned);
-        wire::seal(MANIFEST_MAGIC, VERSION, &out)
+        put_list(&mut out, self.reasons().into_iter(), |out, (id, reason)| {
+            put_words(out, &[id.get()]);
+            reason.encode(out);
+        });
+        wire::seal(MANIFEST_MAGIC, MANIFEST_VERSION, &out)
+    }
+
+    /// Why cuts were not more trustworthy, of each generation of which it is known, retained or recent.
+    fn reasons(&self) -> BTreeMap<GenerationId, &CutReason> {
+        let recent = self.recent.iter().map(|r| (r.generation, &r.reason));
+        let retained = self.generations.iter().map(|g| (g.id, &g.reason));
+        recent
+            .chain(retained)
+            .filter(|(_, reason)| !reason.is_empty())
+            .collect()
+    }
+
+    fn set_reasons(&mut self, reasons: &[(GenerationId, CutReason)]) -> Result<(), WireError> {
+        let of = |id: GenerationId| {
+            let found = reasons.binary_search_by_key(&id, |(id, _)| *id);
+            found.map_or_else(|_| CutReason::default(), |at| reasons[at].1.clone())
+        };
+        for generation in &mut self.generations {
+            generation.reason = of(generation.id);
+        }
+        for recent in &mut self.recent {
+            recent.reason = of(recent.generation);
+        }
+        // In order, none empty, none of a generation that isn't known: there is one encoding.
+        if self
+            .reasons()
+            .into_iter()
+            .eq(reasons.iter().map(|(id, reason)| (*id, reason)))
+        {
+            Ok(())
+        } else {
+            Err(WireError::Range("reasons"))
+        }
     }
 
     /// Reads the object that is named as version `version` of `volume`.
@@ -44,7 +83,7 @@ impl Manifest {
     /// # Errors
     /// The bytes are damaged, or another volume's or version's.
     pub fn decode(bytes: &[u8], volume: VolumeId, version: u64) -> Result<Self, FormatError> {
-        let (_, payload) = wire::unseal(MANIFEST_MAGIC, VERSION, bytes)?;
+        let (written_by, payload) = wire::unseal(MANIFEST_MAGIC, MANIFEST_VERSION, bytes)?;
         let mut r = Reader::new(payload);
         let found = VolumeId::from_bytes(r.array()?);
         if found != volume {
@@ -60,7 +99,7 @@ impl Manifest {
         let written_ms = r.u64()?;
         let length = r.u64()?;
         let block_size = BlockSize::new(r.u32()?).map_err(|_| WireError::Range("block size"))?;
-        let manifest = Self {
+        let mut manifest = Self {
             volume,
             version,
             written_ms,
@@ -77,6 +116,10 @@ impl Manifest {
             tail: take_list(&mut r, PAGE_RECORDS, SegmentRecord::decode)?,
             condemned: take_list(&mut r, CONDEMNED_MAX, take_condemned)?,
         };
+        if written_by >= 2 {
+            let reasons = take_list(&mut r, GENERATIONS_MAX + RECENT_MAX, take_reason)?;
+            manifest.set_reasons(&reasons)?;
+        }
         r.end()?;
         manifest.check_counters()?;
         Ok(manifest)
@@ -159,6 +202,10 @@ fn take_cut(r: &mut Reader<'_>) -> Result<CutKind, WireError> {
     })
 }
 
+fn take_reason(r: &mut Reader<'_>) -> Result<(GenerationId, CutReason), WireError> {
+    Ok((GenerationId::new(r.u64()?), CutReason::decode(r)?))
+}
+
 fn put_generation(out: &mut Vec<u8>, generation: &Generation) {
     put_words(
         out,
@@ -194,6 +241,7 @@ fn take_generation(r: &mut Reader<'_>) -> Result<Generation, WireError> {
         cut_time_ms: r.u64()?,
         committed_time_ms: r.u64()?,
         cut: take_cut(r)?,
+        reason: CutReason::default(),
         changed_blocks: r.u64()?,
         frame_bytes: r.u64()?,
         epoch: Epoch::new(r.u64()?),
@@ -229,6 +277,7 @@ fn take_recent(r: &mut Reader<'_>) -> Result<Recent, WireError> {
         cut_time_ms: r.u64()?,
         committed_time_ms: r.u64()?,
         cut: take_cut(r)?,
+        reason: CutReason::default(),
         changed_blocks: r.u64()?,
         frame_bytes: r.u64()?,
         epoch: Epoch::new(r.u64()?),

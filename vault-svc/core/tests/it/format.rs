@@ -20,7 +20,8 @@ use vault_core::{
 
 use crate::page::{self, Row, field};
 use crate::samples::{
-    INTERVAL, VOLUME, extent, generation, geometry, manifest, received, rewritten, term_request,
+    INTERVAL, VOLUME, extent, generation, geometry, manifest, manifest_with_reasons, received,
+    rewritten, term_request,
 };
 
 const FORMAT: &str = include_str!("../../../../docs/FORMAT-VAULT.md");
@@ -122,7 +123,7 @@ fn a_manifest_is_as_documented() {
     let bytes = manifest.encode();
     assert_eq!(&bytes[..8], b"TMVMANIF");
     let names = manifest.name.len() + manifest.source.len();
-    let lists = 5 * 4 + 3 * 120 + 3 * 88 + 3 * 88 + 48;
+    let lists = 6 * 4 + 3 * 120 + 3 * 88 + 3 * 88 + 48;
     assert_eq!(
         bytes.len(),
         ENVELOPE_LEN + 16 + 3 * 8 + 4 + 4 + names + 8 + 16 + 8 + lists
@@ -146,12 +147,20 @@ fn a_manifest_is_as_documented() {
     assert_eq!(number(first, &rows, "epoch"), 31);
 
     let rows = is_long("condemned object", manifest::CONDEMNED_LEN);
-    let last = &bytes[bytes.len() - 48..];
+    let last = &bytes[bytes.len() - 4 - 48..];
     assert_eq!(number(last, &rows, "kind"), 0);
     assert_eq!(number(last, &rows, "part"), 9);
     assert_eq!(field(last, &rows, "origin"), [0x44; 16]);
     assert_eq!(number(last, &rows, "object length"), 12345);
     assert_eq!(number(last, &rows, "version"), 2);
+
+    let rows = table("reason");
+    let bytes = manifest_with_reasons().encode();
+    let text = "agent db did not answer within 5s";
+    let last = &bytes[bytes.len() - total(&rows) - text.len()..];
+    assert_eq!(number(last, &rows, "generation"), 2);
+    assert_eq!(number(last, &rows, "n: bytes"), text.len() as u64);
+    assert!(last.ends_with(text.as_bytes()));
 
     is_long("page reference", manifest::PAGE_REF_LEN);
     let current = Current {
@@ -215,11 +224,15 @@ fn limits_are_as_documented() {
     }
 }
 
+fn golden_path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name)
+}
+
 /// The file's bytes; with `TIDEMARK_GOLDEN=write` it is written first.
 fn golden(name: &str, bytes: &[u8]) -> Vec<u8> {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(name);
+    let path = golden_path(name);
     if std::env::var_os("TIDEMARK_GOLDEN").is_some() {
         std::fs::write(&path, bytes).unwrap();
     }
@@ -265,7 +278,10 @@ fn golden_segments_keep_decoding_and_are_still_written_so() {
 #[test]
 fn golden_manifests_keep_decoding_and_are_still_written_so() {
     let sample = manifest();
-    let bytes = golden("manifest-v1.bin", &sample.encode());
+    let first = std::fs::read(golden_path("manifest-v1.bin")).unwrap();
+    assert_eq!(Manifest::decode(&first, VOLUME, 4).unwrap(), sample);
+    let sample = manifest_with_reasons();
+    let bytes = golden("manifest-v2.bin", &sample.encode());
     assert_eq!(bytes, sample.encode());
     assert_eq!(Manifest::decode(&bytes, VOLUME, 4).unwrap(), sample);
     assert!(
@@ -293,6 +309,42 @@ fn golden_manifests_keep_decoding_and_are_still_written_so() {
     };
     let bytes = golden("store-v1.bin", &marker.encode());
     assert_eq!(StoreMarker::decode(&bytes).unwrap(), marker);
+}
+
+#[test]
+fn reasons_are_of_known_generations_in_order_and_said_once() {
+    let bytes = manifest_with_reasons().encode();
+    let payload = &bytes[ENVELOPE_LEN..];
+    let (rest, text) = payload.split_at(payload.len() - 4 - 10 - 33);
+    let of = |ids: &[u64], text: &[u8]| {
+        let mut payload = rest.to_vec();
+        payload.extend(u32::try_from(ids.len()).unwrap().to_le_bytes());
+        for id in ids {
+            payload.extend(id.to_le_bytes());
+            payload.extend(u16::try_from(text.len()).unwrap().to_le_bytes());
+            payload.extend(text);
+        }
+        let bytes = wire::seal(
+            manifest::MANIFEST_MAGIC,
+            manifest::MANIFEST_VERSION,
+            &payload,
+        );
+        Manifest::decode(&bytes, VOLUME, 4)
+    };
+    assert_eq!(of(&[2], &text[14..]), Ok(manifest_with_reasons()));
+    assert_eq!(of(&[], b""), Ok(manifest()));
+    for (ids, text) in [
+        (&[9][..], &b"why"[..]),
+        (&[2, 1], b"why"),
+        (&[2, 2], b"why"),
+        (&[2], b""),
+        (&[2], b"two\nlines"),
+    ] {
+        assert!(
+            matches!(of(ids, text), Err(FormatError::Wire(_))),
+            "{ids:?}"
+        );
+    }
 }
 
 #[test]

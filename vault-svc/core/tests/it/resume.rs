@@ -1,8 +1,8 @@
 //! Taking up the parts of an interval that a broken stream left behind.
 
 use tidemark_block::{
-    Checksum128, Coherence, Epoch, GenerationId, IntervalHeader, MemoryTable, Sequence, Trigger,
-    WriterTerm,
+    Checksum128, Coherence, CutReason, Epoch, GenerationId, IntervalHeader, MemoryTable, Sequence,
+    Trigger, WriterTerm,
 };
 use vault_core::{
     ingest::{IngestError, Interval},
@@ -23,6 +23,7 @@ fn header() -> IntervalHeader {
         epoch: Epoch::new(3),
         cut_time_ms: 1_700_000_000_000,
         coherence: Coherence::Crash,
+        reason: CutReason::default(),
         trigger: Trigger::Request,
     }
 }

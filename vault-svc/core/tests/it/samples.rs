@@ -2,9 +2,9 @@
 
 use bytes::Bytes;
 use tidemark_block::{
-    BlockCount, BlockIndex, BlockSize, CodecChoice, Coherence, Epoch, Extent, FrameDecoder,
-    FrameEncoder, GenerationId, Geometry, ImageDigest, IntervalId, SegmentId, Sequence, Trigger,
-    UnverifiedFrame, VerifiedFrame, VolumeId, WriterTerm, block_checksum,
+    BlockCount, BlockIndex, BlockSize, CodecChoice, Coherence, CutReason, Epoch, Extent,
+    FrameDecoder, FrameEncoder, GenerationId, Geometry, ImageDigest, IntervalId, SegmentId,
+    Sequence, Trigger, UnverifiedFrame, VerifiedFrame, VolumeId, WriterTerm, block_checksum,
 };
 use vault_core::{
     manifest::{
@@ -104,6 +104,7 @@ pub(crate) fn generation(id: u64) -> Generation {
             coherence: Coherence::Flushed,
             trigger: Trigger::IntervalMax,
         },
+        reason: CutReason::default(),
         changed_blocks: 10 * id,
         frame_bytes: 1000 * id,
         epoch: Epoch::new(30 + id),
@@ -120,6 +121,15 @@ pub(crate) fn term_request(last_term: u64, nonce: u8) -> TermRequest {
         last_term: WriterTerm::new(last_term),
         nonce: [nonce; 16],
     }
+}
+
+/// As [`manifest`], with what version 2 added.
+pub(crate) fn manifest_with_reasons() -> Manifest {
+    let mut manifest = manifest();
+    let reason = CutReason::new("agent db did not answer within 5s");
+    manifest.generations[1].reason = reason.clone();
+    manifest.recent[1].reason = reason;
+    manifest
 }
 
 pub(crate) fn manifest() -> Manifest {
