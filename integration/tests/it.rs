@@ -19,6 +19,8 @@ mod docs;
 mod files;
 #[path = "it/first_use.rs"]
 mod first_use;
+#[path = "it/fuse.rs"]
+mod fuse;
 #[path = "it/kills.rs"]
 mod kills;
 #[path = "it/mutants.rs"]
