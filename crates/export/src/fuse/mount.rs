@@ -42,7 +42,7 @@ pub enum MountError {
     /// This process may not.
     #[error(
         "cannot mount at {at}: not permitted: run the service as root (in a container: with the capability SYS_ADMIN and \
-         the device {DEVICE}), or install {HELPER} (Debian package fuse3)"
+         the device {DEVICE}), or install {HELPER} (Debian package fuse3) and let the service's user open {DEVICE}"
     )]
     NotPermitted {
         /// The mount point.

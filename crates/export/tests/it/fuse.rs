@@ -21,6 +21,7 @@ use tidemark_export::{
 
 use crate::client::eventually;
 use crate::devices::MemoryDevice;
+use crate::real_clients::require_tool;
 
 const SIZE: u64 = 16 << 20;
 const GRACE: Duration = Duration::from_secs(5);
@@ -627,9 +628,11 @@ fn a_server_of_its_own() {
     let registry = Arc::new(ExportRegistry::new());
     registry.add("data", "", Watched::new()).unwrap();
     let server = FuseServer::start(registry, &at).unwrap();
+    assert_eq!(names(&at), [".snapshots", "data.img"]);
     println!("\nmounted");
     io::stdin().read_to_end(&mut Vec::new()).unwrap();
     assert_eq!(server.stop(GRACE).cut_off, 0);
+    assert_eq!(names(&at), [""; 0]);
 }
 
 /// Starts this program with only that test, through another program perhaps, and waits until it has mounted.
@@ -681,4 +684,32 @@ fn what_a_killed_server_left_mounted_and_in_use_is_unmounted_and_mounted_anew() 
     assert!(file.write_all(b"x").is_err());
     assert_eq!(server.stop(GRACE).cut_off, 0);
     assert_eq!(names(&at), [""; 0]);
+}
+
+/// Makes what Debian has by default, seen by nobody else: a `/dev/fuse` for all, and a helper that is set-user-id.
+const AS_NOBODY: &str = r#"
+    dir=$1; shift
+    mount -t tmpfs -o dev,suid,mode=755 tmpfs /mnt
+    mknod -m 666 /mnt/fuse c 10 229
+    mount --bind /mnt/fuse /dev/fuse
+    mkdir /mnt/bin
+    cp "$(command -v fusermount3)" /mnt/bin
+    chmod 4755 /mnt/bin/fusermount3
+    cp "$1" /mnt/bin/server; shift
+    chown -R nobody "$dir"
+    PATH=/mnt/bin:$PATH exec setpriv --reuid=nobody --regid=nogroup --clear-groups /mnt/bin/server "$@"
+"#;
+
+#[test]
+fn whoever_is_not_root_mounts_and_unmounts_through_the_helper() {
+    if !can_mount() || !require_tool("fusermount3", "fuse3") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let (at, owned) = (dir.path().join("mount"), dir.path().to_str().unwrap());
+    let mut through = vec!["unshare", "--mount", "--propagation", "private"];
+    through.extend(["sh", "-ec", AS_NOBODY, "sh", owned]);
+    let mut child = serve_elsewhere(&through, &at);
+    drop(child.stdin.take());
+    assert!(child.wait().unwrap().success());
 }
