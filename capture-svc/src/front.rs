@@ -73,7 +73,9 @@ impl FrontEnds {
             at => {
                 // Mounting waits for the kernel.
                 let started = blocking(move || Ok(FuseServer::start(offered, &at)?));
-                Some(Arc::new(started.await.context("start the FUSE front end")?))
+                let fuse = started.await.context("start the FUSE front end")?;
+                tracing::info!(at = %fuse.path().display(), "volumes and snapshots are files");
+                Some(Arc::new(fuse))
             }
         };
         Ok(Self { nbd, fuse })

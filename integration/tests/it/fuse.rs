@@ -123,12 +123,12 @@ impl Drop for Scene {
 
 /// Files of many sizes, some of them synced.
 fn write_tree(at: &Path, seed: u8) {
-    for number in 0..40u32 {
+    for number in 0..40u8 {
         let dir = at.join(format!("{seed}/{}", number % 7));
         fs::create_dir_all(&dir).unwrap();
-        let length = (number * number * 997) as usize % 900_000;
+        let length = usize::from(number).pow(2) * 997 % 900_000;
         let mut file = File::create(dir.join(number.to_string())).unwrap();
-        file.write_all(&vec![seed ^ number as u8; length]).unwrap();
+        file.write_all(&vec![seed ^ number; length]).unwrap();
         if number % 5 == 0 {
             file.sync_all().unwrap();
         }

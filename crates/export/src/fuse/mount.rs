@@ -366,7 +366,7 @@ impl Mount {
 fn mounted_at(at: &Path) -> io::Result<Option<Entry>> {
     let table = fs::read("/proc/self/mountinfo")?;
     let lines = table.split(|byte| *byte == b'\n');
-    Ok(lines.filter_map(|line| entry_at(line, at)).last())
+    Ok(lines.filter_map(|line| entry_at(line, at)).next_back())
 }
 
 /// The line's entry, if its mount point is this path: `number parent device root point options … - type …`.

@@ -162,11 +162,11 @@ impl Mounted {
         self.dir.path().join("mount").join(name)
     }
 
-    fn open(&self, flags: u32) -> File {
+    fn open(&self, flags: i32) -> File {
         OpenOptions::new()
             .read(true)
             .write(true)
-            .custom_flags(flags as i32)
+            .custom_flags(flags)
             .open(self.path("data.img"))
             .unwrap()
     }
@@ -221,7 +221,7 @@ fn each_request_size_is_exact_buffered_and_direct_at_the_same_time() {
     };
     let ways = [
         (mounted.open(0), false),
-        (mounted.open(libc::O_DIRECT as u32), true),
+        (mounted.open(libc::O_DIRECT), true),
     ];
     let mut model = vec![0; SIZE as usize];
     let mut numbers = Numbers(0x7469_6465_6d61_726b);
@@ -360,7 +360,7 @@ fn each_way_to_sync_reaches_the_device() {
     assert_eq!(flushes(), 2);
     for flag in [libc::O_DSYNC, libc::O_SYNC, libc::O_DSYNC | libc::O_DIRECT] {
         let before = flushes();
-        let file = mounted.open(flag as u32);
+        let file = mounted.open(flag);
         let mut buffer = Aligned::new(4096);
         file.write_all_at(buffer.bytes(), 0).unwrap();
         assert!(flushes() > before, "{flag:o}");
@@ -530,7 +530,7 @@ fn errors_and_bugs_of_a_device_are_errors_of_their_requests_and_one_that_waits_h
     let Some(mounted) = Mounted::new() else {
         return;
     };
-    let file = mounted.open(libc::O_DIRECT as u32);
+    let file = mounted.open(libc::O_DIRECT);
     let mut buffer = Aligned::new(4096);
     assert_eq!(errno(file.write_at(buffer.bytes(), NO_ROOM)), libc::ENOSPC);
     for _ in 0..2 * tidemark_export::fuse::WORKERS {
@@ -584,7 +584,7 @@ fn a_stop_ends_in_time_while_a_request_waits() {
         return;
     };
     mounted.device.close_gate(true);
-    let file = mounted.open(libc::O_DIRECT as u32);
+    let file = mounted.open(libc::O_DIRECT);
     let waiting = std::thread::spawn(move || file.write_all_at(Aligned::new(4096).bytes(), GATED));
     eventually("the write has come", || {
         mounted
