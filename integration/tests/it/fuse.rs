@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     io::{Read, Write},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -12,6 +13,8 @@ use tidemark_integration::small_disk::may_mount;
 
 use crate::programs::{Split, args, bin_dir, have, run, wait_for};
 
+/// `ESTALE`.
+const STALE: i32 = 116;
 const END_MAX: Duration = Duration::from_secs(10);
 
 /// A loop device on a file, and its filesystem where it is mounted. Dropping it lets go of both, whatever state they
@@ -394,6 +397,41 @@ fn a_volume_whose_file_is_open_is_removed_only_by_force() {
     file.read_exact(&mut [0; 512]).unwrap();
     cli.json(args!["volume", "remove", "data", "--force"]);
     assert!(!scene.volume().exists());
+    scene.services_stop();
+}
+
+#[test]
+fn an_open_file_of_a_snapshot_is_stale_once_the_snapshot_is_deleted_and_the_others_are_not() {
+    if !may_mount() {
+        return;
+    }
+    let scene = Scene::new("1MiB");
+    fs::write(scene.path("content"), vec![0x5a; 1 << 20]).unwrap();
+    run(
+        "dd",
+        args![
+            format!("if={}", scene.path("content").display()),
+            format!("of={}", scene.volume().display()),
+            "bs=64k",
+            "conv=notrunc",
+            "status=none"
+        ],
+    );
+    let numbers = [scene.snapshot("one"), scene.snapshot("two")];
+    let paths = numbers
+        .clone()
+        .map(|number| scene.path(&format!("files/.snapshots/data/{number}.img")));
+    let open = paths.clone().map(|path| File::open(path).unwrap());
+    let mut read = [0; 4096];
+    let cli = &scene.services.cli;
+    cli.json(args!["snapshot", "delete", "data", numbers[0]]);
+    let stale = open[0].read_at(&mut read, 512 << 10).unwrap_err();
+    assert_eq!(stale.raw_os_error(), Some(STALE));
+    open[1].read_exact_at(&mut read, 512 << 10).unwrap();
+    assert_eq!(read, [0x5a; 4096]);
+    assert!(!paths[0].exists());
+    assert_same(&paths[1], &scene.path("content"));
+    drop(open);
     scene.services_stop();
 }
 
