@@ -199,6 +199,7 @@ fn lives_on_a_file(make: &[&str], size: &str, read_only: &str, check: &[&str]) {
                 "--verify=crc32c",
                 "--verify_fatal=1",
                 "--do_verify=1",
+                "--verify_state_save=0",
                 "--minimal"
             ],
         );
