@@ -27,7 +27,9 @@ needed=(
     sqlite3:sqlite3
     mkfs.ext4:e2fsprogs
     e2fsck:e2fsprogs
+    mkfs.xfs:xfsprogs
     debugfs:e2fsprogs
+    fusermount3:fuse3
     cmp:diffutils
     patch:patch
 )
@@ -42,7 +44,7 @@ needed_modules=(
     nbd:python3-libnbd
 )
 
-# e2fsprogs lives in sbin, which is not on the path of every user.
+# e2fsprogs and xfsprogs live in sbin, which is not on the path of every user.
 PATH="$PATH:/usr/sbin:/sbin"
 
 if ! command -v cargo >/dev/null; then

@@ -55,6 +55,8 @@ settings! {
     listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 7401));
     /// Addresses of the NBD server, separated by commas: unix:PATH or tcp:ADDRESS:PORT. Empty: none.
     nbd: NbdListens = NbdListens::default();
+    /// Directory in which volumes and snapshots appear as files (FUSE): an absolute path. Empty: none.
+    fuse_mount: PathBuf = PathBuf::new();
     /// URL of the vault.
     vault: String = "http://127.0.0.1:7402".to_owned();
     /// Name of this source, as the vault shows it. Empty: the host's name.
@@ -127,6 +129,11 @@ impl Settings for Config {
         rules.that(
             "state",
             self.state.is_absolute(),
+            "must be an absolute path",
+        );
+        rules.that(
+            "fuse_mount",
+            self.fuse_mount.as_os_str().is_empty() || self.fuse_mount.is_absolute(),
             "must be an absolute path",
         );
         rules.that("vault", is_url, "must be a URL like http://HOST:PORT");

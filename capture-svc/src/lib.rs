@@ -4,6 +4,7 @@
 //! signals, `tidemark up` is that and a vault.
 
 pub mod config;
+mod front;
 mod quiesce;
 mod registry;
 mod rollback;

@@ -20,7 +20,7 @@ use futures::{StreamExt, stream};
 use parking_lot::RwLock;
 use tidemark_block::{BlockSize, Geometry, VolumeId};
 use tidemark_disk::{FileLock, durable};
-use tidemark_export::{ExportRegistry, NbdServer, RegistryError};
+use tidemark_export::{ExportRegistry, RegistryError};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::{Mutex, watch};
 
@@ -29,6 +29,7 @@ pub(crate) use add::AddVolume;
 use crate::{
     config::Config,
     engine::EngineError,
+    front::FrontEnds,
     uplink::{blocking, shutting_down},
     volume::{Ready, Serving, Volume, VolumeRecord},
 };
@@ -81,7 +82,7 @@ impl Registry {
         Ok(registry)
     }
 
-    /// What NBD clients may ask for.
+    /// The volumes that clients may ask for.
     pub(crate) const fn exports(&self) -> &Arc<ExportRegistry> {
         &self.exports
     }
@@ -168,7 +169,7 @@ impl Registry {
         &self,
         text: &str,
         force: bool,
-        nbd: Option<&NbdServer>,
+        fronts: &FrontEnds,
     ) -> Result<(), RpcError> {
         let _change = self.change.lock().await;
         let volume = self.find(text)?;
@@ -182,7 +183,7 @@ impl Registry {
                     "volume {name} has {snapshots} open snapshots"
                 )));
             }
-            self.unexport(&serving, force, nbd).await?;
+            self.unexport(&serving, force, fronts).await?;
         }
         let dir = volume.dir.clone();
         let removed = blocking(move || remove_record(&dir).context("remove the volume record"));
@@ -230,7 +231,7 @@ impl Registry {
         &self,
         serving: &Serving,
         force: bool,
-        nbd: Option<&NbdServer>,
+        fronts: &FrontEnds,
     ) -> Result<(), RpcError> {
         let name = &serving.export_name();
         let deadline = tokio::time::Instant::now() + DISCONNECT_MAX;
@@ -239,11 +240,9 @@ impl Registry {
                 Ok(_) | Err(RegistryError::Unknown(_)) => return Ok(()),
                 Err(RegistryError::InUse { clients, .. }) => {
                     if !force || tokio::time::Instant::now() > deadline {
-                        return Err(in_use(format!("volume {name} has {clients} NBD clients")));
+                        return Err(in_use(format!("volume {name} has {clients} clients")));
                     }
-                    if let Some(nbd) = nbd {
-                        nbd.disconnect(name);
-                    }
+                    fronts.disconnect(name);
                     tokio::time::sleep(Duration::from_millis(20)).await;
                 }
                 Err(error) => return Err(RpcError::internal(error.to_string())),
@@ -251,7 +250,7 @@ impl Registry {
         }
     }
 
-    /// Closes every volume. NBD clients are gone already.
+    /// Closes every volume. Clients are gone already.
     pub(crate) async fn close(&self) -> Result<()> {
         let _change = self.change.lock().await;
         let ends = self

@@ -9,7 +9,6 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
 use tidemark_block::BlockSize;
-use tidemark_export::NbdServer;
 use tidemark_proto::{
     RpcError,
     capture::v1::{
@@ -22,6 +21,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::{
+    front::FrontEnds,
     registry::{AddVolume, Registry},
     uplink::{blocking, shutting_down, stopped},
 };
@@ -35,7 +35,7 @@ const AHEAD: usize = 4;
 #[derive(Debug, Clone)]
 pub(crate) struct CaptureService {
     registry: Arc<Registry>,
-    nbd: Option<Arc<NbdServer>>,
+    fronts: FrontEnds,
     stop: watch::Receiver<bool>,
 }
 
@@ -45,12 +45,12 @@ type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 impl CaptureService {
     pub(crate) const fn new(
         registry: Arc<Registry>,
-        nbd: Option<Arc<NbdServer>>,
+        fronts: FrontEnds,
         stop: watch::Receiver<bool>,
     ) -> Self {
         Self {
             registry,
-            nbd,
+            fronts,
             stop,
         }
     }
@@ -124,9 +124,8 @@ impl Capture for CaptureService {
     ) -> Reply<pb::RemoveVolumeResponse> {
         self.stopping()?;
         let pb::RemoveVolumeRequest { volume, force } = request.into_inner();
-        let (registry, nbd) = (Arc::clone(&self.registry), self.nbd.clone());
-        let removed =
-            tokio::spawn(async move { registry.remove(&volume, force, nbd.as_deref()).await });
+        let (registry, fronts) = (Arc::clone(&self.registry), self.fronts.clone());
+        let removed = tokio::spawn(async move { registry.remove(&volume, force, &fronts).await });
         removed
             .await
             .map_err(|error| RpcError::internal(format!("remove the volume: {error}")))??;

@@ -3,7 +3,6 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use tidemark_export::{NbdAddress, NbdServer, nbd::Limits};
 use tidemark_listen::{GREETING_MAX, Incoming};
 use tidemark_proto::{FILE_DESCRIPTOR_SET, capture::v1::capture_server::CaptureServer};
 use tokio::{
@@ -16,6 +15,7 @@ use tonic::transport::Server;
 
 use crate::{
     config::{Config, NbdListen, Settings},
+    front::FrontEnds,
     registry::Registry,
     rpc::CaptureService,
     uplink::stopped,
@@ -32,7 +32,7 @@ pub struct Running {
 
 /// How long [`Running::shutdown`] waits for work under way.
 pub const SHUTDOWN_MAX: Duration = Duration::from_secs(10);
-/// How long calls and NBD requests under way have of it, each.
+/// How long calls and requests under way have of it, each.
 const GRACE: Duration = Duration::from_secs(2);
 const WINDOW: u32 = 4 << 20;
 const FRAME: u32 = 1 << 20;
@@ -62,63 +62,33 @@ pub async fn start(mut config: Config) -> Result<Running> {
     let control_addr = listener.local_addr().context("read the control address")?;
     let (stop, stopping) = watch::channel(false);
     let registry = Registry::open(Arc::clone(&config), stopping.clone()).await?;
-    let nbd = match start_nbd(&config, &registry) {
-        Ok(nbd) => nbd,
+    let fronts = match FrontEnds::start(&config, &registry).await {
+        Ok(fronts) => fronts,
         Err(error) => {
             stop.send_replace(true);
             registry.close().await?;
             return Err(error);
         }
     };
-    let endpoints = nbd.as_ref().map_or_else(Vec::new, |nbd| {
-        nbd.addresses()
-            .iter()
-            .map(|address| match address {
-                NbdAddress::Unix(path) => NbdListen::Unix(path.clone()),
-                NbdAddress::Tcp(address) => NbdListen::Tcp(*address),
-            })
-            .collect()
-    });
-    let task = tokio::spawn(serve(listener, registry, nbd, stopping));
+    let nbd = fronts.nbd_endpoints();
+    let task = tokio::spawn(serve(listener, registry, fronts, stopping));
     Ok(Running {
         control_addr,
-        nbd: endpoints,
+        nbd,
         stop,
         task,
     })
 }
 
-fn start_nbd(config: &Config, registry: &Registry) -> Result<Option<Arc<NbdServer>>> {
-    let addresses: Vec<_> = config
-        .nbd
-        .0
-        .iter()
-        .map(|listen| match listen {
-            NbdListen::Unix(path) => NbdAddress::Unix(path.clone()),
-            NbdListen::Tcp(address) => NbdAddress::Tcp(*address),
-        })
-        .collect();
-    if addresses.is_empty() {
-        return Ok(None);
-    }
-    let limits = Limits {
-        connections_max: config.nbd_clients_max as usize,
-        ..Limits::default()
-    };
-    let exports = Arc::clone(registry.exports());
-    let server = NbdServer::start(exports, &addresses, limits).context("start the NBD server")?;
-    Ok(Some(Arc::new(server)))
-}
-
 async fn serve(
     listener: TcpListener,
     registry: Arc<Registry>,
-    nbd: Option<Arc<NbdServer>>,
+    fronts: FrontEnds,
     mut stopping: watch::Receiver<bool>,
 ) -> Result<()> {
     let retry = tokio::spawn(retry(Arc::clone(&registry), stopping.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
-    let capture = CaptureService::new(Arc::clone(&registry), nbd.clone(), stopping.clone());
+    let capture = CaptureService::new(Arc::clone(&registry), fronts.clone(), stopping.clone());
     let capture = CaptureServer::new(capture)
         .max_decoding_message_size(MESSAGE_LEN_MAX)
         .max_encoding_message_size(MESSAGE_LEN_MAX);
@@ -157,7 +127,7 @@ async fn serve(
         () = stopped(&mut stopping) => None,
     };
     let deadline = Instant::now() + GRACE;
-    let ended = end(&registry, nbd, retry).await;
+    let ended = end(&registry, &fronts, retry).await;
     let served = match served {
         Some(served) => served,
         // Calls under way have had their grace by now, mostly.
@@ -169,23 +139,10 @@ async fn serve(
     ended
 }
 
-/// Ends the NBD clients, then the volumes.
-async fn end(
-    registry: &Registry,
-    nbd: Option<Arc<NbdServer>>,
-    retry: JoinHandle<()>,
-) -> Result<()> {
+/// Ends the clients, then the volumes.
+async fn end(registry: &Registry, fronts: &FrontEnds, retry: JoinHandle<()>) -> Result<()> {
     retry.abort();
-    if let Some(nbd) = nbd {
-        let stopped = tokio::task::spawn_blocking(move || nbd.stop(GRACE)).await;
-        let cut_off = stopped.map_or(0, |report| report.cut_off);
-        if cut_off > 0 {
-            tracing::warn!(
-                cut_off,
-                "NBD clients were cut off in the middle of requests"
-            );
-        }
-    }
+    fronts.stop(GRACE).await;
     registry.close().await
 }
 

@@ -20,6 +20,7 @@ pub(crate) use record::VolumeRecord;
 use crate::{
     config::{CodecSetting, Config, QuiesceFailure, SpoolFull},
     engine::{Engine, EngineError, EngineOptions, SpoolPolicy, Trust},
+    front::SnapshotExports,
     quiesce::QuiesceSettings,
     rollback,
     scrub::{Scrub, ScrubSettings},
@@ -48,10 +49,11 @@ pub(crate) struct Serving {
     pub(crate) uplink: Uplink,
     pub(crate) scrub: Scrub,
     export: RwLock<Arc<Export>>,
+    snapshots: SnapshotExports,
 }
 
 impl Serving {
-    /// NBD clients connected now.
+    /// Clients of the volume now: NBD connections and open files.
     pub(crate) fn clients(&self) -> u32 {
         self.export.read().clients()
     }
@@ -59,6 +61,17 @@ impl Serving {
     /// The name under which it is exported.
     pub(crate) fn export_name(&self) -> String {
         self.export.read().name().to_owned()
+    }
+
+    /// The exports of its snapshots, oldest first.
+    pub(crate) fn list_snapshots(&self) -> Vec<Arc<Export>> {
+        let all = self.snapshots.list(&self.export_name(), &self.engine);
+        all.into_iter().map(|(_, export)| export).collect()
+    }
+
+    /// The export of the snapshot with this number, or the newest one with this label.
+    pub(crate) fn find_snapshot(&self, text: &str) -> Option<Arc<Export>> {
+        self.snapshots.find(&self.export_name(), &self.engine, text)
     }
 
     /// Exports it again, after its export was removed.
@@ -282,6 +295,7 @@ impl Volume {
             uplink,
             scrub,
             export: RwLock::new(export),
+            snapshots: SnapshotExports::default(),
         }));
         Ok(())
     }

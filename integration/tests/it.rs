@@ -21,6 +21,8 @@ mod files;
 mod find_coherent;
 #[path = "it/first_use.rs"]
 mod first_use;
+#[path = "it/fuse.rs"]
+mod fuse;
 #[path = "it/kills.rs"]
 mod kills;
 #[path = "it/mutants.rs"]

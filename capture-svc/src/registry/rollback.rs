@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow};
-use tidemark_export::NbdServer;
 use tidemark_proto::{Reason, RpcError};
 
 use super::{Registry, local};
 use crate::{
     engine::SnapshotId,
+    front::FrontEnds,
     rollback::{self, Plan, RollbackError},
     uplink::{blocking, shutting_down},
     volume::{Serving, Volume},
@@ -23,14 +23,14 @@ impl Registry {
         text: &str,
         snapshot: SnapshotId,
         force: bool,
-        nbd: Option<&NbdServer>,
+        fronts: &FrontEnds,
         told: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<Option<Plan>, RpcError> {
         self.stopping()?;
         let _change = self.change.lock().await;
         let volume = self.find(text)?;
         let serving = volume.need()?;
-        self.unexport(&serving, force, nbd).await?;
+        self.unexport(&serving, force, fronts).await?;
         let done = self.roll_back(&volume, &serving, snapshot, told).await;
         if done.is_err() && rollback::is_decided(&volume.dir) {
             // It goes on when the volume is opened again. Until then nobody may see it.

@@ -23,7 +23,7 @@ impl CaptureService {
             return Err(RpcError::invalid("snapshots are numbered from 1"));
         }
         let geometry = self.registry.find(&request.volume)?.record.geometry;
-        let (registry, nbd) = (Arc::clone(&self.registry), self.nbd.clone());
+        let (registry, fronts) = (Arc::clone(&self.registry), self.fronts.clone());
         let (sender, receiver) = mpsc::channel(AHEAD);
         let progress = sender.clone();
         let mut told = Instant::now();
@@ -45,7 +45,7 @@ impl CaptureService {
                 force,
             } = request;
             let done = registry
-                .rollback(&volume, SnapshotId(snapshot), force, nbd.as_deref(), tell)
+                .rollback(&volume, SnapshotId(snapshot), force, &fronts, tell)
                 .await;
             let last = match done {
                 Ok(plan) => Ok(message(Message::End(pb::RollbackEnd {

@@ -2,7 +2,6 @@
 
 use std::sync::atomic::Ordering;
 
-use tidemark_export::NbdAddress;
 use tidemark_proto::{
     capture::v1::{self as pb, UplinkState as PbState, VolumeState},
     convert::volume_id_field,
@@ -71,7 +70,8 @@ impl CaptureService {
             snapshots: u32::try_from(stats.snapshots).unwrap_or(u32::MAX),
             spool_bytes_used: stats.spool_used,
             spool_bytes_max: stats.spool_max,
-            nbd_uris: self.nbd_uris(&shown.name),
+            nbd_uris: self.fronts.nbd_uris(&shown.name),
+            fuse_path: self.fronts.fuse_path(&shown.name),
             uplink: Some(uplink(&status)),
             scrub: Some(pb::Scrub {
                 passes: counts.passes.load(Ordering::Relaxed),
@@ -82,17 +82,6 @@ impl CaptureService {
             clients: serving.clients(),
             ..shown
         }
-    }
-
-    fn nbd_uris(&self, name: &str) -> Vec<String> {
-        let addresses = self.nbd.as_ref().map_or(&[][..], |nbd| nbd.addresses());
-        addresses
-            .iter()
-            .map(|address| match address {
-                NbdAddress::Unix(path) => format!("nbd+unix:///{name}?socket={}", path.display()),
-                NbdAddress::Tcp(address) => format!("nbd://{address}/{name}"),
-            })
-            .collect()
     }
 }
 

@@ -107,6 +107,9 @@ pub struct UpArgs {
     /// Where volumes are served by NBD: unix:PATH or tcp:ADDR [default: unix:DIR/nbd.sock]
     #[arg(long, value_name = "WHERE")]
     pub nbd: Option<String>,
+    /// Where volumes and snapshots are files, by FUSE; made where it does not exist [default: nowhere]
+    #[arg(long, value_name = "DIR")]
+    pub fuse_mount: Option<PathBuf>,
     /// Cut at the latest this long after the last cut
     #[arg(long, value_name = "TIME", default_value = "15m", value_parser = parse::duration)]
     pub interval_max: Duration,

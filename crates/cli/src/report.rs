@@ -72,7 +72,9 @@ pub struct Volume {
     pub spool_bytes_max: u64,
     /// Where NBD clients find it.
     pub nbd_uris: Vec<String>,
-    /// NBD clients connected now.
+    /// Its file in the mounted directory; empty where none is mounted.
+    pub fuse_path: String,
+    /// NBD clients and open files, now.
     pub clients: u32,
     /// The shipping.
     pub uplink: Uplink,
@@ -323,6 +325,8 @@ pub struct Endpoints {
     pub vault: String,
     /// Where volumes are served; the export name is the volume's name.
     pub nbd: String,
+    /// Where volumes and snapshots are files; empty where nowhere.
+    pub fuse_mount: String,
     /// Folder of all state.
     pub state: String,
 }
@@ -425,6 +429,7 @@ impl Volume {
             spool_bytes_used: v.spool_bytes_used,
             spool_bytes_max: v.spool_bytes_max,
             nbd_uris: v.nbd_uris,
+            fuse_path: v.fuse_path,
             clients: v.clients,
             uplink,
             scrub: Scrub {

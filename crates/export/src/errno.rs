@@ -1,6 +1,6 @@
-//! The one place that turns a device's [`io::Error`] into an NBD error value.
+//! The one place that turns a device's [`io::Error`] into what a client is told: an NBD error value, or an errno.
 //!
-//! The protocol knows a closed list of errors, with the numbers of Linux. What a device fails with is mapped to the
+//! The NBD protocol knows a closed list of errors, with the numbers of Linux. What a device fails with is mapped to the
 //! nearest of them; anything unknown is `EIO`, so that a client never takes a failure for something milder.
 
 use std::io;
@@ -62,6 +62,26 @@ pub fn nbd_error(error: &io::Error) -> NbdError {
     }
 }
 
+/// The errno that tells `error` best, for a client that is a program on this machine. What a device names by number is
+/// passed on; a refused change is [`libc::EROFS`].
+#[must_use]
+pub fn errno(error: &io::Error) -> i32 {
+    match error.raw_os_error() {
+        Some(number) if number > 0 => number,
+        _ => match error.kind() {
+            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => libc::EROFS,
+            io::ErrorKind::OutOfMemory => libc::ENOMEM,
+            io::ErrorKind::InvalidInput => libc::EINVAL,
+            io::ErrorKind::StorageFull => libc::ENOSPC,
+            io::ErrorKind::QuotaExceeded => libc::EDQUOT,
+            io::ErrorKind::FileTooLarge => libc::EFBIG,
+            io::ErrorKind::Unsupported => libc::EOPNOTSUPP,
+            io::ErrorKind::StaleNetworkFileHandle => libc::ESTALE,
+            _ => libc::EIO,
+        },
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -97,5 +117,18 @@ mod tests {
             nbd_error(&io::Error::from_raw_os_error(libc::ESTALE)),
             NbdError::Io
         );
+    }
+
+    #[test]
+    fn a_program_is_told_a_devices_own_errno_and_that_a_device_is_read_only() {
+        for (error, told) in [
+            (io::Error::from_raw_os_error(libc::ENOSPC), libc::ENOSPC),
+            (io::Error::from_raw_os_error(libc::ESTALE), libc::ESTALE),
+            (io::ErrorKind::PermissionDenied.into(), libc::EROFS),
+            (io::ErrorKind::Unsupported.into(), libc::EOPNOTSUPP),
+            (io::Error::other("a checksum did not match"), libc::EIO),
+        ] {
+            assert_eq!(errno(&error), told, "{error}");
+        }
     }
 }

@@ -16,6 +16,9 @@ use crate::device::BlockDevice;
 /// The longest name of an export, in bytes of UTF-8; the protocol's own bound for a string.
 pub const EXPORT_NAME_MAX: usize = 4096;
 
+/// What stands between a volume's name and a snapshot's in the name of a snapshot's export. No volume has it in its name.
+pub const SNAPSHOT_SIGN: char = '@';
+
 /// Set in the client count once the export admits no more clients.
 const RETIRED: u32 = 1 << 31;
 
@@ -87,6 +90,12 @@ impl Export {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The volume and the snapshot, where the export is a snapshot's.
+    #[must_use]
+    pub fn snapshot(&self) -> Option<(&str, &str)> {
+        self.name.split_once(SNAPSHOT_SIGN)
     }
 
     /// One line for people; may be empty.

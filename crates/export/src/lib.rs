@@ -1,18 +1,24 @@
-//! Block devices served to clients: the device trait, the set of exports, and the NBD server.
+//! Block devices served to clients: the device trait, the set of exports, the NBD server, and files in a mounted
+//! directory.
 //!
-//! A front end (NBD today) talks to a [`BlockDevice`] and to nothing else, so that a live volume, a retained
+//! A front end (NBD, FUSE) talks to a [`BlockDevice`] and to nothing else, so that a live volume, a retained
 //! generation and a test's memory device are served alike. The data path is plain blocking calls on OS threads:
 //! handing a request to another thread costs about as much as performing it, so the thread that read a request
 //! performs it and replies.
 //!
 //! In the order in which data meets them: [`exports`] (which device a name means, and who uses it),
-//! [`device`] (what a request may ask of it), [`errno`] (how a failure is told to the client), [`nbd`] (the server).
+//! [`device`] (what a request may ask of it), [`errno`] (how a failure is told to the client), [`nbd`] (the server),
+//! [`fuse`] (the files).
 
 pub mod device;
 pub mod errno;
 pub mod exports;
+pub mod fuse;
 pub mod nbd;
 
 pub use device::{AllocationExtent, BlockDevice, Durability, ZeroFlags};
-pub use exports::{ConnectError, ConnectedClient, Export, ExportRegistry, Exports, RegistryError};
+pub use exports::{
+    ConnectError, ConnectedClient, Export, ExportRegistry, Exports, RegistryError, SNAPSHOT_SIGN,
+};
+pub use fuse::{FuseServer, MountError};
 pub use nbd::{NbdAddress, NbdServer};

@@ -61,6 +61,12 @@ pub(super) async fn run(
             .map(ToString::to_string)
             .collect::<Vec<_>>()
             .join(","),
+        fuse_mount: args
+            .fuse_mount
+            .as_deref()
+            .map(absolute)
+            .transpose()?
+            .map_or_else(String::new, |path| path.display().to_string()),
         state: state.display().to_string(),
     };
     let told = output::print(global.json, &endpoints, &describe(&endpoints));
@@ -76,15 +82,19 @@ pub(super) async fn run(
 }
 
 fn describe(endpoints: &Endpoints) -> String {
-    let fields = format::fields(&[
+    let mut fields = vec![
         ("capture", endpoints.capture.clone()),
         ("vault", endpoints.vault.clone()),
         (
             "nbd",
             format!("{} (the export name is the volume's name)", endpoints.nbd),
         ),
-        ("state", endpoints.state.clone()),
-    ]);
+    ];
+    if !endpoints.fuse_mount.is_empty() {
+        fields.push(("files", endpoints.fuse_mount.clone()));
+    }
+    fields.push(("state", endpoints.state.clone()));
+    let fields = format::fields(&fields);
     format!("{fields}ready; stop with Ctrl-C\n")
 }
 
@@ -114,8 +124,10 @@ fn capture_config(
             )
         })?,
     };
+    let fuse_mount = args.fuse_mount.as_deref().map(absolute).transpose()?;
     Ok(capture_svc::Config {
         state: state.join("capture"),
+        fuse_mount: fuse_mount.unwrap_or_default(),
         listen: args.capture_listen,
         nbd: NbdListens(vec![nbd]),
         vault: vault.to_owned(),
@@ -134,7 +146,11 @@ fn state_dir(given: Option<&Path>) -> Result<PathBuf, Failure> {
             std::env::var_os("HOME").map(PathBuf::from),
         )?,
     };
-    std::path::absolute(&path)
+    absolute(&path)
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, Failure> {
+    std::path::absolute(path)
         .map_err(|e| Failure::io(format_args!("make {} absolute", path.display()), &e))
 }
 

@@ -143,8 +143,11 @@ fn describe(v: &report::Volume) -> String {
     if !v.problem.is_empty() {
         fields.push(("problem", v.problem.clone()));
     }
+    fields.extend([("nbd", v.nbd_uris.join("  "))]);
+    if !v.fuse_path.is_empty() {
+        fields.push(("path", v.fuse_path.clone()));
+    }
     fields.extend([
-        ("nbd", v.nbd_uris.join("  ")),
         ("clients", v.clients.to_string()),
         ("epoch", v.epoch.to_string()),
         ("changed", format!("{} blocks", v.changed_blocks)),
@@ -252,6 +255,7 @@ pub(super) mod tests {
             spool_bytes_used: 5 << 20,
             spool_bytes_max: 1 << 30,
             nbd_uris: vec!["nbd+unix:///data?socket=/run/nbd.sock".into()],
+            fuse_path: "/mnt/volumes/data.img".into(),
             clients: 1,
             uplink: Some(capture::Uplink {
                 state: capture::UplinkState::Backoff.into(),

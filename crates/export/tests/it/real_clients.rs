@@ -10,7 +10,7 @@ use crate::devices::{FileDevice, MemoryDevice};
 const SIZE: u64 = 64 << 20;
 
 /// Whether the tool is there. With `CI=true` in the environment its absence is a failure.
-fn require_tool(name: &str, package: &str) -> bool {
+pub(crate) fn require_tool(name: &str, package: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).any(|dir| dir.join(name).is_file());
     if !found {
