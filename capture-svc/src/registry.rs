@@ -28,6 +28,7 @@ pub(crate) use add::AddVolume;
 use crate::{
     config::Config,
     engine::EngineError,
+    quiesce::agents::Agents,
     uplink::{blocking, shutting_down},
     volume::{Ready, Serving, Volume, VolumeRecord},
 };
@@ -43,6 +44,7 @@ pub(crate) struct Registry {
     config: Arc<Config>,
     volumes: RwLock<BTreeMap<VolumeId, Arc<Volume>>>,
     exports: Arc<ExportRegistry>,
+    agents: Arc<Agents>,
     /// One change of the set at a time.
     change: Mutex<()>,
     stop: watch::Receiver<bool>,
@@ -71,6 +73,7 @@ impl Registry {
                     .collect(),
             ),
             exports: Arc::new(ExportRegistry::new()),
+            agents: Arc::default(),
             change: Mutex::new(()),
             config,
             stop,
@@ -78,6 +81,11 @@ impl Registry {
         });
         registry.try_failed().await;
         Ok(registry)
+    }
+
+    /// Agents that are attached.
+    pub(crate) const fn agents(&self) -> &Arc<Agents> {
+        &self.agents
     }
 
     /// What NBD clients may ask for.
@@ -146,7 +154,7 @@ impl Registry {
         let (record, ready) = opened.await?;
         if record == volume.record {
             return volume
-                .serve(ready, &self.config, &self.exports, &self.stop)
+                .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
                 .await;
         }
         let known = Arc::new(Volume::failed(
@@ -158,7 +166,7 @@ impl Registry {
             .write()
             .insert(known.record.id, Arc::clone(&known));
         known
-            .serve(ready, &self.config, &self.exports, &self.stop)
+            .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
             .await
     }
 

@@ -20,7 +20,7 @@ pub(crate) use record::VolumeRecord;
 use crate::{
     config::{CodecSetting, Config, QuiesceFailure, SpoolFull},
     engine::{Engine, EngineError, EngineOptions, SpoolPolicy, Trust},
-    quiesce::QuiesceSettings,
+    quiesce::{QuiesceSettings, agents::Agents},
     scrub::{Scrub, ScrubSettings},
     uplink::{Opened, Settings, Uplink, blocking},
 };
@@ -150,7 +150,7 @@ fn options(config: &Config) -> EngineOptions {
     }
 }
 
-fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config) -> Settings {
+fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config, agents: Arc<Agents>) -> Settings {
     let backoff = Backoff {
         min: config.backoff_min.get(),
         max: config.backoff_max.get(),
@@ -181,6 +181,7 @@ fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config) -> Settings {
             pre: config.quiesce_pre.clone(),
             post: config.quiesce_post.clone(),
             time: config.quiesce_timeout.get(),
+            agents,
         },
         backoff,
         codec: match config.codec {
@@ -238,6 +239,7 @@ impl Volume {
         &self,
         ready: Ready,
         config: &Config,
+        agents: &Arc<Agents>,
         exports: &ExportRegistry,
         stop: &watch::Receiver<bool>,
     ) -> Result<()> {
@@ -255,7 +257,7 @@ impl Volume {
         };
         let Ready { engine, opened } = ready;
         let uplink = Uplink::start(
-            settings(&self.record, self.dir.clone(), config),
+            settings(&self.record, self.dir.clone(), config, Arc::clone(agents)),
             Arc::clone(&engine),
             opened,
         );
