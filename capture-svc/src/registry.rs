@@ -30,6 +30,7 @@ use crate::{
     config::Config,
     engine::EngineError,
     front::FrontEnds,
+    quiesce::agents::Agents,
     uplink::{blocking, shutting_down},
     volume::{Ready, Serving, Volume, VolumeRecord},
 };
@@ -45,6 +46,7 @@ pub(crate) struct Registry {
     config: Arc<Config>,
     volumes: RwLock<BTreeMap<VolumeId, Arc<Volume>>>,
     exports: Arc<ExportRegistry>,
+    agents: Arc<Agents>,
     /// One change of the set at a time.
     change: Mutex<()>,
     stop: watch::Receiver<bool>,
@@ -73,6 +75,7 @@ impl Registry {
                     .collect(),
             ),
             exports: Arc::new(ExportRegistry::new()),
+            agents: Arc::default(),
             change: Mutex::new(()),
             config,
             stop,
@@ -80,6 +83,11 @@ impl Registry {
         });
         registry.try_failed().await;
         Ok(registry)
+    }
+
+    /// Agents that are attached.
+    pub(crate) const fn agents(&self) -> &Arc<Agents> {
+        &self.agents
     }
 
     /// The volumes that clients may ask for.
@@ -148,7 +156,7 @@ impl Registry {
         let (record, ready) = opened.await?;
         if record == volume.record {
             return volume
-                .serve(ready, &self.config, &self.exports, &self.stop)
+                .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
                 .await;
         }
         let known = Arc::new(Volume::failed(
@@ -160,7 +168,7 @@ impl Registry {
             .write()
             .insert(known.record.id, Arc::clone(&known));
         known
-            .serve(ready, &self.config, &self.exports, &self.stop)
+            .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
             .await
     }
 

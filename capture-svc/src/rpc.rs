@@ -1,5 +1,6 @@
 //! The control interface: `tidemark.capture.v1.Capture`.
 
+mod coherence;
 mod rollback;
 mod scrub;
 mod shown;

@@ -4,7 +4,10 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
 use tidemark_listen::{GREETING_MAX, Incoming};
-use tidemark_proto::{FILE_DESCRIPTOR_SET, capture::v1::capture_server::CaptureServer};
+use tidemark_proto::{
+    FILE_DESCRIPTOR_SET,
+    capture::v1::{capture_server::CaptureServer, coherence_server::CoherenceServer},
+};
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -89,6 +92,9 @@ async fn serve(
     let retry = tokio::spawn(retry(Arc::clone(&registry), stopping.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     let capture = CaptureService::new(Arc::clone(&registry), fronts.clone(), stopping.clone());
+    let coherence = CoherenceServer::new(capture.clone())
+        .max_decoding_message_size(MESSAGE_LEN_MAX)
+        .max_encoding_message_size(MESSAGE_LEN_MAX);
     let capture = CaptureServer::new(capture)
         .max_decoding_message_size(MESSAGE_LEN_MAX)
         .max_encoding_message_size(MESSAGE_LEN_MAX);
@@ -115,6 +121,7 @@ async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
         .add_service(capture)
+        .add_service(coherence)
         .add_service(health_service)
         .add_service(v1)
         .add_service(v1alpha)

@@ -46,7 +46,11 @@ pub(crate) use ship::stopped;
 pub use status::{UplinkState, UplinkStatus};
 pub(crate) use table::BaseTable;
 
-use crate::{config::Schedule, engine::Engine, quiesce::QuiesceSettings};
+use crate::{
+    config::Schedule,
+    engine::Engine,
+    quiesce::{QuiesceSettings, agents::Hint},
+};
 use driver::Driver;
 
 /// Requests that may wait to be noticed.
@@ -79,6 +83,8 @@ pub(crate) enum Request {
     Interval(oneshot::Sender<Result<Receipt, RpcError>>),
     /// Blocks have joined the doubt: an interval soon.
     Doubted,
+    /// An agent holds still.
+    Hint(Hint),
 }
 
 /// A running uplink.
@@ -123,6 +129,15 @@ impl Uplink {
             .await
             .map_err(|_| shutting_down())?;
         Ok(receipt)
+    }
+
+    /// Says that an agent holds still. Gives it back where nobody hears it.
+    pub(crate) fn hint(&self, hint: Hint) -> Result<(), Hint> {
+        use mpsc::error::TrySendError::{Closed, Full};
+        match self.requests.try_send(Request::Hint(hint)) {
+            Err(Closed(Request::Hint(hint)) | Full(Request::Hint(hint))) => Err(hint),
+            _ => Ok(()),
+        }
     }
 
     /// A way to say that blocks have joined the doubt.

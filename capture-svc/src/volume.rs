@@ -21,7 +21,7 @@ use crate::{
     config::{CodecSetting, Config, QuiesceFailure, SpoolFull},
     engine::{Engine, EngineError, EngineOptions, SpoolPolicy, Trust},
     front::SnapshotExports,
-    quiesce::QuiesceSettings,
+    quiesce::{QuiesceSettings, agents::Agents},
     rollback,
     scrub::{Scrub, ScrubSettings},
     uplink::{Opened, Settings, Uplink, blocking},
@@ -170,7 +170,7 @@ fn options(config: &Config) -> EngineOptions {
     }
 }
 
-fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config) -> Settings {
+fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config, agents: Arc<Agents>) -> Settings {
     let backoff = Backoff {
         min: config.backoff_min.get(),
         max: config.backoff_max.get(),
@@ -201,6 +201,7 @@ fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config) -> Settings {
             pre: config.quiesce_pre.clone(),
             post: config.quiesce_post.clone(),
             time: config.quiesce_timeout.get(),
+            agents,
         },
         backoff,
         codec: match config.codec {
@@ -258,6 +259,7 @@ impl Volume {
         &self,
         ready: Ready,
         config: &Config,
+        agents: &Arc<Agents>,
         exports: &ExportRegistry,
         stop: &watch::Receiver<bool>,
     ) -> Result<()> {
@@ -275,7 +277,7 @@ impl Volume {
         };
         let Ready { engine, opened } = ready;
         let uplink = Uplink::start(
-            settings(&self.record, self.dir.clone(), config),
+            settings(&self.record, self.dir.clone(), config, Arc::clone(agents)),
             Arc::clone(&engine),
             opened,
         );

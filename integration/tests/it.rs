@@ -7,6 +7,8 @@ use tidemark_integration::{nbd, programs};
 mod bad_input;
 #[path = "it/clocks.rs"]
 mod clocks;
+#[path = "it/coherence.rs"]
+mod coherence;
 #[path = "it/crash.rs"]
 mod crash;
 #[path = "it/demo.rs"]

@@ -100,7 +100,12 @@ impl Driver {
         Self {
             machine: Machine::new(opened.facts, settings.backoff),
             controller: Controller::new(settings.triggers, Duration::ZERO, initial, in_flight),
-            quiesce: Quiesce::new(settings.quiesce.clone(), &settings.name, &settings.dir),
+            quiesce: Quiesce::new(
+                settings.quiesce.clone(),
+                settings.volume,
+                &settings.name,
+                &settings.dir,
+            ),
             scheduled_ms: settings.schedule.next_after(now_ms()),
             settings,
             engine,
@@ -135,6 +140,9 @@ impl Driver {
             }
             let action = self.machine.next(self.now());
             self.show_action(action);
+            if action != Action::AwaitCut {
+                self.quiesce.decline_hints("no cut can be made now");
+            }
             let outcome = match action {
                 Action::StartTerm => self.start_term().await,
                 Action::AdoptHead { head, doubt } => self.adopt_head(head, doubt).await,
@@ -158,6 +166,7 @@ impl Driver {
         for (_, waiter) in self.waiters.drain() {
             let _ = waiter.send(Err(shutting_down()));
         }
+        self.quiesce.decline_hints("the service stops");
         // What hangs is killed with this process.
         let _ = tokio::time::timeout(THAW_MAX, self.quiesce.settled()).await;
         self.stamp_at_end().await;
@@ -411,6 +420,10 @@ impl Driver {
                 self.waiters.retain(|_, waiter| !waiter.is_closed());
                 self.waiters.insert(ticket, answer);
                 self.controller.on(now, IntervalEvent::Requested(ticket));
+            }
+            Request::Hint(hint) => {
+                self.quiesce.hinted(hint);
+                self.controller.on(now, IntervalEvent::Hinted);
             }
             Request::Doubted => {
                 self.controller.on(now, IntervalEvent::ResyncWanted);

@@ -150,7 +150,11 @@ impl Driver {
                 _ => None,
             })
             .collect();
-        self.quiesce.thaw(&thaws, epoch);
+        let graded = effects.iter().find_map(|effect| match effect {
+            Effect::Graded(graded) => Some(graded),
+            _ => None,
+        });
+        self.quiesce.thaw(&thaws, epoch, graded);
         let mut next = Next::Look;
         for effect in effects {
             match effect {
