@@ -2,7 +2,8 @@
 //!
 //! The writer has one request under way at a time, so a cut falls between two writes of the log, or before or after the
 //! one under way. A request that failed, because the service was killed, is sent again until it succeeds: it has the
-//! same content, so whether the first one got through does not matter.
+//! same content, so whether the first one got through does not matter. Between the kill and that some of its blocks may
+//! be old and some new, as after any crash, and a cut may show that.
 
 use std::{
     ops::{Range, RangeInclusive},
@@ -30,6 +31,8 @@ pub(crate) struct Entry {
     offset: usize,
     length: usize,
     zeroes: bool,
+    /// It failed at least once.
+    sent_again: bool,
 }
 
 impl Entry {
@@ -52,6 +55,7 @@ impl Entry {
             offset,
             length,
             zeroes: rng.random_range(0..12) == 0,
+            sent_again: false,
         }
     }
 
@@ -178,7 +182,8 @@ impl Writer {
         self.log.lock().unwrap().retries
     }
 
-    /// After how many writes of the log the volume was this image; the last such number.
+    /// After how many writes of the log the volume was this image, or after how many and a part of the next one, which
+    /// failed; the last such number.
     ///
     /// # Panics
     /// It never was.
@@ -197,15 +202,22 @@ impl Writer {
             let end = entry.offset + entry.length;
             model[entry.offset..end].copy_from_slice(&entry.bytes());
             let touched = entry.offset / BLOCK..end.div_ceil(BLOCK);
+            let left_before = left;
+            let mut either = 0;
             for (block, differed) in touched.clone().zip(&mut differing[touched]) {
                 let range = block * BLOCK..(block + 1) * BLOCK;
                 let differs = model[range.clone()] != image[range];
+                either += usize::from(*differed && !differs);
                 match (*differed, differs) {
                     (true, false) => left -= 1,
                     (false, true) => left += 1,
                     _ => {}
                 }
                 *differed = differs;
+            }
+            // Each block is the old one or the new one, and all others are as before.
+            if entry.sent_again && either == left_before {
+                moment = Some(n);
             }
             nearest = nearest.min((left, n + 1));
             if left == 0 {
@@ -259,7 +271,14 @@ fn write_until(
                 return true;
             }
             client = None;
-            log.lock().unwrap().retries += 1;
+            {
+                let mut log = log.lock().unwrap();
+                log.retries += 1;
+                let done = log.done;
+                if let Some(under_way) = log.begun.get_mut(done) {
+                    under_way.sent_again = true;
+                }
+            }
             std::thread::sleep(Duration::from_millis(10));
             // A test that failed stops the writer though the service is gone for good.
             if stop.load(Ordering::SeqCst) {
@@ -291,11 +310,25 @@ fn write_until(
 fn an_image_is_found_in_the_log_and_a_wrong_one_is_not() {
     let size = 1 << 20;
     let mut rng = StdRng::seed_from_u64(1);
-    let begun: Vec<_> = (1..200).map(|n| Entry::random(n, size, &mut rng)).collect();
+    let mut begun: Vec<_> = (1..200).map(|n| Entry::random(n, size, &mut rng)).collect();
+    // Of this one, which covers several blocks, a part will be there.
+    let torn = (100..190).find(|&n| begun[n].length > 3 * BLOCK).unwrap();
+    begun[torn].sent_again = true;
     let mut image = vec![0; size];
     for entry in &begun[..120] {
         image[entry.offset..entry.offset + entry.length].copy_from_slice(&entry.bytes());
     }
+    let half = {
+        let mut half = vec![0; size];
+        for entry in &begun[..torn] {
+            half[entry.offset..entry.offset + entry.length].copy_from_slice(&entry.bytes());
+        }
+        let entry = &begun[torn];
+        let first = entry.offset.next_multiple_of(BLOCK);
+        let bytes = entry.bytes();
+        half[first..first + BLOCK].copy_from_slice(&bytes[first - entry.offset..][..BLOCK]);
+        half
+    };
     let writer = Writer {
         part: 0..size,
         log: Arc::new(Mutex::new(Log {
@@ -308,6 +341,7 @@ fn an_image_is_found_in_the_log_and_a_wrong_one_is_not() {
     };
     assert_eq!(writer.moment_of(&image), 120);
     assert_eq!(writer.moment_of(&vec![0; size]), 0);
+    assert_eq!(writer.moment_of(&half), torn);
     image[512_000] ^= 1;
     let found = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| writer.moment_of(&image)));
     assert!(found.is_err(), "a flipped bit is found");
