@@ -3,6 +3,7 @@
 use std::{str::FromStr, time::Duration};
 
 use thiserror::Error;
+use tidemark_config::Span;
 
 const UNITS: [(&str, u32); 10] = [
     ("K", 10),
@@ -57,12 +58,10 @@ pub fn size(text: &str) -> Result<u64, SizeError> {
 /// # Errors
 /// Anything else, and zero.
 pub fn duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
+    match text.parse::<Span>() {
         Ok(time) if time.is_zero() => Err("must be more than zero".to_owned()),
-        Ok(time) => Ok(time),
-        Err(error) => Err(format!(
-            "{error}: use a number with s, m, h or d, such as 15m"
-        )),
+        Ok(time) => Ok(time.get()),
+        Err(_) => Err("use a number with s, m, h or d, such as 15m".to_owned()),
     }
 }
 

@@ -40,13 +40,25 @@ impl From<Duration> for Span {
     }
 }
 
+/// The most bytes, and the most digits in a row, of a length of time: `humantime` 2.4 panics where
+/// fractions carry a sum of seconds over 64 bits, and six parts of 10 digits, each at most 317
+/// billion years, come nowhere near.
+const MAX_SPAN_TEXT: usize = 64;
+const MAX_SPAN_DIGITS: usize = 10;
+
 impl FromStr for Span {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        humantime::parse_duration(text).map(Self).map_err(|e| {
-            format!("{text:?} is no length of time ({e}): write 250ms, 90s, 15m or 1h")
-        })
+        let error =
+            |e: &str| format!("{text:?} is no length of time ({e}): write 250ms, 90s, 15m or 1h");
+        let digits = text.split(|c: char| !c.is_ascii_digit());
+        if text.len() > MAX_SPAN_TEXT || digits.map(str::len).max() > Some(MAX_SPAN_DIGITS) {
+            return Err(error("too long"));
+        }
+        humantime::parse_duration(text)
+            .map(Self)
+            .map_err(|e| error(&e.to_string()))
     }
 }
 
@@ -209,7 +221,21 @@ mod tests {
             let span: Span = text.parse().unwrap();
             assert_eq!(span.to_string(), text);
         }
-        for text in ["15", "soon", "", "-1s"] {
+        let eleven_digits = "10000000000s";
+        let long = "1s ".repeat(22);
+        for text in ["15", "soon", "", "-1s", eleven_digits, &long] {
+            assert!(text.parse::<Span>().is_err(), "{text}");
+        }
+        assert!("9999999999y".parse::<Span>().is_ok());
+    }
+
+    /// Found by fuzzing.
+    #[test]
+    fn a_sum_over_64_bits_of_seconds_is_refused() {
+        for text in [
+            "18446744073709551615s0.5s0.5s",
+            "307445734561825860m 15s 0.5s 0.5s",
+        ] {
             assert!(text.parse::<Span>().is_err(), "{text}");
         }
     }
