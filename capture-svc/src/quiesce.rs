@@ -15,9 +15,13 @@ use std::{
 
 use capture_core::coherence::{Failure, Graded, Party};
 use tidemark_block::{Epoch, VolumeId};
-use tokio::{sync::mpsc, task::JoinHandle};
+use tidemark_disk::durable;
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinHandle,
+};
 
-use crate::config::CommandLine;
+use crate::{config::CommandLine, uplink::blocking};
 use agents::{Agent, Agents, AnswerTo, Hint, Order};
 
 /// What is told of quiescing a volume.
@@ -50,6 +54,24 @@ enum Member {
     },
 }
 
+/// A run of the command that freezes.
+#[derive(Debug)]
+struct Freezing {
+    leave_off: oneshot::Sender<()>,
+    task: JoinHandle<()>,
+}
+
+impl Freezing {
+    /// Kills the command if it still runs.
+    async fn end(self) {
+        // A receiver that is gone has ended by itself.
+        let _ = self.leave_off.send(());
+        if let Err(error) = self.task.await {
+            tracing::error!(%error, "run quiesce_pre");
+        }
+    }
+}
+
 /// The members of a volume.
 #[derive(Debug)]
 pub(crate) struct Quiesce {
@@ -62,7 +84,7 @@ pub(crate) struct Quiesce {
     members: Vec<Member>,
     answer: mpsc::UnboundedSender<(usize, Answer)>,
     answers: Answers,
-    freezing: Option<JoinHandle<()>>,
+    freezing: Option<Freezing>,
     thawing: Option<JoinHandle<()>>,
 }
 
@@ -142,18 +164,21 @@ impl Quiesce {
                 answer: self.answer_to(index),
             }),
             Member::Command => {
-                if let Err(error) = std::fs::write(&self.mark, []) {
-                    let how = format!("the mark {} can't be written: {error}", self.mark.display());
-                    let _ = self.answer.send((index, Err(Failure::Failed(how))));
-                    return;
-                }
-                let (answer, call) = (self.answer.clone(), self.call(epoch, "freeze"));
-                let pre = self.settings.pre.clone();
-                self.freezing = Some(tokio::spawn(async move {
-                    // The search knows when it is late.
-                    let ended = command::run(&pre, &call, Duration::MAX).await;
-                    let _ = answer.send((index, ended));
-                }));
+                let (answer, call) = (self.answer_to(index), self.call(epoch, "freeze"));
+                let (pre, mark) = (self.settings.pre.clone(), self.mark.clone());
+                let (leave_off, left_off) = oneshot::channel();
+                let freeze = async move {
+                    if let Err(failure) = put_mark(mark).await {
+                        return answer.send(Err(failure));
+                    }
+                    tokio::select! {
+                        _ = left_off => {}
+                        // The search knows when it is late.
+                        ended = command::run(&pre, &call, Duration::MAX) => answer.send(ended),
+                    }
+                };
+                let task = tokio::spawn(freeze);
+                self.freezing = Some(Freezing { leave_off, task });
             }
         }
     }
@@ -165,8 +190,13 @@ impl Quiesce {
         }
     }
 
-    /// An agent holds still for the next cut.
+    /// An agent holds still for the next cut. It has one hint at a time: the last one counts.
     pub(crate) fn hinted(&mut self, hint: Hint) {
+        self.hints.retain(|held| held.agent.is_attached());
+        let of_same = |held: &mut Hint| Arc::ptr_eq(&held.agent, &hint.agent);
+        for earlier in self.hints.extract_if(.., of_same) {
+            earlier.decline("a later hint took its place");
+        }
         self.hints.push(hint);
     }
 
@@ -227,8 +257,7 @@ impl Quiesce {
                     }),
                     Member::Command => {
                         if let Some(freezing) = freezing.take() {
-                            freezing.abort();
-                            let _ = freezing.await;
+                            freezing.end().await;
                         }
                         let ended = command::run(&settings.post, &call, settings.time).await;
                         if let Err(failure) = ended {
@@ -237,9 +266,7 @@ impl Quiesce {
                                 "quiesce_post: the workload may still be frozen"
                             );
                         }
-                        if let Err(error) = std::fs::remove_file(&mark) {
-                            tracing::warn!(%error, mark = %mark.display(), "remove the mark of a freeze");
-                        }
+                        take_mark(mark.clone()).await;
                     }
                 }
             }
@@ -262,5 +289,80 @@ impl Quiesce {
             epoch,
             phase,
         }
+    }
+}
+
+/// Marks that the workload may be frozen, durably, before it is.
+async fn put_mark(mark: PathBuf) -> Result<(), Failure> {
+    let path = mark.clone();
+    let put = blocking(move || Ok(durable::write_file(&mark, &[])?)).await;
+    put.map_err(|error| {
+        Failure::Failed(format!(
+            "the mark {} can't be written: {error:#}",
+            path.display()
+        ))
+    })
+}
+
+/// Takes the mark off. One that stays costs a needless thaw at the next start.
+async fn take_mark(mark: PathBuf) {
+    let path = mark.clone();
+    if let Err(error) = blocking(move || Ok(durable::remove_file(&mark)?)).await {
+        tracing::warn!(error = %format!("{error:#}"), mark = %path.display(), "remove the mark of a freeze");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    const VOLUME: VolumeId = VolumeId::from_bytes([7; 16]);
+
+    fn declined(order: Order) -> (u64, &'static str) {
+        match order {
+            Order::Done {
+                hint,
+                graded: Err(why),
+                ..
+            } => (hint, why),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn the_last_hint_of_an_agent_counts_and_one_whose_agent_is_gone_is_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let agents = Arc::<Agents>::default();
+        let settings = QuiesceSettings {
+            pre: CommandLine::default(),
+            post: CommandLine::default(),
+            time: Duration::from_secs(5),
+            agents: Arc::clone(&agents),
+        };
+        let mut quiesce = Quiesce::new(settings, VOLUME, "data", dir.path());
+        let attach = |name: &str| {
+            let volumes = BTreeMap::from([(VOLUME, "data".to_owned())]);
+            agents.attach(name.to_owned(), volumes).unwrap()
+        };
+        let (stays, mut orders) = attach("stays");
+        let (goes, of_gone) = attach("goes");
+        let until = Instant::now() + Duration::from_secs(60);
+        let hint = |agent: &Arc<Agent>, hint| Hint {
+            agent: Arc::clone(agent),
+            hint,
+            until,
+        };
+        quiesce.hinted(hint(&stays, 1));
+        quiesce.hinted(hint(&goes, 2));
+        drop(of_gone);
+        quiesce.hinted(hint(&stays, 3));
+        let later = "a later hint took its place";
+        assert_eq!(declined(orders.try_recv().unwrap()), (1, later));
+        let held: Vec<_> = quiesce.hints.iter().map(|hint| hint.hint).collect();
+        assert_eq!(held, [3]);
+        quiesce.decline_hints("no cut");
+        assert_eq!(declined(orders.try_recv().unwrap()), (3, "no cut"));
     }
 }

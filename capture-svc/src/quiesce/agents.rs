@@ -74,6 +74,11 @@ impl Agent {
         format!("agent {}", self.name)
     }
 
+    /// Whether its session goes on.
+    pub(crate) fn is_attached(&self) -> bool {
+        !self.orders.is_closed()
+    }
+
     /// The name under which it knows a volume.
     pub(crate) fn name_of(&self, volume: VolumeId) -> Option<&str> {
         self.volumes.get(&volume).map(String::as_str)

@@ -30,6 +30,10 @@ impl Registry {
         let _change = self.change.lock().await;
         let volume = self.find(text)?;
         let serving = volume.need()?;
+        // Nobody is disconnected for a snapshot that isn't there.
+        let engine = Arc::clone(&serving.engine);
+        let found = blocking(move || Ok(engine.open_snapshot(snapshot).map(drop)?));
+        found.await.map_err(|error| local(&error))?;
         self.unexport(&serving, force, fronts).await?;
         let done = self.roll_back(&volume, &serving, snapshot, told).await;
         if done.is_err() && rollback::is_decided(&volume.dir) {

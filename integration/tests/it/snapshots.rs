@@ -133,11 +133,13 @@ fn a_rollback_is_refused_under_clients_happens_as_a_whole_and_is_shipped() {
 
     let rollback = args!["snapshot", "rollback", "data", good];
     split.cli.fails(rollback, 4, "VOLUME_IN_USE");
-    drop(client);
     let before = image(&split);
-    let missing = args!["snapshot", "rollback", "data", "99"];
+    let missing = args!["snapshot", "rollback", "data", "99", "--force"];
     split.cli.fails(missing, 3, "SNAPSHOT_NOT_FOUND");
     assert!(image(&split) == before);
+    let mut connected_still = [0; 512];
+    client.read(0, &mut connected_still).unwrap();
+    drop(client);
 
     // Killed in the middle, sooner or later.
     let expected = {
