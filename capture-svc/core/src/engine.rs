@@ -10,6 +10,7 @@ pub mod cut;
 pub mod damage;
 pub mod dirty;
 pub mod examine;
+pub mod group;
 pub mod intent;
 pub mod media;
 pub mod read;

@@ -1,4 +1,4 @@
-//! What the engine's threads meet at: locks, atomics, the hint of a spin loop. Everything of the engine that two threads
+//! What the engine's threads meet at: locks, atomics, how one waits for another. Everything of the engine that two threads
 //! touch comes from here, so that the tests of `tests/shuttle.rs` can decide who goes next at each of them.
 //!
 //! The feature `shuttle` is for those tests alone. Under it the types are shuttle's, which work nowhere but in a test
@@ -6,7 +6,7 @@
 
 #[cfg(not(feature = "shuttle"))]
 mod primitives {
-    pub(crate) use std::{hint, sync::atomic};
+    pub(crate) use std::{hint, sync::atomic, thread::yield_now};
 
     pub(crate) use parking_lot::{Mutex, MutexGuard, RwLock};
 }
@@ -19,6 +19,7 @@ mod primitives {
     pub(crate) use shuttle::{
         hint,
         sync::{MutexGuard, atomic},
+        thread::yield_now,
     };
 
     /// A mutex with the ways of `parking_lot`'s.
@@ -59,7 +60,7 @@ mod primitives {
     }
 }
 
-pub(crate) use primitives::{Mutex, MutexGuard, RwLock, atomic, hint};
+pub(crate) use primitives::{Mutex, MutexGuard, RwLock, atomic, hint, yield_now};
 
 /// A number of like things of which the tests under shuttle have few: a step that makes no difference costs them a
 /// chance to make one that does.

@@ -32,6 +32,8 @@ mod chunks;
 mod cuts;
 #[path = "shuttle/ends.rs"]
 mod ends;
+#[path = "shuttle/group.rs"]
+mod group;
 #[path = "shuttle/history.rs"]
 mod history;
 #[path = "shuttle/memory.rs"]

@@ -20,6 +20,7 @@ use super::{
 use crate::sync::{
     Mutex, MutexGuard, RwLock,
     atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    yield_now,
 };
 
 /// Word of the open epoch in [`Map::Tracking`].
@@ -240,6 +241,8 @@ pub struct Capture<M> {
     /// By parity of the epoch: the newest open cut before it, 0 for none.
     pub(super) cut_before: [AtomicU64; 2],
     inflight: [Padded; 2],
+    /// No request enters: several volumes are being flipped.
+    gate_closed: AtomicBool,
     /// Blocks set in the dirty map, by parity.
     pub(super) dirty_count: [AtomicU64; 2],
     pub(super) carry_count: AtomicU64,
@@ -291,6 +294,7 @@ impl<M: Media> Capture<M> {
             open_cuts: RwLock::new(Arc::new([])),
             cut_before: Default::default(),
             inflight: Default::default(),
+            gate_closed: AtomicBool::new(false),
             dirty_count: Default::default(),
             carry_count: AtomicU64::new(table.carry.len().get()),
             table: Mutex::new(table),
@@ -358,12 +362,20 @@ impl<M: Media> Capture<M> {
             let epoch = self.epoch();
             let inflight = &self.inflight[parity(epoch)].0;
             inflight.fetch_add(1, SeqCst);
-            if self.epoch() == epoch {
+            if self.epoch() == epoch && !self.gate_closed.load(SeqCst) {
                 return Ok(epoch);
             }
             // A flip came between: its settle may have counted us in, and is no longer held up.
             inflight.fetch_sub(1, SeqCst);
+            while self.gate_closed.load(SeqCst) {
+                yield_now();
+            }
         }
+    }
+
+    /// Closes or opens the gate. Whoever is counted in before it closes is of the epoch that is open then.
+    pub(super) fn close_gate(&self, closed: bool) {
+        self.gate_closed.store(closed, SeqCst);
     }
 
     /// Ends a request. True where a settle may have waited for it.

@@ -52,8 +52,20 @@ impl<M: Media> Capture<M> {
     /// Where the purpose doesn't fit what is open, it was closed, or the dirty map of an earlier cut still can't be folded.
     pub fn begin_cut(&self, purpose: Purpose) -> Result<Cut, CaptureError> {
         let mut table = self.table_to_change()?;
+        self.ready_to_cut(&mut table, &purpose)?;
+        let cut = self.announce_cut(&mut table, purpose);
+        self.flip();
+        Ok(cut)
+    }
+
+    /// Makes sure that a cut can be begun.
+    pub(super) fn ready_to_cut(
+        &self,
+        table: &mut Table,
+        purpose: &Purpose,
+    ) -> Result<(), CaptureError> {
         assert!(table.cutting.is_none(), "cuts follow each other");
-        match (&purpose, &table.interval) {
+        match (purpose, &table.interval) {
             (Purpose::Interval, Some(open)) => return Err(CaptureError::IntervalOpen(open.cut)),
             (Purpose::Snapshot { .. }, _)
                 if table.snapshots.snapshots.len() >= self.tuning.snapshots_max =>
@@ -63,17 +75,20 @@ impl<M: Media> Capture<M> {
             _ => {}
         }
         if let Some(closed) = table.undrained {
-            self.fold_dirty(&mut table, closed)?;
+            self.fold_dirty(table, closed)?;
             table.undrained = None;
         }
+        Ok(())
+    }
+
+    /// Writers of the new epoch must find the cut open, so it is published before the flip. Its parity is free: the
+    /// last epoch of it has settled.
+    pub(super) fn announce_cut(&self, table: &mut Table, purpose: Purpose) -> Cut {
         let epoch = self.epoch();
         table.cuts.insert(epoch, OpenCut::new(epoch));
         table.cutting = Some(epoch);
-        // Writers of the new epoch must find the cut open, so it is published first. Its parity is free: the last
-        // epoch of it has settled.
-        self.publish_cuts(&table, epoch + 1);
-        self.flip();
-        Ok(Cut { epoch, purpose })
+        self.publish_cuts(table, epoch + 1);
+        Cut { epoch, purpose }
     }
 
     /// Ends a cut that has settled: what it is for is durable on return.

@@ -16,13 +16,27 @@ use crate::{
     rig::{Known, Rig},
 };
 
+fn snapshot() -> Purpose {
+    Purpose::Snapshot {
+        label: String::new(),
+        time_ms: 0,
+    }
+}
+
 impl Rig {
     /// Takes a snapshot; its number.
     pub(crate) fn snapshot(&self) -> Option<u64> {
-        let flip = self.cut(Purpose::Snapshot {
-            label: String::new(),
-            time_ms: 0,
-        })?;
+        let flip = self.cut(snapshot())?;
+        self.know(flip)
+    }
+
+    /// Takes snapshots of one instant; their numbers.
+    pub(crate) fn snapshots_together(rigs: [&Self; 2]) -> [u64; 2] {
+        let [one, other] = Self::cut_together(rigs, &snapshot());
+        [rigs[0].know(one).unwrap(), rigs[1].know(other).unwrap()]
+    }
+
+    fn know(&self, flip: Flip) -> Option<u64> {
         let snapshots = self.capture.snapshots();
         let Some(found) = snapshots.iter().find(|found| found.cut == flip.epoch) else {
             assert!(self.may_be_given_up());

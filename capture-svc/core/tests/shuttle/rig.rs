@@ -8,7 +8,8 @@ use std::{
 
 use capture_core::engine::{
     capture::{Capture, CaptureError, Tuning},
-    cut::Purpose,
+    cut::{Cut, Purpose},
+    group::begin_cuts,
     media::Record,
     recover::Outcome,
     spool::SpoolLimits,
@@ -317,15 +318,42 @@ impl Rig {
         let _cutting = self.cutting.lock().unwrap();
         let from = self.tick();
         let cut = self.accept(self.capture.begin_cut(purpose))?;
+        let flip = self.flipped(&cut, from);
+        meanwhile();
+        self.accept(self.end_cut(cut))?;
+        Some(flip)
+    }
+
+    fn flipped(&self, cut: &Cut, from: Time) -> Flip {
         let (epoch, to) = (cut.epoch(), self.tick());
         let flip = Flip { epoch, from, to };
         self.flips.lock().push(flip);
-        meanwhile();
-        while !self.capture.is_settled(epoch) {
+        flip
+    }
+
+    fn end_cut(&self, cut: Cut) -> Result<(), CaptureError> {
+        while !self.capture.is_settled(cut.epoch()) {
             yield_now();
         }
-        self.accept(self.capture.finish_cut(cut))?;
-        Some(flip)
+        self.capture.finish_cut(cut)
+    }
+
+    /// Cuts volumes at one instant.
+    pub(crate) fn cut_together<'r>(rigs: [&'r Self; 2], purpose: &Purpose) -> [Flip; 2] {
+        let locked = rigs.map(|rig| rig.cutting.lock().unwrap());
+        let from = rigs.map(Self::tick);
+        let parts = rigs.map(|rig| (&rig.capture, purpose.clone()));
+        let cuts = begin_cuts(parts.into()).unwrap();
+        let mut flips = rigs.iter().zip(from).zip(&cuts);
+        let flips = [(); 2].map(|()| {
+            let ((rig, from), cut) = flips.next().unwrap();
+            rig.flipped(cut, from)
+        });
+        for (rig, cut) in rigs.iter().zip(cuts) {
+            rig.end_cut(cut).unwrap();
+        }
+        drop(locked);
+        flips
     }
 }
 
