@@ -10,6 +10,7 @@ mod activity;
 mod device;
 mod error;
 mod files;
+pub mod group;
 mod mapped;
 mod open;
 mod reader;
@@ -390,8 +391,12 @@ impl Engine {
     /// As [`Self::begin_interval`].
     pub fn begin_observed_interval(self: &Arc<Self>) -> Result<(IntervalCut, Sample), EngineError> {
         let (cut, at_flip) = self.cut(Purpose::Interval)?;
-        let interval = self.open_interval().ok_or(EngineError::GivenUp(cut))?;
-        Ok((interval, at_flip))
+        Ok((self.interval_of(cut)?, at_flip))
+    }
+
+    fn interval_of(self: &Arc<Self>, cut: Epoch) -> Result<IntervalCut, EngineError> {
+        let interval = self.open_interval().filter(|open| open.epoch == cut);
+        interval.ok_or(EngineError::GivenUp(cut))
     }
 
     /// What the data path has done so far. Cheap.
@@ -411,12 +416,17 @@ impl Engine {
             .map_err(|error| self.explain(error))?;
         let at_flip = self.activity.sample();
         *self.last_flip.lock() = begun.elapsed();
+        Ok((self.finish(cut)?, at_flip))
+    }
+
+    /// Waits for the settle of a cut that has begun, and finishes it.
+    fn finish(&self, cut: Cut) -> Result<Epoch, EngineError> {
         self.settle(&cut);
         let epoch = Epoch::new(cut.epoch());
         let finished = self.capture.finish_cut(cut);
         self.tell(&self.capture.take_damage());
         finished.map_err(|error| self.explain(error))?;
-        Ok((epoch, at_flip))
+        Ok(epoch)
     }
 
     fn settle(&self, cut: &Cut) {
@@ -483,10 +493,12 @@ impl Engine {
             label: label.to_owned(),
             time_ms: now_ms,
         })?;
-        let created = self
-            .list_snapshots()
-            .into_iter()
-            .find(|snapshot| snapshot.cut == cut);
+        self.snapshot_of(cut)
+    }
+
+    fn snapshot_of(&self, cut: Epoch) -> Result<SnapshotInfo, EngineError> {
+        let mut snapshots = self.list_snapshots().into_iter();
+        let created = snapshots.find(|snapshot| snapshot.cut == cut);
         created.ok_or(EngineError::GivenUp(cut))
     }
 
