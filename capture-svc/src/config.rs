@@ -1,5 +1,6 @@
 //! What the capture service can be told: defaults → TOML file → `CAPTURE_…` environment → flags.
 
+mod groups;
 mod values;
 
 use std::{net::SocketAddr, path::PathBuf};
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use tidemark_config::{Rules, settings};
 use tidemark_telemetry::LogFormat;
 
+pub use groups::Groups;
 pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
 pub use values::{CommandLine, NbdListen, NbdListens, Schedule};
 
@@ -79,6 +81,8 @@ settings! {
     quiesce_timeout: Span = Span::from_secs(5);
     /// Where the workload can't be quiesced: cut at the next best moment, or skip the cut.
     quiesce_failure: QuiesceFailure = QuiesceFailure::Cut;
+    /// Volumes that are cut at one instant, as NAME=VOLUME,VOLUME; NAME=VOLUME,VOLUME. Empty: each by itself.
+    groups: Groups = Groups::default();
     /// Room for before-images, per volume.
     spool_bytes_max: ByteSize = ByteSize::mib(1024);
     /// What happens when the spool is full: give-up or stall.

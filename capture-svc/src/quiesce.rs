@@ -6,11 +6,12 @@
 
 pub(crate) mod agents;
 mod command;
+mod hints;
 
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use capture_core::coherence::{Failure, Graded, Party};
@@ -23,6 +24,7 @@ use tokio::{
 
 use crate::{config::CommandLine, uplink::blocking};
 use agents::{Agent, Agents, AnswerTo, Hint, Order};
+pub(crate) use hints::Hints;
 
 /// What is told of quiescing a volume.
 #[derive(Debug, Clone)]
@@ -79,8 +81,6 @@ pub(crate) struct Quiesce {
     volume: VolumeId,
     name: String,
     mark: PathBuf,
-    /// Agents that hold still until a cut has been made, or will not be.
-    hints: Vec<Hint>,
     members: Vec<Member>,
     answer: mpsc::UnboundedSender<(usize, Answer)>,
     answers: Answers,
@@ -97,7 +97,6 @@ impl Quiesce {
             volume,
             name: name.to_owned(),
             mark: dir.join("frozen"),
-            hints: Vec::new(),
             members: Vec::new(),
             answer,
             answers,
@@ -112,16 +111,14 @@ impl Quiesce {
         quiesce
     }
 
-    /// Who takes part in the search that begins, in the order in which they freeze.
-    pub(crate) async fn gather(&mut self) -> Vec<Party> {
+    /// Who takes part in the search that begins, in the order in which they freeze. `held`: agents that hold still.
+    pub(crate) async fn gather(&mut self, held: &[Hint]) -> Vec<Party> {
         self.settled().await;
         (self.answer, self.answers) = mpsc::unbounded_channel();
         self.members.clear();
         let mut parties = Vec::new();
-        let now = Instant::now();
-        let (live, late): (Vec<_>, Vec<_>) = self.hints.drain(..).partition(|h| h.until > now);
         for agent in self.settings.agents.of(self.volume) {
-            let held = live.iter().rfind(|hint| Arc::ptr_eq(&hint.agent, &agent));
+            let held = held.iter().find(|hint| Arc::ptr_eq(&hint.agent, &agent));
             let hint = held.map(|held| held.hint);
             let freeze = self.settings.agents.next_freeze();
             if hint.is_some() {
@@ -138,9 +135,6 @@ impl Quiesce {
                 freeze,
                 hint,
             });
-        }
-        for hint in late {
-            hint.decline("it came too late");
         }
         if !self.settings.pre.is_empty() {
             self.members.push(Member::Command);
@@ -187,23 +181,6 @@ impl Quiesce {
         AnswerTo {
             index,
             answers: self.answer.clone(),
-        }
-    }
-
-    /// An agent holds still for the next cut. It has one hint at a time: the last one counts.
-    pub(crate) fn hinted(&mut self, hint: Hint) {
-        self.hints.retain(|held| held.agent.is_attached());
-        let of_same = |held: &mut Hint| Arc::ptr_eq(&held.agent, &hint.agent);
-        for earlier in self.hints.extract_if(.., of_same) {
-            earlier.decline("a later hint took its place");
-        }
-        self.hints.push(hint);
-    }
-
-    /// No cut comes for those who hold still.
-    pub(crate) fn decline_hints(&mut self, why: &'static str) {
-        for hint in self.hints.drain(..) {
-            hint.decline(why);
         }
     }
 
@@ -309,60 +286,5 @@ async fn take_mark(mark: PathBuf) {
     let path = mark.clone();
     if let Err(error) = blocking(move || Ok(durable::remove_file(&mark)?)).await {
         tracing::warn!(error = %format!("{error:#}"), mark = %path.display(), "remove the mark of a freeze");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use super::*;
-
-    const VOLUME: VolumeId = VolumeId::from_bytes([7; 16]);
-
-    fn declined(order: Order) -> (u64, &'static str) {
-        match order {
-            Order::Done {
-                hint,
-                graded: Err(why),
-                ..
-            } => (hint, why),
-            other => panic!("{other:?}"),
-        }
-    }
-
-    #[tokio::test]
-    async fn the_last_hint_of_an_agent_counts_and_one_whose_agent_is_gone_is_forgotten() {
-        let dir = tempfile::tempdir().unwrap();
-        let agents = Arc::<Agents>::default();
-        let settings = QuiesceSettings {
-            pre: CommandLine::default(),
-            post: CommandLine::default(),
-            time: Duration::from_secs(5),
-            agents: Arc::clone(&agents),
-        };
-        let mut quiesce = Quiesce::new(settings, VOLUME, "data", dir.path());
-        let attach = |name: &str| {
-            let volumes = BTreeMap::from([(VOLUME, "data".to_owned())]);
-            agents.attach(name.to_owned(), volumes).unwrap()
-        };
-        let (stays, mut orders) = attach("stays");
-        let (goes, of_gone) = attach("goes");
-        let until = Instant::now() + Duration::from_secs(60);
-        let hint = |agent: &Arc<Agent>, hint| Hint {
-            agent: Arc::clone(agent),
-            hint,
-            until,
-        };
-        quiesce.hinted(hint(&stays, 1));
-        quiesce.hinted(hint(&goes, 2));
-        drop(of_gone);
-        quiesce.hinted(hint(&stays, 3));
-        let later = "a later hint took its place";
-        assert_eq!(declined(orders.try_recv().unwrap()), (1, later));
-        let held: Vec<_> = quiesce.hints.iter().map(|hint| hint.hint).collect();
-        assert_eq!(held, [3]);
-        quiesce.decline_hints("no cut");
-        assert_eq!(declined(orders.try_recv().unwrap()), (3, "no cut"));
     }
 }

@@ -31,8 +31,8 @@ use crate::{
     engine::EngineError,
     front::FrontEnds,
     quiesce::agents::Agents,
-    uplink::{blocking, shutting_down},
-    volume::{Ready, Serving, Volume, VolumeRecord},
+    uplink::{blocking, group::AllGroups, shutting_down},
+    volume::{Ready, Serving, Shared, Volume, VolumeRecord},
 };
 
 /// Volumes opened at a time.
@@ -43,13 +43,10 @@ const DISCONNECT_MAX: Duration = Duration::from_secs(5);
 /// All volumes.
 #[derive(Debug)]
 pub(crate) struct Registry {
-    config: Arc<Config>,
+    shared: Shared,
     volumes: RwLock<BTreeMap<VolumeId, Arc<Volume>>>,
-    exports: Arc<ExportRegistry>,
-    agents: Arc<Agents>,
     /// One change of the set at a time.
     change: Mutex<()>,
-    stop: watch::Receiver<bool>,
     _lock: FileLock,
 }
 
@@ -67,6 +64,16 @@ impl Registry {
             Ok((lock, scan(&volumes_dir(&state))?))
         })
         .await?;
+        let shared = Shared {
+            groups: AllGroups::new(&config.groups),
+            exports: Arc::new(ExportRegistry::new()),
+            agents: Arc::default(),
+            config,
+            stop,
+        };
+        for volume in &found {
+            shared.groups.know(&volume.record.name);
+        }
         let registry = Arc::new(Self {
             volumes: RwLock::new(
                 found
@@ -74,11 +81,8 @@ impl Registry {
                     .map(|v| (v.record.id, Arc::new(v)))
                     .collect(),
             ),
-            exports: Arc::new(ExportRegistry::new()),
-            agents: Arc::default(),
+            shared,
             change: Mutex::new(()),
-            config,
-            stop,
             _lock: lock,
         });
         registry.try_failed().await;
@@ -87,17 +91,17 @@ impl Registry {
 
     /// Agents that are attached.
     pub(crate) const fn agents(&self) -> &Arc<Agents> {
-        &self.agents
+        &self.shared.agents
     }
 
     /// The volumes that clients may ask for.
     pub(crate) const fn exports(&self) -> &Arc<ExportRegistry> {
-        &self.exports
+        &self.shared.exports
     }
 
     /// What the service was told.
     pub(crate) fn config(&self) -> &Config {
-        &self.config
+        &self.shared.config
     }
 
     /// Every volume, by name.
@@ -145,7 +149,7 @@ impl Registry {
 
     /// Opens a volume and serves it.
     async fn try_open(&self, volume: &Arc<Volume>, readopt: bool) -> Result<()> {
-        let (config, tried) = (Arc::clone(&self.config), Arc::clone(volume));
+        let (config, tried) = (Arc::clone(&self.shared.config), Arc::clone(volume));
         let opened = blocking(move || {
             // Read again: it is what was damaged, perhaps.
             let record = read_record(&tried.dir, tried.record.id)?
@@ -155,9 +159,7 @@ impl Registry {
         });
         let (record, ready) = opened.await?;
         if record == volume.record {
-            return volume
-                .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
-                .await;
+            return volume.serve(ready, &self.shared).await;
         }
         let known = Arc::new(Volume::failed(
             record,
@@ -167,9 +169,7 @@ impl Registry {
         self.volumes
             .write()
             .insert(known.record.id, Arc::clone(&known));
-        known
-            .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
-            .await
+        known.serve(ready, &self.shared).await
     }
 
     /// Stops protecting a volume. Its file stays.
@@ -200,7 +200,9 @@ impl Registry {
             return Err(local(&error));
         }
         self.volumes.write().remove(&volume.record.id);
-        if let Err(error) = volume.end("the volume was removed").await {
+        let ended = volume.end("the volume was removed").await;
+        self.shared.groups.forget(name);
+        if let Err(error) = ended {
             tracing::warn!(volume = %name, error = %format!("{error:#}"), "close a removed volume");
         }
         let dir = volume.dir.clone();
@@ -230,7 +232,7 @@ impl Registry {
         if let Err(error) = recorded.await {
             tracing::error!(volume = %volume.record.name, error = %format!("{error:#}"), "record a volume whose removal failed");
         }
-        if let Err(error) = serving.export_again(&self.exports) {
+        if let Err(error) = serving.export_again(&self.shared.exports) {
             tracing::error!(volume = %volume.record.name, %error, "export a volume whose removal failed");
         }
     }
@@ -244,7 +246,7 @@ impl Registry {
         let name = &serving.export_name();
         let deadline = tokio::time::Instant::now() + DISCONNECT_MAX;
         loop {
-            match self.exports.remove(name) {
+            match self.shared.exports.remove(name) {
                 Ok(_) | Err(RegistryError::Unknown(_)) => return Ok(()),
                 Err(RegistryError::InUse { clients, .. }) => {
                     if !force || tokio::time::Instant::now() > deadline {
@@ -270,7 +272,7 @@ impl Registry {
     }
 
     fn stopping(&self) -> Result<(), RpcError> {
-        if *self.stop.borrow() {
+        if *self.shared.stop.borrow() {
             Err(shutting_down())
         } else {
             Ok(())

@@ -6,16 +6,18 @@
 
 #[cfg(test)]
 mod crash;
+mod cut;
 #[cfg(test)]
 mod damage;
 mod driver;
+pub(crate) mod group;
 mod link;
-mod moment;
 mod open;
 mod pending;
 mod produce;
 mod record;
 mod resync;
+mod search;
 mod settle;
 mod ship;
 mod status;
@@ -52,6 +54,7 @@ use crate::{
     quiesce::{QuiesceSettings, agents::Hint},
 };
 use driver::Driver;
+use group::Group;
 
 /// Requests that may wait to be noticed.
 const REQUESTS_MAX: usize = 64;
@@ -69,6 +72,8 @@ pub(crate) struct Settings {
     pub(crate) triggers: Triggers,
     pub(crate) schedule: Schedule,
     pub(crate) moment: Limits,
+    /// Those it is cut with at one instant.
+    pub(crate) group: Option<Arc<Group>>,
     pub(crate) quiesce: QuiesceSettings,
     pub(crate) backoff: Backoff,
     pub(crate) codec: CodecRule,

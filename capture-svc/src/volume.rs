@@ -24,8 +24,19 @@ use crate::{
     quiesce::{QuiesceSettings, agents::Agents},
     rollback,
     scrub::{Scrub, ScrubSettings},
-    uplink::{Opened, Settings, Uplink, blocking},
+    uplink::{Opened, Settings, Uplink, blocking, group::AllGroups},
 };
+
+/// What the volumes of a service share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) config: Arc<Config>,
+    pub(crate) exports: Arc<ExportRegistry>,
+    /// Agents that are attached.
+    pub(crate) agents: Arc<Agents>,
+    pub(crate) groups: AllGroups,
+    pub(crate) stop: watch::Receiver<bool>,
+}
 
 /// A volume, served or not.
 #[derive(Debug)]
@@ -170,7 +181,8 @@ fn options(config: &Config) -> EngineOptions {
     }
 }
 
-fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config, agents: Arc<Agents>) -> Settings {
+fn settings(record: &VolumeRecord, dir: PathBuf, shared: &Shared) -> Settings {
+    let config = &shared.config;
     let backoff = Backoff {
         min: config.backoff_min.get(),
         max: config.backoff_max.get(),
@@ -197,11 +209,12 @@ fn settings(record: &VolumeRecord, dir: PathBuf, config: &Config, agents: Arc<Ag
                 QuiesceFailure::Skip => OnFailure::Skip,
             },
         },
+        group: shared.groups.of(&record.name),
         quiesce: QuiesceSettings {
             pre: config.quiesce_pre.clone(),
             post: config.quiesce_post.clone(),
             time: config.quiesce_timeout.get(),
-            agents,
+            agents: Arc::clone(&shared.agents),
         },
         backoff,
         codec: match config.codec {
@@ -255,16 +268,9 @@ impl Volume {
     }
 
     /// Serves it from now on; where that fails it is closed again.
-    pub(crate) async fn serve(
-        &self,
-        ready: Ready,
-        config: &Config,
-        agents: &Arc<Agents>,
-        exports: &ExportRegistry,
-        stop: &watch::Receiver<bool>,
-    ) -> Result<()> {
+    pub(crate) async fn serve(&self, ready: Ready, shared: &Shared) -> Result<()> {
         let device: Arc<dyn BlockDevice> = Arc::clone(&ready.engine) as Arc<dyn BlockDevice>;
-        let export = match exports.add(&self.record.name, "", device) {
+        let export = match shared.exports.add(&self.record.name, "", device) {
             Ok(export) => export,
             Err(error) => {
                 blocking(move || {
@@ -277,20 +283,20 @@ impl Volume {
         };
         let Ready { engine, opened } = ready;
         let uplink = Uplink::start(
-            settings(&self.record, self.dir.clone(), config, Arc::clone(agents)),
+            settings(&self.record, self.dir.clone(), shared),
             Arc::clone(&engine),
             opened,
         );
         let scrub = Scrub::start(
             ScrubSettings {
                 name: self.record.name.clone(),
-                period: config.scrub_period.get(),
-                bytes_per_second_max: config.scrub_bytes_per_second_max.get(),
+                period: shared.config.scrub_period.get(),
+                bytes_per_second_max: shared.config.scrub_bytes_per_second_max.get(),
             },
             Arc::clone(&engine),
             Arc::clone(uplink.table()),
             uplink.requests(),
-            stop.clone(),
+            shared.stop.clone(),
         );
         *self.state.write() = State::Serving(Arc::new(Serving {
             engine,

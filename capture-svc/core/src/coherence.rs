@@ -71,6 +71,17 @@ pub struct Seen {
 }
 
 impl Seen {
+    /// What was seen of two volumes that are cut together.
+    #[must_use]
+    pub fn and(self, other: Self) -> Self {
+        Self {
+            begun: self.begun + other.begun,
+            in_flight: self.in_flight || other.in_flight,
+            flushed: self.flushed && other.flushed,
+            last_write: self.last_write.max(other.last_write),
+        }
+    }
+
     /// For how long there has been no write.
     fn quiet(&self, now: Duration) -> Duration {
         match self.last_write {

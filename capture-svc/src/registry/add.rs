@@ -243,7 +243,7 @@ impl Registry {
                 "choose another name, or remove that volume first",
             ));
         }
-        if all.len() >= self.config.volumes_max as usize {
+        if all.len() >= self.shared.config.volumes_max as usize {
             return Err(RpcError::new(
                 Reason::LimitReached,
                 format!(
@@ -257,7 +257,7 @@ impl Registry {
             .iter()
             .map(|volume| (volume.record.name.clone(), volume.record.file.clone()))
             .collect();
-        let config = Arc::clone(&self.config);
+        let config = Arc::clone(&self.shared.config);
         let work = tokio::task::spawn_blocking(move || add.perform(&config, &others));
         let Made {
             volume,
@@ -267,9 +267,7 @@ impl Registry {
             .await
             .map_err(|error| RpcError::internal(format!("add the volume: {error}")))??;
         let volume = Arc::new(volume);
-        let served = volume
-            .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
-            .await;
+        let served = volume.serve(ready, &self.shared).await;
         if let Err(error) = served {
             let dir = volume.dir.clone();
             let undone = blocking(move || {

@@ -44,7 +44,7 @@ impl Registry {
             if let Err(error) = volume.end(&problem).await {
                 tracing::warn!(volume = %volume.record.name, error = %format!("{error:#}"), "close a volume that is being rolled back");
             }
-        } else if let Err(error) = serving.export_again(&self.exports) {
+        } else if let Err(error) = serving.export_again(&self.shared.exports) {
             tracing::error!(volume = %volume.record.name, %error, "export a volume after its rollback");
         }
         done.map_err(|error| explained(&error))
@@ -60,7 +60,7 @@ impl Registry {
         let (engine, volume, stop) = (
             Arc::clone(&serving.engine),
             Arc::clone(volume),
-            self.stop.clone(),
+            self.shared.stop.clone(),
         );
         blocking(move || {
             let told = &mut |done, total| {

@@ -7,13 +7,13 @@ use capture_core::{
     interval::{Controller, Event as IntervalEvent, Ticket},
     uplink::{Action, Event, Failure, Uplink as Machine},
 };
-use tidemark_block::{BlockSet, IntervalHeader, IntervalId, Receipt, Trigger};
+use tidemark_block::{BlockSet, IntervalHeader, IntervalId, Receipt};
 use tidemark_proto::{
     ErrorKind, Reason, RpcError,
     convert::{CurrentMark, TermRequest},
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Mutex, mpsc, oneshot, watch},
     task::JoinHandle,
     time::Instant,
 };
@@ -21,20 +21,17 @@ use tokio::{
 use super::{
     BaseTable, Opened, Request, Settings, UplinkState, UplinkStatus, blocking,
     link::{Link, failure_of},
-    moment::Moment,
     now_ms, open, pending, produce, random_id,
-    record::{IntervalRecord, UplinkRecord},
+    record::UplinkRecord,
     resync::{self, Doubt, ResyncError, Target},
     ship::{ShipError, Shipment, Shipped, stopped},
     shutting_down, walk,
 };
 use crate::{
     engine::{Engine, EngineError, IntervalCut},
-    quiesce::Quiesce,
+    quiesce::{Hints, Quiesce},
 };
 
-/// How often the number of changed blocks is looked at while `changed_blocks_max` is set.
-const CHANGED_PERIOD: Duration = Duration::from_millis(250);
 /// How long the end of an uplink waits for the workload to be let go on.
 const THAW_MAX: Duration = Duration::from_secs(5);
 
@@ -73,7 +70,9 @@ pub(super) struct Driver {
     pub(super) stamping: Option<JoinHandle<()>>,
     /// Why the last cut failed; none once one has been made.
     pub(super) cut_error: Option<String>,
-    pub(super) quiesce: Quiesce,
+    /// Lent to the search for a moment, which may be that of the volume's group.
+    pub(super) quiesce: Arc<Mutex<Quiesce>>,
+    pub(super) hints: Hints,
     /// The next time of the schedule, in milliseconds since the Unix epoch.
     pub(super) scheduled_ms: Option<u64>,
 }
@@ -100,12 +99,13 @@ impl Driver {
         Self {
             machine: Machine::new(opened.facts, settings.backoff),
             controller: Controller::new(settings.triggers, Duration::ZERO, initial, in_flight),
-            quiesce: Quiesce::new(
+            quiesce: Arc::new(Mutex::new(Quiesce::new(
                 settings.quiesce.clone(),
                 settings.volume,
                 &settings.name,
                 &settings.dir,
-            ),
+            ))),
+            hints: Hints::default(),
             scheduled_ms: settings.schedule.next_after(now_ms()),
             settings,
             engine,
@@ -141,7 +141,7 @@ impl Driver {
             let action = self.machine.next(self.now());
             self.show_action(action);
             if action != Action::AwaitCut {
-                self.quiesce.decline_hints("no cut can be made now");
+                self.hints.decline("no cut can be made now");
             }
             let outcome = match action {
                 Action::StartTerm => self.start_term().await,
@@ -166,9 +166,10 @@ impl Driver {
         for (_, waiter) in self.waiters.drain() {
             let _ = waiter.send(Err(shutting_down()));
         }
-        self.quiesce.decline_hints("the service stops");
+        self.hints.decline("the service stops");
         // What hangs is killed with this process.
-        let _ = tokio::time::timeout(THAW_MAX, self.quiesce.settled()).await;
+        let thawed = async { self.quiesce.lock().await.settled().await };
+        let _ = tokio::time::timeout(THAW_MAX, thawed).await;
         self.stamp_at_end().await;
     }
 
@@ -227,7 +228,7 @@ impl Driver {
         self.failed(what, &error, Failure::Transient)
     }
 
-    async fn store(&self, record: UplinkRecord) -> Result<()> {
+    pub(super) async fn store(&self, record: UplinkRecord) -> Result<()> {
         let path = open::record_path(&self.settings.dir);
         blocking(move || record.store(&path)).await
     }
@@ -404,7 +405,7 @@ impl Driver {
         }
     }
 
-    fn notice_requests(&mut self) {
+    pub(super) fn notice_requests(&mut self) {
         while let Ok(request) = self.inbox.try_recv() {
             self.take(request);
         }
@@ -422,114 +423,13 @@ impl Driver {
                 self.controller.on(now, IntervalEvent::Requested(ticket));
             }
             Request::Hint(hint) => {
-                self.quiesce.hinted(hint);
+                self.hints.add(hint);
                 self.controller.on(now, IntervalEvent::Hinted);
             }
             Request::Doubted => {
                 self.controller.on(now, IntervalEvent::ResyncWanted);
             }
         }
-    }
-
-    async fn await_cut(&mut self) -> Outcome {
-        self.stamp_behind();
-        loop {
-            self.notice_requests();
-            let now = self.now();
-            let hint = self.engine.changed_hint();
-            self.controller.on(now, IntervalEvent::Changed(hint));
-            let next_look = self.heed_schedule(now);
-            if let Some(trigger) = self.controller.due(now) {
-                return self.cut(trigger).await;
-            }
-            let mut wake = self.controller.wake(now).unwrap_or(now + CHANGED_PERIOD);
-            wake = wake.min(next_look);
-            if self.settings.triggers.changed_blocks_max.is_some() {
-                wake = wake.min(now + CHANGED_PERIOD);
-            }
-            let mut stop = self.stop.clone();
-            tokio::select! {
-                () = stopped(&mut stop) => return Outcome::Stop,
-                () = tokio::time::sleep_until(self.started + wake) => {}
-                request = self.inbox.recv() => match request {
-                    Some(request) => self.take(request),
-                    None => return Outcome::Stop,
-                },
-            }
-        }
-    }
-
-    async fn cut(&mut self, trigger: Trigger) -> Outcome {
-        // What an earlier failure left open is in neither the record nor the hint.
-        let (engine, committed) = (Arc::clone(&self.engine), self.record.committed_epoch);
-        let released = blocking(move || open::release_unrecorded(&engine, committed));
-        if let Err(error) = released.await {
-            return self.cut_failed(&error);
-        }
-        let (cut, cut_time_ms, graded) = match self.cut_at_best_moment().await {
-            Moment::Cut {
-                cut,
-                cut_time_ms,
-                graded,
-            } => (cut, cut_time_ms, graded),
-            Moment::Unchanged { cut_time_ms } => {
-                self.cut_error = None;
-                let now = self.now();
-                self.controller.on(now, IntervalEvent::Cut);
-                return self
-                    .mark_current(IntervalId::from_bytes(random_id()), cut_time_ms)
-                    .await;
-            }
-            Moment::Next(outcome) => return outcome,
-        };
-        let id = IntervalId::from_bytes(random_id());
-        let mut record = self.record.clone();
-        record.last_cut_ms = cut_time_ms;
-        record.interval = Some(IntervalRecord {
-            id,
-            epoch: cut.epoch,
-            base: record.base,
-            cut_time_ms,
-            coherence: graded.coherence,
-            trigger,
-            reason: graded.reason(),
-        });
-        if let Err(error) = self.store(record.clone()).await {
-            let engine = Arc::clone(&self.engine);
-            let given_up = blocking(move || {
-                drop(cut);
-                Ok(engine.give_up_interval()?)
-            });
-            if let Err(error) = given_up.await {
-                tracing::warn!(error = %format!("{error:#}"), "give up the interval");
-            }
-            return self.cut_failed(&error);
-        }
-        Self::tell_cut(&cut, trigger, &graded);
-        self.record = record;
-        self.cut = Some(cut);
-        self.cut_error = None;
-        self.announced = false;
-        let now = self.now();
-        self.controller.on(now, IntervalEvent::Cut);
-        self.show.send_modify(|status| status.bytes_sent = 0);
-        Outcome::Event(Event::CutMade(id))
-    }
-
-    pub(super) fn cut_failed(&mut self, error: &anyhow::Error) -> Outcome {
-        let text = format!("{error:#}");
-        tracing::error!(error = %text, "cut the volume");
-        self.show
-            .send_modify(|status| status.error = Some(text.clone()));
-        self.cut_error = Some(text);
-        let now = self.now();
-        self.controller.on(
-            now,
-            IntervalEvent::GivenUp {
-                jitter_permille: jitter(),
-            },
-        );
-        Outcome::Again
     }
 
     async fn ship(&mut self) -> Outcome {
@@ -618,7 +518,7 @@ impl Driver {
     }
 
     /// Says at the vault that the base is still current.
-    async fn mark_current(&mut self, interval: IntervalId, cut_time_ms: u64) -> Outcome {
+    pub(super) async fn mark_current(&mut self, interval: IntervalId, cut_time_ms: u64) -> Outcome {
         let (Some(link), Some(image_digest)) = (self.link.clone(), self.record.base_digest) else {
             return self.failed_here("mark as current", &anyhow::anyhow!("no base"));
         };

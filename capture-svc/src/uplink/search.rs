@@ -1,0 +1,313 @@
+//! From "a cut is due" to the cut: looks for the moment, cuts, lets the workload go on. Of one volume, or of several that
+//! are cut at one instant.
+//!
+//! [`Search`] decides; here the workloads are asked and the cut is made. What it sees of several volumes is the sum of
+//! them: a lull is one of all. Whoever was frozen is let go on as soon as the cut has settled: before the interval is
+//! recorded, and long before it is shipped.
+
+use std::{sync::Arc, time::Instant};
+
+use capture_core::coherence::{Effect, Event, Graded, Limits, Search, Seen, Why};
+use futures::future::select_all;
+use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+
+use super::{now_ms, ship::stopped};
+use crate::{
+    engine::{Engine, EngineError, IntervalCut, Sample, group},
+    quiesce::{Answer, Hints, Quiesce},
+};
+
+/// A volume that is to be cut.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub(super) name: String,
+    pub(super) engine: Arc<Engine>,
+    pub(super) quiesce: Arc<Mutex<Quiesce>>,
+    pub(super) hints: Hints,
+    /// The search ends where one of its volumes stops.
+    pub(super) stop: watch::Receiver<bool>,
+    /// No later than the time of any of its writes.
+    pub(super) started: Instant,
+    pub(super) last_cut_ms: u64,
+    /// The vault has its base, and the digest is known: where nothing has changed no cut is needed.
+    pub(super) has_base: bool,
+}
+
+impl Member {
+    fn is_unchanged(&self) -> bool {
+        self.has_base && self.engine.changed_hint() == 0
+    }
+}
+
+/// What a search came to, for one of its volumes.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// A cut, not recorded yet.
+    Cut {
+        cut: IntervalCut,
+        cut_time_ms: u64,
+        graded: Graded,
+    },
+    /// Nothing has changed: no cut was needed.
+    Unchanged { cut_time_ms: u64 },
+    /// By policy nothing is cut.
+    Skipped(Why),
+    /// The cut could not be made.
+    Failed(String),
+    /// The service stops, or one of the volumes does.
+    Stopped,
+}
+
+/// Finds the moment and cuts all of them, or none. One answer for each, in their order.
+pub(super) async fn find(members: Vec<Member>, limits: Limits) -> Vec<Found> {
+    let count = members.len();
+    let same = |found: fn() -> Found| (0..count).map(|_| found()).collect();
+    let mut searching = Searching::begin(members).await;
+    match searching.look(limits).await {
+        Ended::Cut(found) => found,
+        Ended::Unchanged { cut_time_ms } => (0..count)
+            .map(|_| Found::Unchanged { cut_time_ms })
+            .collect(),
+        Ended::Skipped(why) => (0..count).map(|_| Found::Skipped(why.clone())).collect(),
+        Ended::Failed(error) => (0..count).map(|_| Found::Failed(error.clone())).collect(),
+        Ended::Stopped => same(|| Found::Stopped),
+    }
+}
+
+/// How a search ended, for all.
+enum Ended {
+    Cut(Vec<Found>),
+    Unchanged { cut_time_ms: u64 },
+    Skipped(Why),
+    Failed(String),
+    Stopped,
+}
+
+enum Next {
+    Look,
+    Cut,
+    Skip(Why),
+}
+
+struct Searching {
+    members: Vec<Member>,
+    quiesces: Vec<OwnedMutexGuard<Quiesce>>,
+    /// By party: the member, and its number there.
+    parties: Vec<(usize, usize)>,
+    /// Times are counted from here.
+    origin: Instant,
+}
+
+impl Searching {
+    async fn begin(members: Vec<Member>) -> Self {
+        let mut quiesces = Vec::with_capacity(members.len());
+        for member in &members {
+            quiesces.push(Arc::clone(&member.quiesce).lock_owned().await);
+        }
+        let origins = members.iter().map(|member| member.started);
+        Self {
+            origin: origins.min().unwrap_or_else(Instant::now),
+            members,
+            quiesces,
+            parties: Vec::new(),
+        }
+    }
+
+    /// Who takes part, in the order in which they freeze.
+    async fn gather(&mut self) -> Vec<capture_core::coherence::Party> {
+        let mut all = Vec::new();
+        let several = self.members.len() > 1;
+        for (at, (member, quiesce)) in self.members.iter_mut().zip(&mut self.quiesces).enumerate() {
+            let held = member.hints.take();
+            for (local, mut party) in quiesce.gather(&held).await.into_iter().enumerate() {
+                if several {
+                    party.name = format!("{} of {}", party.name, member.name);
+                }
+                self.parties.push((at, local));
+                all.push(party);
+            }
+        }
+        all
+    }
+
+    async fn look(&mut self, limits: Limits) -> Ended {
+        let parties = self.gather().await;
+        if parties.is_empty()
+            && let Some(unchanged) = self.unchanged_at(self.next_cut_ms())
+        {
+            return unchanged;
+        }
+        let (mut search, mut effects) =
+            Search::begin(self.origin.elapsed(), self.seen(), limits, parties);
+        loop {
+            match self.perform(&effects) {
+                Next::Look => {}
+                Next::Cut => return self.cut(search).await,
+                Next::Skip(why) => return Ended::Skipped(why),
+            }
+            let wake = self.origin + search.wake().unwrap_or_default();
+            let mut stops: Vec<_> = self.members.iter().map(|m| m.stop.clone()).collect();
+            let stop = select_all(stops.iter_mut().map(|stop| Box::pin(stopped(stop))));
+            let event = tokio::select! {
+                _ = stop => None,
+                () = tokio::time::sleep_until(wake.into()) => Some(Event::Look),
+                (party, answer) = answered(&mut self.quiesces, &self.parties) => {
+                    Some(of_answer(party, answer))
+                }
+            };
+            let Some(event) = event else {
+                self.end(&mut search, Event::Abandoned);
+                return Ended::Stopped;
+            };
+            effects = search.on(self.origin.elapsed(), self.seen(), event);
+        }
+    }
+
+    async fn cut(&mut self, mut search: Search) -> Ended {
+        // Before the hint: what is counted as unchanged was so at this time.
+        let cut_time_ms = self.next_cut_ms();
+        if let Some(unchanged) = self.unchanged_at(cut_time_ms) {
+            self.end(&mut search, Event::CutFailed);
+            return unchanged;
+        }
+        let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
+        let begun = tokio::task::spawn_blocking(move || begin(&engines)).await;
+        let (error, event) = match begun {
+            Ok(Ok(cuts)) => {
+                // Whoever went away before the cut was made may not have held still.
+                while let Some((party, answer)) = self.answered_now() {
+                    if answer.is_err() {
+                        self.end(&mut search, of_answer(party, answer));
+                    }
+                }
+                let seen = self.sum(cuts.iter().map(|(_, at_flip)| *at_flip));
+                let effects = search.on(self.origin.elapsed(), seen, Event::CutMade);
+                self.perform(&effects);
+                let graded = effects.into_iter().find_map(|effect| match effect {
+                    Effect::Graded(graded) => Some(graded),
+                    _ => None,
+                });
+                if let Some(graded) = graded {
+                    let found = cuts.into_iter().map(|(cut, _)| Found::Cut {
+                        cut,
+                        cut_time_ms,
+                        graded: graded.clone(),
+                    });
+                    return Ended::Cut(found.collect());
+                }
+                ("a cut without a grade".to_owned(), Event::CutFailed)
+            }
+            Ok(Err((_, EngineError::Closed))) => {
+                self.end(&mut search, Event::Abandoned);
+                return Ended::Stopped;
+            }
+            Ok(Err((index, error))) if self.members.len() > 1 => {
+                let name = &self.members[index].name;
+                (format!("volume {name}: {error}"), Event::CutFailed)
+            }
+            Ok(Err((_, error))) => (error.to_string(), Event::CutFailed),
+            Err(error) => (error.to_string(), Event::CutFailed),
+        };
+        self.end(&mut search, event);
+        Ended::Failed(error)
+    }
+
+    /// One time for all, and later than that of the last cut of each.
+    fn next_cut_ms(&self) -> u64 {
+        let last = self.members.iter().map(|member| member.last_cut_ms).max();
+        now_ms().max(last.unwrap_or(0) + 1)
+    }
+
+    fn unchanged_at(&self, cut_time_ms: u64) -> Option<Ended> {
+        let unchanged = self.members.iter().all(Member::is_unchanged);
+        unchanged.then_some(Ended::Unchanged { cut_time_ms })
+    }
+
+    fn seen(&self) -> Seen {
+        self.sum(self.members.iter().map(|member| member.engine.activity()))
+    }
+
+    fn sum(&self, samples: impl Iterator<Item = Sample>) -> Seen {
+        let each = samples.map(|sample| sample.since(self.origin));
+        each.reduce(Seen::and).unwrap_or_default()
+    }
+
+    fn answered_now(&mut self) -> Option<(usize, Answer)> {
+        let mut members = self.quiesces.iter_mut().enumerate();
+        members.find_map(|(member, quiesce)| {
+            let (local, answer) = quiesce.answered_now()?;
+            let party = self.parties.iter().position(|at| *at == (member, local))?;
+            Some((party, answer))
+        })
+    }
+
+    fn end(&mut self, search: &mut Search, event: Event) {
+        let effects = search.on(self.origin.elapsed(), self.seen(), event);
+        self.perform(&effects);
+    }
+
+    fn perform(&mut self, effects: &[Effect]) -> Next {
+        let graded = effects.iter().find_map(|effect| match effect {
+            Effect::Graded(graded) => Some(graded),
+            _ => None,
+        });
+        for (at, quiesce) in self.quiesces.iter_mut().enumerate() {
+            let epoch = self.members[at].engine.epoch();
+            let thaws: Vec<_> = effects
+                .iter()
+                .filter_map(|effect| match effect {
+                    Effect::Thaw(party) => Some(self.parties[*party]),
+                    _ => None,
+                })
+                .filter_map(|(member, local)| (member == at).then_some(local))
+                .collect();
+            quiesce.thaw(&thaws, epoch, graded);
+        }
+        let mut next = Next::Look;
+        for effect in effects {
+            match effect {
+                Effect::Freeze(party) => {
+                    let (at, local) = self.parties[*party];
+                    let epoch = self.members[at].engine.epoch();
+                    self.quiesces[at].freeze(local, epoch);
+                }
+                Effect::Cut => next = Next::Cut,
+                Effect::Skip(why) => next = Next::Skip(why.clone()),
+                Effect::Thaw(_) | Effect::Graded(_) => {}
+            }
+        }
+        next
+    }
+}
+
+/// The next answer of any of them, with the number of the party.
+async fn answered(
+    quiesces: &mut [OwnedMutexGuard<Quiesce>],
+    parties: &[(usize, usize)],
+) -> (usize, Answer) {
+    loop {
+        let answers = quiesces
+            .iter_mut()
+            .map(|quiesce| Box::pin(quiesce.answered()));
+        let ((local, answer), member, _) = select_all(answers).await;
+        if let Some(party) = parties.iter().position(|at| *at == (member, local)) {
+            return (party, answer);
+        }
+    }
+}
+
+fn of_answer(party: usize, answer: Answer) -> Event {
+    match answer {
+        Ok(()) => Event::Frozen(party),
+        Err(failure) => Event::Failed(party, failure),
+    }
+}
+
+/// Cuts them. The error names the position of the one that refused.
+fn begin(engines: &[Arc<Engine>]) -> Result<Vec<(IntervalCut, Sample)>, (usize, EngineError)> {
+    if let [engine] = engines {
+        let begun = engine.begin_observed_interval();
+        return begun.map(|cut| vec![cut]).map_err(|error| (0, error));
+    }
+    group::begin_intervals(engines).map_err(|error| (error.index, error.error))
+}
