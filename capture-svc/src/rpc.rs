@@ -156,6 +156,16 @@ impl Capture for CaptureService {
         Ok(Response::new(self.snapshot(&volume, label).await?))
     }
 
+    async fn create_snapshots(
+        &self,
+        request: Request<pb::CreateSnapshotsRequest>,
+    ) -> Reply<pb::CreateSnapshotsResponse> {
+        self.stopping()?;
+        let pb::CreateSnapshotsRequest { volumes, label } = request.into_inner();
+        let snapshots = self.snapshots_together(&volumes, label).await?;
+        Ok(Response::new(pb::CreateSnapshotsResponse { snapshots }))
+    }
+
     async fn list_snapshots(
         &self,
         request: Request<pb::ListSnapshotsRequest>,

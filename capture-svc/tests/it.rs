@@ -11,6 +11,8 @@ mod control;
 mod damage;
 #[path = "it/engine.rs"]
 mod engine;
+#[path = "it/groups.rs"]
+mod groups;
 #[path = "it/nbd.rs"]
 mod nbd;
 #[path = "it/proxy.rs"]

@@ -318,7 +318,7 @@ mod tests {
         registry.add(add("taken")).await.unwrap_err();
         assert_eq!(registry.list().len(), 1);
         assert!(!dir.path().join("taken").exists());
-        let states = std::fs::read_dir(volumes_dir(&registry.config.state)).unwrap();
+        let states = std::fs::read_dir(volumes_dir(&registry.config().state)).unwrap();
         assert_eq!(states.count(), 1);
         // A file that was there before is left alone.
         std::fs::write(dir.path().join("taken"), [1; 8192]).unwrap();

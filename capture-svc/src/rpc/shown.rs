@@ -35,6 +35,13 @@ impl CaptureService {
             file: record.file.display().to_string(),
             geometry: Some(record.geometry.into()),
             engine: "intercept".to_owned(),
+            group: self
+                .registry
+                .config()
+                .groups
+                .of(&record.name)
+                .unwrap_or_default()
+                .to_owned(),
             ..pb::Volume::default()
         };
         match volume.serving() {

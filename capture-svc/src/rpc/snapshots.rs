@@ -1,6 +1,6 @@
 //! Snapshots: taking, listing, deleting, and streaming what they show.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use bytes::Bytes;
 use tidemark_block::{BlockCount, BlockIndex, BlockSet, frame::CodecChoice};
@@ -16,7 +16,10 @@ use tonic::Status;
 
 use super::{AHEAD, CaptureService, Streamed};
 use crate::{
-    engine::{Engine, EngineError, SnapshotId, SnapshotInfo, SnapshotReader},
+    engine::{
+        Engine, EngineError, SnapshotId, SnapshotInfo, SnapshotReader,
+        group::{self, GroupError},
+    },
     registry::engine_error,
     uplink::{
         now_ms,
@@ -47,17 +50,48 @@ impl CaptureService {
         volume: &str,
         label: String,
     ) -> Result<pb::Snapshot, RpcError> {
-        if label.len() > LABEL_BYTES_MAX {
-            return Err(RpcError::invalid(format!(
-                "the label has {} bytes, more than {LABEL_BYTES_MAX}",
-                label.len()
-            )));
-        }
+        check_label(&label)?;
         self.with_engine(volume, move |engine| {
             let info = engine.create_snapshot(&label, now_ms())?;
             Ok(shown(engine, &info))
         })
         .await
+    }
+
+    pub(super) async fn snapshots_together(
+        &self,
+        volumes: &[String],
+        label: String,
+    ) -> Result<Vec<pb::Snapshot>, RpcError> {
+        check_label(&label)?;
+        if volumes.is_empty() {
+            return Err(RpcError::invalid("no volume is named"));
+        }
+        let mut found = Vec::with_capacity(volumes.len());
+        let mut ids = HashSet::new();
+        for volume in volumes {
+            let volume = self.registry.find(volume)?;
+            let name = volume.record.name.clone();
+            if !ids.insert(volume.record.id) {
+                let message = format!("volume {name} is named twice");
+                return Err(RpcError::invalid(message));
+            }
+            found.push((name, Arc::clone(&volume.need()?.engine)));
+        }
+        let (names, engines): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+        let taken = tokio::task::spawn_blocking(move || {
+            let taken = group::create_snapshots(&engines, &label, now_ms())?;
+            let each = engines.iter().zip(&taken);
+            Ok(each.map(|(engine, info)| shown(engine, info)).collect())
+        });
+        let taken: Result<_, GroupError> = taken
+            .await
+            .map_err(|error| RpcError::internal(format!("join the engines' work: {error}")))?;
+        taken.map_err(|GroupError { index, error }| {
+            let mut error = engine_error(&error);
+            error.message = format!("volume {}: {}", names[index], error.message);
+            error
+        })
     }
 
     pub(super) async fn snapshots(&self, volume: &str) -> Result<Vec<pb::Snapshot>, RpcError> {
@@ -155,6 +189,16 @@ const fn message(message: Message) -> pb::ReadSnapshotResponse {
     pb::ReadSnapshotResponse {
         message: Some(message),
     }
+}
+
+fn check_label(label: &str) -> Result<(), RpcError> {
+    if label.len() <= LABEL_BYTES_MAX {
+        return Ok(());
+    }
+    Err(RpcError::invalid(format!(
+        "the label has {} bytes, more than {LABEL_BYTES_MAX}",
+        label.len()
+    )))
 }
 
 fn shown(engine: &Engine, info: &SnapshotInfo) -> pb::Snapshot {

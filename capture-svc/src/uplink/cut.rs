@@ -3,7 +3,13 @@
 //! The interval controller says when; [`search`](super::search) finds the moment, for this volume alone or for all of its
 //! group, while requests are still taken. Only when the interval is recorded does the cut count.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
 
 use capture_core::{
     coherence::{Graded, Why},
@@ -15,7 +21,7 @@ use tidemark_proto::{Reason, RpcError};
 use tokio::sync::{oneshot, watch};
 
 use super::{
-    blocking,
+    Request, blocking,
     driver::{Driver, Outcome, jitter},
     group::Waiting,
     now_ms, open, random_id,
@@ -71,7 +77,16 @@ impl Driver {
         if let Err(error) = released.await {
             return self.cut_failed(format!("{error:#}"));
         }
-        match self.find_moment(trigger).await {
+        let (found, late) = self.find_moment(trigger).await;
+        let outcome = self.found(found, trigger).await;
+        if let Some(late) = late {
+            self.take(late);
+        }
+        outcome
+    }
+
+    async fn found(&mut self, found: Found, trigger: Trigger) -> Outcome {
+        match found {
             Found::Cut {
                 cut,
                 cut_time_ms,
@@ -90,24 +105,29 @@ impl Driver {
         }
     }
 
-    /// Looks for the moment, and takes requests meanwhile: the cut comes after them.
-    async fn find_moment(&mut self, trigger: Trigger) -> Found {
-        let mut finding = self.set_off(trigger);
+    /// Looks for the moment, and takes requests meanwhile as long as the cut comes after them. One that came too late is
+    /// given back.
+    async fn find_moment(&mut self, trigger: Trigger) -> (Found, Option<Request>) {
+        let cutting = Arc::new(AtomicBool::new(false));
+        let mut finding = self.set_off(trigger, Arc::clone(&cutting));
         let (mut stop, mut inbox_open, mut stops) = (self.stop.clone(), true, false);
+        let mut late = None;
         let mut patience = tokio::time::interval(GROUP_PATIENCE);
         patience.reset();
         loop {
             tokio::select! {
-                found = &mut finding => return found.unwrap_or(Found::Stopped),
+                found = &mut finding => return (found.unwrap_or(Found::Stopped), late),
                 () = stopped(&mut stop), if !stops => {
                     stops = true;
                     let group = self.settings.group.as_ref();
                     if group.is_some_and(|group| group.leave(&self.settings.name)) {
-                        return Found::Stopped;
+                        return (Found::Stopped, late);
                     }
                     // The search sees it, too, and ends.
                 }
-                request = self.inbox.recv(), if inbox_open => match request {
+                request = self.inbox.recv(), if inbox_open && late.is_none() => match request {
+                    // Asked after the request is here: if the flip has not begun by now it comes after it.
+                    Some(request) if cutting.load(SeqCst) => late = Some(request),
                     Some(request) => self.take(request),
                     None => inbox_open = false,
                 },
@@ -117,7 +137,7 @@ impl Driver {
     }
 
     /// Begins a search, or waits for the others of the group with which it begins.
-    fn set_off(&mut self, trigger: Trigger) -> oneshot::Receiver<Found> {
+    fn set_off(&mut self, trigger: Trigger, cutting: Arc<AtomicBool>) -> oneshot::Receiver<Found> {
         let (answer, finding) = oneshot::channel();
         let limits = self.settings.moment;
         let member = Member {
@@ -125,6 +145,7 @@ impl Driver {
             engine: self.engine.clone(),
             quiesce: self.quiesce.clone(),
             hints: std::mem::take(&mut self.hints),
+            cutting,
             stop: self.stop.clone(),
             started: self.started.into_std(),
             last_cut_ms: self.record.last_cut_ms,

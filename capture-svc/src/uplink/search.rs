@@ -5,7 +5,13 @@
 //! them: a lull is one of all. Whoever was frozen is let go on as soon as the cut has settled: before the interval is
 //! recorded, and long before it is shipped.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Instant,
+};
 
 use capture_core::coherence::{Effect, Event, Graded, Limits, Search, Seen, Why};
 use futures::future::select_all;
@@ -24,6 +30,8 @@ pub(super) struct Member {
     pub(super) engine: Arc<Engine>,
     pub(super) quiesce: Arc<Mutex<Quiesce>>,
     pub(super) hints: Hints,
+    /// Set before the flip: what is asked for from then on is not in this cut.
+    pub(super) cutting: Arc<AtomicBool>,
     /// The search ends where one of its volumes stops.
     pub(super) stop: watch::Receiver<bool>,
     /// No later than the time of any of its writes.
@@ -132,10 +140,12 @@ impl Searching {
 
     async fn look(&mut self, limits: Limits) -> Ended {
         let parties = self.gather().await;
-        if parties.is_empty()
-            && let Some(unchanged) = self.unchanged_at(self.next_cut_ms())
-        {
-            return unchanged;
+        if parties.is_empty() {
+            self.set_cutting(true);
+            if let Some(unchanged) = self.unchanged_at(self.next_cut_ms()) {
+                return unchanged;
+            }
+            self.set_cutting(false);
         }
         let (mut search, mut effects) =
             Search::begin(self.origin.elapsed(), self.seen(), limits, parties);
@@ -164,6 +174,7 @@ impl Searching {
     }
 
     async fn cut(&mut self, mut search: Search) -> Ended {
+        self.set_cutting(true);
         // Before the hint: what is counted as unchanged was so at this time.
         let cut_time_ms = self.next_cut_ms();
         if let Some(unchanged) = self.unchanged_at(cut_time_ms) {
@@ -210,6 +221,12 @@ impl Searching {
         };
         self.end(&mut search, event);
         Ended::Failed(error)
+    }
+
+    fn set_cutting(&self, cutting: bool) {
+        for member in &self.members {
+            member.cutting.store(cutting, SeqCst);
+        }
     }
 
     /// One time for all, and later than that of the last cut of each.

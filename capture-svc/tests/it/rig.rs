@@ -321,6 +321,20 @@ impl Rig {
             .into_inner()
     }
 
+    /// Of several volumes at one instant; their numbers.
+    pub(crate) async fn snapshots_together(&self, names: &[&str]) -> Result<Vec<u64>, RpcError> {
+        let request = pb::CreateSnapshotsRequest {
+            volumes: names.iter().map(|&name| name.to_owned()).collect(),
+            label: String::new(),
+        };
+        let taken = self.client().await.create_snapshots(request).await?;
+        let taken = taken.into_inner().snapshots;
+        Ok(taken
+            .into_iter()
+            .map(|snapshot| snapshot.snapshot)
+            .collect())
+    }
+
     /// Reads a snapshot over `image`, which is that of `since`, or all zeroes.
     pub(crate) async fn read_snapshot(
         &self,

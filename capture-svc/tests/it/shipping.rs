@@ -1,10 +1,11 @@
 //! Intervals on their way, and everything that can happen to them.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use capture_svc::config::Span;
 use tidemark_block::Trigger;
 use tidemark_proto::{Reason, capture::v1::UplinkState};
+use tokio::sync::mpsc;
 
 use crate::{
     proxy::Fault,
@@ -407,4 +408,32 @@ async fn an_image_restored_equals_the_cut_though_writes_go_on() {
     }
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
     writer.join().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_before_a_request_is_in_its_generation_while_others_ask_too() {
+    let rig = Arc::new(Rig::new().await);
+    rig.add("data", 64).await;
+    // One interval of somebody else's at a time, so that no generation is retired before it is restored.
+    let (ask, mut asked) = mpsc::channel(1);
+    let others_rig = Arc::clone(&rig);
+    let others = tokio::spawn(async move {
+        let mut nbd = others_rig.nbd("data");
+        while let Some(number) = asked.recv().await {
+            nbd.write(2 * BLOCK as u64, &[number; BLOCK]).unwrap();
+            others_rig.ship("data").await;
+        }
+    });
+    let mut nbd = rig.nbd("data");
+    for number in 1..=48_u8 {
+        ask.send(number).await.unwrap();
+        // Sooner or later within the other one's cut.
+        tokio::time::sleep(Duration::from_micros(u64::from(number % 16) * 250)).await;
+        nbd.write(0, &[number; BLOCK]).unwrap();
+        let receipt = rig.ship("data").await;
+        let image = rig.restore("data", receipt.generation.get()).await;
+        assert_eq!(image[0], number, "{receipt:?}");
+    }
+    drop(ask);
+    others.await.unwrap();
 }

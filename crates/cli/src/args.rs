@@ -110,6 +110,9 @@ pub struct UpArgs {
     /// Where volumes and snapshots are files, by FUSE; made where it does not exist [default: nowhere]
     #[arg(long, value_name = "DIR")]
     pub fuse_mount: Option<PathBuf>,
+    /// Volumes that are cut at one instant, all or none; may be given several times
+    #[arg(long, value_name = "NAME=VOLUME,VOLUME")]
+    pub group: Vec<String>,
     /// Cut at the latest this long after the last cut
     #[arg(long, value_name = "TIME", default_value = "15m", value_parser = parse::duration)]
     pub interval_max: Duration,
@@ -184,11 +187,16 @@ Example:
 pub enum SnapshotCommand {
     /// Take a snapshot: instant, and unchanged by whatever is written afterwards
     #[command(after_help = "\
-Example:
-  tidemark snapshot create data --label before-upgrade")]
+Several volumes are cut at one instant: of two writes, one after the other, the snapshots never show the second without
+the first. All of them are taken, or none.
+
+Examples:
+  tidemark snapshot create data --label before-upgrade
+  tidemark snapshot create data wal")]
     Create {
-        /// Name or UUID
-        volume: String,
+        /// Names or UUIDs
+        #[arg(required = true, value_name = "VOLUME")]
+        volumes: Vec<String>,
         /// A note for people, at most 255 bytes
         #[arg(long, default_value = "")]
         label: String,
@@ -297,6 +305,17 @@ pub enum GenerationCommand {
     List {
         /// Name or UUID
         volume: String,
+    },
+    /// List the moments of which every one of these volumes has an image, newest first
+    #[command(after_help = "\
+Volumes of one group are cut at one instant, but shipped one by one: restore generations of the same moment.
+
+Example:
+  tidemark generation common data wal")]
+    Common {
+        /// Names or UUIDs
+        #[arg(required = true, num_args = 2.., value_name = "VOLUME")]
+        volumes: Vec<String>,
     },
     /// Show one generation
     #[command(after_help = "\

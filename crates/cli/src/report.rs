@@ -74,6 +74,8 @@ pub struct Volume {
     pub nbd_uris: Vec<String>,
     /// Its file in the mounted directory; empty where none is mounted.
     pub fuse_path: String,
+    /// The group with which it is cut at one instant; empty where it is cut by itself.
+    pub group: String,
     /// NBD clients and open files, now.
     pub clients: u32,
     /// The shipping.
@@ -430,6 +432,7 @@ impl Volume {
             spool_bytes_max: v.spool_bytes_max,
             nbd_uris: v.nbd_uris,
             fuse_path: v.fuse_path,
+            group: v.group,
             clients: v.clients,
             uplink,
             scrub: Scrub {

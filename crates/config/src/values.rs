@@ -40,9 +40,8 @@ impl From<Duration> for Span {
     }
 }
 
-/// The most bytes, and the most digits in a row, of a length of time: `humantime` 2.4 panics where
-/// fractions carry a sum of seconds over 64 bits, and six parts of 10 digits, each at most 317
-/// billion years, come nowhere near.
+/// The most bytes, and the most digits in a row, of a length of time: `humantime` 2.4 panics where fractions carry a sum
+/// of seconds over 64 bits, and the few parts that fit, each below ten billion years, come nowhere near.
 const MAX_SPAN_TEXT: usize = 64;
 const MAX_SPAN_DIGITS: usize = 10;
 

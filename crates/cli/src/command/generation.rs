@@ -1,5 +1,7 @@
 //! `tidemark generation …`.
 
+mod common;
+
 use tidemark_proto::vault::v1::{GetGenerationRequest, ListGenerationsRequest};
 
 use crate::{
@@ -12,6 +14,7 @@ use crate::{
 pub(super) async fn run(global: &Global, command: GenerationCommand) -> Result<(), Failure> {
     match command {
         GenerationCommand::List { volume } => list(global, volume).await,
+        GenerationCommand::Common { volumes } => common::run(global, volumes).await,
         GenerationCommand::Show { generation: asked } => {
             let request = GetGenerationRequest {
                 volume: asked.volume.clone(),
@@ -24,17 +27,16 @@ pub(super) async fn run(global: &Global, command: GenerationCommand) -> Result<(
     }
 }
 
-async fn list(global: &Global, volume: String) -> Result<(), Failure> {
-    let request = ListGenerationsRequest {
-        volume: volume.clone(),
-    };
+/// The retained generations of a volume, oldest first.
+async fn retained(global: &Global, volume: String) -> Result<Vec<Generation>, Failure> {
+    let request = ListGenerationsRequest { volume };
     let listed = global.vault().await?.list_generations(request).await?;
-    let generations = listed
-        .into_inner()
-        .generations
-        .iter()
-        .map(Generation::new)
-        .collect::<Result<Vec<_>, _>>()?;
+    let generations = listed.into_inner().generations;
+    generations.iter().map(Generation::new).collect()
+}
+
+async fn list(global: &Global, volume: String) -> Result<(), Failure> {
+    let generations = retained(global, volume.clone()).await?;
     let text = if generations.is_empty() {
         format!("no generations of {volume} yet; `tidemark ship {volume}` makes one\n")
     } else {

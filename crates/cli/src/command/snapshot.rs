@@ -3,9 +3,10 @@
 use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use futures::{Stream, StreamExt};
+use serde::Serialize;
 use tidemark_proto::capture::v1::{
-    CreateSnapshotRequest, DeleteSnapshotRequest, ListSnapshotsRequest, ReadSnapshotRequest,
-    ReadSnapshotResponse, Snapshot, read_snapshot_response,
+    CreateSnapshotRequest, CreateSnapshotsRequest, DeleteSnapshotRequest, ListSnapshotsRequest,
+    ReadSnapshotRequest, ReadSnapshotResponse, Snapshot, read_snapshot_response,
 };
 use tonic::Streaming;
 
@@ -22,13 +23,7 @@ use crate::{
 
 pub(super) async fn run(global: &Global, command: SnapshotCommand) -> Result<(), Failure> {
     match command {
-        SnapshotCommand::Create { volume, label } => {
-            let request = CreateSnapshotRequest { volume, label };
-            let created = global.capture().await?.create_snapshot(request).await?;
-            let created = report::Snapshot::new(created.into_inner());
-            let text = table(std::slice::from_ref(&created));
-            output::print(global.json, &created, &text)
-        }
+        SnapshotCommand::Create { volumes, label } => create(global, volumes, label).await,
         SnapshotCommand::List { volume } => list(global, volume).await,
         SnapshotCommand::Read {
             volume,
@@ -65,6 +60,52 @@ pub(super) async fn run(global: &Global, command: SnapshotCommand) -> Result<(),
             )
         }
     }
+}
+
+async fn create(global: &Global, volumes: Vec<String>, label: String) -> Result<(), Failure> {
+    if let [volume] = &volumes[..] {
+        let request = CreateSnapshotRequest {
+            volume: volume.clone(),
+            label,
+        };
+        let created = global.capture().await?.create_snapshot(request).await?;
+        let created = report::Snapshot::new(created.into_inner());
+        let text = table(std::slice::from_ref(&created));
+        return output::print(global.json, &created, &text);
+    }
+    let request = CreateSnapshotsRequest {
+        volumes: volumes.clone(),
+        label,
+    };
+    let created = global.capture().await?.create_snapshots(request).await?;
+    let snapshots = created.into_inner().snapshots;
+    let created: Vec<_> = volumes
+        .into_iter()
+        .zip(snapshots.into_iter().map(report::Snapshot::new))
+        .map(|(volume, snapshot)| Created { volume, snapshot })
+        .collect();
+    let rows: Vec<_> = created
+        .iter()
+        .map(|Created { volume, snapshot }| {
+            [
+                volume.clone(),
+                snapshot.snapshot.to_string(),
+                format::time(snapshot.cut_time),
+                snapshot.label.clone(),
+            ]
+        })
+        .collect();
+    let text = format::table(["VOLUME", "SNAPSHOT", "CUT", "LABEL"], &rows);
+    output::print(global.json, &created, &text)
+}
+
+/// One of several snapshots.
+#[derive(Debug, Serialize)]
+struct Created {
+    /// As it was named.
+    volume: String,
+    #[serde(flatten)]
+    snapshot: report::Snapshot,
 }
 
 async fn list(global: &Global, volume: String) -> Result<(), Failure> {

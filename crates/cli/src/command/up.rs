@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use capture_svc::config::{NbdListen, NbdListens};
+use capture_svc::config::{Groups, NbdListen, NbdListens};
 use tidemark_disk::{
     durable,
     lock::{FileLock, LockError},
@@ -131,9 +131,21 @@ fn capture_config(
         listen: args.capture_listen,
         nbd: NbdListens(vec![nbd]),
         vault: vault.to_owned(),
+        groups: groups(&args.group)?,
         interval_max: args.interval_max.into(),
         changed_blocks_max: args.changed_blocks_max.unwrap_or(0),
         ..capture_svc::Config::default()
+    })
+}
+
+fn groups(given: &[String]) -> Result<Groups, Failure> {
+    given.join(";").parse().map_err(|error: String| {
+        Failure::new(
+            Kind::Usage,
+            "GROUP_INVALID",
+            format!("--group: {error}"),
+            "give each group once, as NAME=VOLUME,VOLUME",
+        )
     })
 }
 

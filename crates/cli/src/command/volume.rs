@@ -147,6 +147,9 @@ fn describe(v: &report::Volume) -> String {
     if !v.fuse_path.is_empty() {
         fields.push(("path", v.fuse_path.clone()));
     }
+    if !v.group.is_empty() {
+        fields.push(("group", v.group.clone()));
+    }
     fields.extend([
         ("clients", v.clients.to_string()),
         ("epoch", v.epoch.to_string()),
@@ -256,6 +259,7 @@ pub(super) mod tests {
             spool_bytes_max: 1 << 30,
             nbd_uris: vec!["nbd+unix:///data?socket=/run/nbd.sock".into()],
             fuse_path: "/mnt/volumes/data.img".into(),
+            group: "db".into(),
             clients: 1,
             uplink: Some(capture::Uplink {
                 state: capture::UplinkState::Backoff.into(),

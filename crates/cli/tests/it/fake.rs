@@ -339,6 +339,13 @@ impl Capture for Service {
         none()
     }
 
+    async fn create_snapshots(
+        &self,
+        _: Request<capture::CreateSnapshotsRequest>,
+    ) -> Result<Response<capture::CreateSnapshotsResponse>, Status> {
+        none()
+    }
+
     async fn list_snapshots(
         &self,
         _: Request<capture::ListSnapshotsRequest>,
