@@ -4,5 +4,6 @@ pub mod codec;
 pub mod coherence;
 pub mod engine;
 pub mod interval;
+pub mod rollback;
 mod sync;
 pub mod uplink;

@@ -12,78 +12,19 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
+use capture_core::rollback::HEAD_LEN;
+pub(crate) use capture_core::rollback::Plan;
 use tidemark_block::{
-    BlockIndex, BlockSize, Checksum128, CodecChoice, Extent, FrameDecoder, FrameEncoder, Geometry,
+    BlockIndex, Checksum128, CodecChoice, Extent, FrameDecoder, FrameEncoder, Geometry,
     UnverifiedFrame, VerifiedFrame, VolumeId,
     frame::{EXTENTS_MAX, blocks_max},
-    wire::{self, ENVELOPE_LEN, Reader, WireError},
 };
 use tidemark_disk::durable;
 
 use crate::engine::SnapshotId;
 
-const MAGIC: [u8; 8] = *b"TMROLLBK";
-const VERSION: u16 = 1;
-const PAYLOAD_LEN: usize = 72;
-const FRAMES_AT: usize = ENVELOPE_LEN + PAYLOAD_LEN;
 /// Frames hold at most 1 MiB of blocks.
 const FRAME_LEN_MAX: u32 = 2 << 20;
-
-/// What a rollback is to do, all of it durable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Plan {
-    pub(crate) volume: VolumeId,
-    pub(crate) geometry: Geometry,
-    /// The volume becomes what it was at this snapshot.
-    pub(crate) snapshot: SnapshotId,
-    /// What it was before the rollback.
-    pub(crate) kept: SnapshotId,
-    /// Blocks that differ.
-    pub(crate) blocks: u64,
-    frames: u64,
-    frame_bytes: u64,
-}
-
-impl Plan {
-    fn encode(&self) -> Vec<u8> {
-        let mut payload = Vec::with_capacity(PAYLOAD_LEN);
-        payload.extend_from_slice(self.volume.as_bytes());
-        payload.extend_from_slice(&self.geometry.length().to_le_bytes());
-        payload.extend_from_slice(&self.geometry.block_size().get().to_le_bytes());
-        payload.extend_from_slice(&[0; 4]);
-        for number in [
-            self.snapshot.0,
-            self.kept.0,
-            self.blocks,
-            self.frames,
-            self.frame_bytes,
-        ] {
-            payload.extend_from_slice(&number.to_le_bytes());
-        }
-        wire::seal(MAGIC, VERSION, &payload)
-    }
-
-    fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        let (_, payload) = wire::unseal(MAGIC, VERSION, bytes)?;
-        let mut r = Reader::new(payload);
-        let volume = VolumeId::from_bytes(r.array()?);
-        let length = r.u64()?;
-        let block_size = BlockSize::new(r.u32()?).map_err(|_| WireError::Range("block size"))?;
-        let geometry = Geometry::new(length, block_size).map_err(|_| WireError::Range("length"))?;
-        let _reserved = r.u32()?;
-        let plan = Self {
-            volume,
-            geometry,
-            snapshot: SnapshotId(r.u64()?),
-            kept: SnapshotId(r.u64()?),
-            blocks: r.u64()?,
-            frames: r.u64()?,
-            frame_bytes: r.u64()?,
-        };
-        r.end()?;
-        Ok(plan)
-    }
-}
 
 /// Where it lies.
 pub(super) fn path_in(dir: &Path) -> PathBuf {
@@ -99,9 +40,9 @@ pub(super) fn remove_unfinished(dir: &Path) -> io::Result<Option<SnapshotId>> {
     let path = temporary_in(dir);
     let kept = File::open(&path)
         .and_then(|mut file| {
-            let mut head = [0; FRAMES_AT];
+            let mut head = [0; HEAD_LEN];
             file.read_exact(&mut head)?;
-            Ok(Plan::decode(&head).ok().map(|plan| plan.kept))
+            Ok(Plan::decode(&head).ok().map(|plan| SnapshotId(plan.kept)))
         })
         .ok()
         .flatten();
@@ -139,8 +80,8 @@ impl Draft {
         let plan = Plan {
             volume,
             geometry,
-            snapshot,
-            kept,
+            snapshot: snapshot.0,
+            kept: kept.0,
             blocks: 0,
             frames: 0,
             frame_bytes: 0,
@@ -260,10 +201,10 @@ impl Decided {
         };
         let length = file.metadata()?.len();
         let mut file = BufReader::with_capacity(1 << 20, file);
-        let mut head = [0; FRAMES_AT];
+        let mut head = [0; HEAD_LEN];
         file.read_exact(&mut head).context("its head")?;
         let plan = Plan::decode(&head)?;
-        if plan.frame_bytes.checked_add(FRAMES_AT as u64) != Some(length) {
+        if plan.frame_bytes.checked_add(HEAD_LEN as u64) != Some(length) {
             bail!("it has {length} bytes, its head says otherwise");
         }
         Ok(Some(Self { plan, file }))
@@ -274,7 +215,7 @@ impl Decided {
         &mut self,
         mut each: impl FnMut(&VerifiedFrame) -> Result<()>,
     ) -> Result<()> {
-        self.file.seek(SeekFrom::Start(FRAMES_AT as u64))?;
+        self.file.seek(SeekFrom::Start(HEAD_LEN as u64))?;
         let mut decoder = FrameDecoder::new();
         let mut blocks = 0;
         for _ in 0..self.plan.frames {

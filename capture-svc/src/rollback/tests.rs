@@ -119,7 +119,7 @@ fn the_volume_becomes_what_it_was_and_what_it_was_before_is_kept() {
     let done = carry_out(&rig.state(), VOLUME, &engine, &mut go_on).unwrap();
     assert_eq!(done, Some(plan));
     assert!(image(&engine) == good);
-    assert!(image_at(&engine, plan.kept) == before);
+    assert!(image_at(&engine, SnapshotId(plan.kept)) == before);
     assert!(image_at(&engine, snapshot) == good);
     let tracked = engine.tracked(geometry().all());
     assert!((0..300).all(|n| tracked.contains(tidemark_block::BlockIndex::new(n))));
@@ -137,9 +137,15 @@ fn the_volume_becomes_what_it_was_and_what_it_was_before_is_kept() {
     );
 
     // And back.
-    decide(&rig.state(), VOLUME, &engine, plan.kept, &mut go_on)
-        .unwrap()
-        .unwrap();
+    decide(
+        &rig.state(),
+        VOLUME,
+        &engine,
+        SnapshotId(plan.kept),
+        &mut go_on,
+    )
+    .unwrap()
+    .unwrap();
     carry_out(&rig.state(), VOLUME, &engine, &mut go_on).unwrap();
     assert!(image(&engine) == before);
 }

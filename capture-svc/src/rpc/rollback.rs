@@ -49,7 +49,7 @@ impl CaptureService {
                 .await;
             let last = match done {
                 Ok(plan) => Ok(message(Message::End(pb::RollbackEnd {
-                    kept_snapshot: plan.map_or(0, |plan| plan.kept.0),
+                    kept_snapshot: plan.map_or(0, |plan| plan.kept),
                     changed_blocks: plan.map_or(0, |plan| plan.blocks),
                     geometry: Some(geometry.into()),
                 }))),

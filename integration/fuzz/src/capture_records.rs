@@ -1,15 +1,19 @@
 //! The records of a volume's state at the capture side, and pages of its intent map.
 
-use capture_core::engine::{
-    intent::{
-        HEADER_LEN, IntentFault, IntentMap, PAGE_LEN, PAGE_WORDS, SECTOR_LEN, decode_page,
-        encode_page,
+use capture_core::{
+    engine::{
+        intent::{
+            HEADER_LEN, IntentFault, IntentMap, PAGE_LEN, PAGE_WORDS, SECTOR_LEN, decode_page,
+            encode_page,
+        },
+        records::{
+            CARRY_MAGIC, CHANGES_MAGIC, CUT_MAGIC, Changes, IDENTITY_MAGIC, Identity,
+            SNAPSHOTS_MAGIC, SnapshotTable, decode_carry, decode_interval, encode_carry,
+            encode_interval, old,
+        },
+        trust::{judge, replaced},
     },
-    records::{
-        CARRY_MAGIC, CHANGES_MAGIC, CUT_MAGIC, Changes, IDENTITY_MAGIC, Identity, SNAPSHOTS_MAGIC,
-        SnapshotTable, decode_carry, decode_interval, encode_carry, encode_interval, old,
-    },
-    trust::{judge, replaced},
+    rollback::{self, Plan},
 };
 use tidemark_block::{BlockSize, Geometry, VolumeId, wire, xxh3_128};
 
@@ -161,10 +165,22 @@ fn place(input: &mut Input<'_>) -> Vec<u8> {
     page
 }
 
+fn rollback(mut input: Input<'_>) {
+    let (_, bytes) = raw_or_sealed(&mut input, rollback::MAGIC);
+    if let Ok(plan) = bounded(room(&bytes), || Plan::decode(&bytes)) {
+        assert_eq!(plan.encode().len(), rollback::HEAD_LEN);
+        assert_eq!(Plan::decode(&plan.encode()), Ok(plan));
+    }
+}
+
 /// Records and pages.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    match input.u8() % 6 {
+    let kind = input.u8();
+    if kind == u8::MAX {
+        return rollback(input);
+    }
+    match kind % 6 {
         0 => identity(input),
         1 => carry(input),
         2 => interval(input),
