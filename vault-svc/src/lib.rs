@@ -45,6 +45,9 @@ use crate::{config::Settings, rpc::Service};
 
 /// How long calls may take to end once the service stops.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
+/// How long whoever uses the vault may take to let go of it.
+const RELEASE_MAX: Duration = Duration::from_secs(5);
+const RELEASE_PERIOD: Duration = Duration::from_millis(2);
 
 /// A vault that serves until it is told to stop.
 #[derive(Debug)]
@@ -59,7 +62,8 @@ pub struct Running {
 }
 
 impl Running {
-    /// Stops accepting work, ends streams, writes what is kept in memory, and returns when all is done.
+    /// Stops accepting work, ends streams, writes what is kept in memory, and returns when all is done and the
+    /// directories may be opened again.
     ///
     /// # Errors
     /// The server had failed before, or the last writes failed; nothing committed is lost then.
@@ -77,6 +81,19 @@ impl Running {
         self.upkeep.await.context("join the upkeep task")?;
         self.scrub.await.context("join the scrub")?;
         self.vault.close().await?;
+        // Work that was cut off ends on its own; until then it holds the locks.
+        let (vault, store_in_use) = (Arc::downgrade(&self.vault), self.vault.store_in_use());
+        drop(self.vault);
+        let waited = tokio::time::timeout(RELEASE_MAX, async {
+            while vault.strong_count() > 0 || store_in_use() {
+                tokio::time::sleep(RELEASE_PERIOD).await;
+            }
+        });
+        if waited.await.is_err() {
+            tracing::warn!(
+                "somebody still uses the vault: its directories stay locked until the process ends"
+            );
+        }
         served
     }
 

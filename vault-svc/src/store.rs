@@ -41,6 +41,12 @@ pub struct Store {
 }
 
 impl Store {
+    /// A way to tell whether somebody still uses the store, and thus holds its lock.
+    pub(crate) fn in_use(&self) -> impl Fn() -> bool + use<> {
+        let lock = self.local.as_ref().map(Arc::downgrade);
+        move || lock.as_ref().is_some_and(|lock| lock.strong_count() > 0)
+    }
+
     /// A store in a directory of this machine, every write durable before it counts.
     ///
     /// # Errors

@@ -164,6 +164,11 @@ impl Vault {
         .await
     }
 
+    /// A way to tell whether somebody still uses the store, and thus holds its lock.
+    pub(crate) fn store_in_use(&self) -> impl Fn() -> bool + use<> {
+        self.store.in_use()
+    }
+
     pub(crate) const fn config(&self) -> &Config {
         &self.config
     }
