@@ -22,8 +22,16 @@ use crate::{
 
 #[path = "databases/postgres.rs"]
 mod postgres;
+#[path = "databases/recipes.rs"]
+mod recipes;
+#[path = "databases/seats.rs"]
+mod seats;
 #[path = "databases/sqlite.rs"]
 mod sqlite;
+#[path = "databases/tutorial.rs"]
+mod tutorial;
+#[path = "databases/world.rs"]
+mod world;
 
 /// How many intervals ship by themselves while a database is written.
 const INTERVALS: usize = 20;
@@ -138,9 +146,9 @@ impl Scene {
 
     /// Ships now: whatever was acknowledged before that is in the generation, whatever has not begun after it is not.
     fn ship_beside(&self, client: &Committer) -> Shipped {
-        let at_least = client.acknowledged.load(SeqCst);
+        let at_least = client.acknowledged();
         let generation = self.ship();
-        let at_most = client.begun.load(SeqCst);
+        let at_most = client.begun();
         Shipped {
             generation,
             at_least,
@@ -283,12 +291,20 @@ impl Committer {
         client
     }
 
+    fn begun(&self) -> u64 {
+        self.begun.load(SeqCst)
+    }
+
+    fn acknowledged(&self) -> u64 {
+        self.acknowledged.load(SeqCst)
+    }
+
     /// Waits until so many more are committed.
     fn wait_for_more(&self, more: u64) {
-        let wanted = self.acknowledged.load(SeqCst) + more;
+        let wanted = self.acknowledged() + more;
         wait_for("transactions", || {
             assert!(!self.thread.is_finished(), "the client ended");
-            (self.acknowledged.load(SeqCst) >= wanted).then_some(())
+            (self.acknowledged() >= wanted).then_some(())
         });
     }
 

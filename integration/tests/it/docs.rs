@@ -8,11 +8,11 @@ use std::{
 
 use crate::programs::{Up, bin_dir, have};
 
-fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-fn shell_blocks(markdown: &str) -> Vec<&str> {
+pub(crate) fn shell_blocks(markdown: &str) -> Vec<&str> {
     markdown
         .split("```sh\n")
         .skip(1)
