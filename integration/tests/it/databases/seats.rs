@@ -13,7 +13,7 @@ const SNAPSHOTS: usize = 24;
 /// Bookings between two snapshots.
 const BETWEEN: u64 = 50;
 
-/// Two files, so that a booking is in both or in neither only if their writes are kept in order.
+/// A booking changes both tables, their indexes and a third table: some ten pages, by way of a journal.
 const MAKE: &str = "create table free (seat integer primary key, row text); \
     create table taken (seat integer primary key, passenger text); \
     create table booking (number integer primary key); \

@@ -4,12 +4,13 @@
 //! With `synchronous = full` and a rollback journal SQLite may take back the last transaction after a power cut, because
 //! it commits by removing a file and doesn't sync the directory; `extra` does. With the log `full` is enough.
 
-use std::{path::Path, process::Command};
+use std::{path::Path, process::Command, thread};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tidemark_integration::small_disk::may_mount;
 
-use super::{Committer, EXT4, Filesystem, Scene, XFS};
-use crate::programs::{args, have, run};
+use super::{Committer, EXT4, Filesystem, NAME, Scene, XFS};
+use crate::programs::{args, have, run, wait_for};
 
 const SIZE: u64 = 64 << 20;
 const ACCOUNTS: u64 = 5000;
@@ -109,4 +110,45 @@ fn sqlite_on_ext4_in_either_journal_mode_recovers_every_generation_that_was_cut_
 #[test]
 fn sqlite_on_xfs_in_either_journal_mode_recovers_every_generation_that_was_cut_while_it_wrote() {
     each_generation_is_recovered(XFS);
+}
+
+/// The vault neither answers nor hangs up, as behind a link that is dead.
+#[test]
+fn a_database_is_written_on_beside_cuts_while_the_vault_is_silent_and_all_of_it_ships_afterwards() {
+    if !may_mount() || !have(&[&EXT4.programs()[..], &["sqlite3"]].concat()) {
+        return;
+    }
+    let scene = Scene::with_flags(EXT4, SIZE, &["--interval-max=1h"]);
+    let database = scene.at().join("wal");
+    make(&database, "wal");
+    scene.ship();
+    let vault = Pid::from_raw(scene.services.vault_pid().cast_signed()).unwrap();
+    kill_process(vault, Signal::STOP).unwrap();
+
+    let client = start(&database, "full");
+    let cli = scene.services.cli.clone();
+    let epoch = || cli.json(args!["volume", "show", NAME])["epoch"].as_u64();
+    let before = epoch();
+    let at_least = client.acknowledged();
+    let shipping = cli.clone();
+    let shipping = thread::spawn(move || shipping.json(args!["ship", NAME]));
+    wait_for("the cut", || (epoch() > before).then_some(()));
+    for _ in 0..5 {
+        client.wait_for_more(100);
+        cli.json(args!["snapshot", "create", NAME]);
+    }
+    client.wait_for_more(100);
+    assert!(!shipping.is_finished(), "the vault is silent");
+    let begun = client.begun();
+
+    kill_process(vault, Signal::CONT).unwrap();
+    let receipt = shipping.join().unwrap();
+    let found = scene.recover(receipt["generation"].as_u64().unwrap(), |at| {
+        look(&at.join("wal"))
+    });
+    assert!((at_least..=begun - 500).contains(&found), "{found}");
+    let last = client.end();
+    let newest = scene.ship();
+    assert_eq!(scene.recover(newest, |at| look(&at.join("wal"))), last);
+    scene.end();
 }
