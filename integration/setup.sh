@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Makes sure that the programs which the tests and the demo drive are there. Needs nothing but bash; does nothing, in
-# well under a second, where all of them are.
+# Makes sure that the programs which the tests and the demo drive are there, and the Python modules of the examples.
+# Needs nothing but bash; does nothing, in well under a second, where all of them are.
 #
 #   integration/setup.sh          programs for tests and demo
 #   integration/setup.sh --bench  these, and the peers that figures are compared with
 #   integration/setup.sh --fuzz   these, and the C++ compiler that libFuzzer is built with
 #   integration/setup.sh --deny   cargo-deny, built from source where it is missing (some minutes)
 set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
 if [[ "${1:-}" == "--deny" ]]; then
     command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
@@ -32,7 +33,13 @@ needed=(
     fusermount3:fuse3
     cmp:diffutils
     patch:patch
+    losetup:mount
+    fsfreeze:util-linux
+    ip:iproute2
 )
+# PostgreSQL's programs are not on the path.
+postgres=(/usr/lib/postgresql/*/bin/pg_amcheck)
+[[ -x "${postgres[-1]}" ]] || needed+=(pg_amcheck:postgresql)
 [[ "${1:-}" != "--fuzz" ]] || needed+=(g++:g++)
 
 if [[ "${1:-}" == "--bench" ]]; then
@@ -42,6 +49,7 @@ fi
 # Python modules of Debian's own interpreter, which tests drive: module → package
 needed_modules=(
     nbd:python3-libnbd
+    ensurepip:python3-venv
 )
 
 # e2fsprogs and xfsprogs live in sbin, which is not on the path of every user.
@@ -69,35 +77,58 @@ for entry in "${needed_modules[@]}"; do
         missing_packages+=("${entry#*:}")
     fi
 done
-[[ ${#missing_programs[@]} -eq 0 ]] && exit 0
-
-install="apt-get install -y --no-install-recommends ${missing_packages[*]}"
 by_hand() {
     echo "setup: missing: ${missing_programs[*]}" >&2
     echo "setup: $1" >&2
     exit 1
 }
 
-command -v apt-get >/dev/null ||
-    by_hand "this is not Debian: install what your system calls ${missing_packages[*]}, then try again"
-as_root=()
-if [[ "$(id -u)" -ne 0 ]]; then
-    if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
-        as_root=(sudo -n)
-    else
-        by_hand "as root run: $install"
+install_packages() {
+    local install="apt-get install -y --no-install-recommends" as_root=()
+    command -v apt-get >/dev/null ||
+        by_hand "this is not Debian: install what your system calls ${missing_packages[*]}, then try again"
+    if [[ "$(id -u)" -ne 0 ]]; then
+        if command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
+            as_root=(sudo -n)
+        else
+            by_hand "as root run: $install ${missing_packages[*]}"
+        fi
     fi
-fi
 
-echo "setup: installing ${missing_packages[*]}"
-export DEBIAN_FRONTEND=noninteractive
-"${as_root[@]}" apt-get update -qq || by_hand "apt-get update failed: mend that, then run: $install"
-# shellcheck disable=SC2086
-"${as_root[@]}" $install >/dev/null || by_hand "this failed: $install"
-for entry in "${needed_modules[@]}"; do
-    has_module "${entry%%:*}" || by_hand "installed ${missing_packages[*]}, but Python finds no module ${entry%%:*}"
-done
-for entry in "${needed[@]}"; do
-    program="${entry%%:*}"
-    command -v "$program" >/dev/null || by_hand "installed ${missing_packages[*]}, but there is still no $program"
-done
+    echo "setup: installing ${missing_packages[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    "${as_root[@]}" apt-get update -qq || by_hand "apt-get update failed: mend that, then run: $install ${missing_packages[*]}"
+    if [[ " ${missing_packages[*]} " == *" postgresql "* ]]; then
+        # Its package makes a cluster and starts it, which nobody has asked for.
+        local no_cluster=/etc/postgresql-common/createcluster.d/tidemark.conf
+        # shellcheck disable=SC2086
+        "${as_root[@]}" $install postgresql-common >/dev/null || by_hand "this failed: $install postgresql-common"
+        "${as_root[@]}" install -D -m 644 /dev/stdin "$no_cluster" <<<"create_main_cluster = false"
+        # shellcheck disable=SC2064
+        trap "${as_root[*]} rm -f $no_cluster" EXIT
+    fi
+    # shellcheck disable=SC2086
+    "${as_root[@]}" $install "${missing_packages[@]}" >/dev/null || by_hand "this failed: $install ${missing_packages[*]}"
+    for entry in "${needed_modules[@]}"; do
+        has_module "${entry%%:*}" || by_hand "installed ${missing_packages[*]}, but Python finds no module ${entry%%:*}"
+    done
+    for entry in "${needed[@]}"; do
+        program="${entry%%:*}"
+        [[ "$program" == pg_amcheck ]] || command -v "$program" >/dev/null ||
+            by_hand "installed ${missing_packages[*]}, but there is still no $program"
+    done
+}
+[[ ${#missing_programs[@]} -eq 0 ]] || install_packages
+
+# The modules that the Python examples need, in an environment of their own.
+venv="$here/.venv" requirements="$here/../crates/agent/examples/python/requirements.txt"
+if ! cmp -s "$requirements" "$venv/installed.txt"; then
+    echo "setup: installing the Python modules of the examples in integration/.venv"
+    rm -rf "$venv"
+    /usr/bin/python3 -m venv "$venv"
+    if ! "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"; then
+        echo "setup: pip failed: mend that, then try again" >&2
+        exit 1
+    fi
+    cp "$requirements" "$venv/installed.txt"
+fi

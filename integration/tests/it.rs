@@ -11,6 +11,8 @@ mod clocks;
 mod coherence;
 #[path = "it/crash.rs"]
 mod crash;
+#[path = "it/databases.rs"]
+mod databases;
 #[path = "it/demo.rs"]
 mod demo;
 #[path = "it/disks.rs"]

@@ -8,11 +8,11 @@ use std::{
 
 use crate::programs::{Up, bin_dir, have};
 
-fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-fn shell_blocks(markdown: &str) -> Vec<&str> {
+pub(crate) fn shell_blocks(markdown: &str) -> Vec<&str> {
     markdown
         .split("```sh\n")
         .skip(1)
@@ -55,7 +55,10 @@ fn the_readmes_commands_protect_a_file_word_for_word() {
 
 #[test]
 fn every_document_that_a_document_links_to_is_there() {
-    let mut documents = vec![root().join("README.md")];
+    let mut documents = vec![
+        root().join("README.md"),
+        root().join("crates/agent/examples/python/README.md"),
+    ];
     documents.extend(
         fs::read_dir(root().join("docs"))
             .unwrap()
@@ -90,21 +93,27 @@ fn sources(dir: &Path, ending: &str, text: &mut String) {
 }
 
 #[test]
-fn every_test_that_the_fault_model_names_is_there() {
+fn every_test_that_fault_model_and_coherence_name_is_there() {
     let mut text = String::new();
     for folder in ["crates", "capture-svc", "vault-svc", "integration/tests/it"] {
         sources(&root().join(folder), "rs", &mut text);
     }
-    let page = fs::read_to_string(root().join("docs/FAULT-MODEL.md")).unwrap();
-    let named: Vec<&str> = page
-        .split('`')
-        .skip(1)
-        .step_by(2)
-        .filter(|name| name.contains('_'))
-        .collect();
-    assert!(named.len() > 30);
-    for name in named {
-        assert!(text.contains(&format!("fn {name}(")), "{name}");
+    for (page, part, names_min) in [
+        ("docs/FAULT-MODEL.md", "", 30),
+        ("docs/COHERENCE.md", "## What proves it", 12),
+    ] {
+        let page = fs::read_to_string(root().join(page)).unwrap();
+        let page = &page[page.find(part).unwrap()..];
+        let named: Vec<&str> = page
+            .split('`')
+            .skip(1)
+            .step_by(2)
+            .filter(|name| name.contains('_') && !name.contains('/'))
+            .collect();
+        assert!(named.len() > names_min);
+        for name in named {
+            assert!(text.contains(&format!("fn {name}(")), "{name}");
+        }
     }
 }
 

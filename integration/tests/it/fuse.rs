@@ -19,13 +19,13 @@ const END_MAX: Duration = Duration::from_secs(10);
 
 /// A loop device on a file, and its filesystem where it is mounted. Dropping it lets go of both, whatever state they
 /// are in.
-struct Disk {
+pub(crate) struct Disk {
     device: String,
-    at: PathBuf,
+    pub(crate) at: PathBuf,
 }
 
 impl Disk {
-    fn mount(file: &Path, at: PathBuf, direct: bool, options: &str) -> Self {
+    pub(crate) fn mount(file: &Path, at: PathBuf, direct: bool, options: &str) -> Self {
         let direct = if direct {
             "--direct-io=on"
         } else {
@@ -40,7 +40,7 @@ impl Disk {
     }
 
     /// Unmounts, so that everything has reached the file.
-    fn unmount(self) {
+    pub(crate) fn unmount(self) {
         run("umount", args![self.at]);
         run("losetup", args!["--detach", self.device]);
     }

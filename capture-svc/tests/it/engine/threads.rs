@@ -151,6 +151,34 @@ fn fill_the_disk(setup: &Setup) {
 }
 
 #[test]
+fn writers_go_on_while_a_cut_waits_for_the_last_request_of_its_epoch() {
+    let (_setup, engine, waiting) = with_a_waiting_writer(SpoolPolicy::Stall, |_| {});
+    let first = engine.list_snapshots()[0].id;
+    let epoch = engine.epoch();
+    let cutter = Arc::clone(&engine);
+    let cutter = thread::spawn(move || cutter.create_snapshot("", 1));
+    while engine.epoch() == epoch {
+        thread::yield_now();
+    }
+    // Of blocks that have been zero, whose content before the cut needs no room.
+    for content in 1..100 {
+        (8..16).for_each(|block| write(&engine, block, content));
+    }
+    assert!(!waiting.is_finished() && !cutter.is_finished());
+    engine.delete_snapshot(first).unwrap();
+    waiting.join().unwrap().unwrap();
+    let cut = engine
+        .open_snapshot(cutter.join().unwrap().unwrap().id)
+        .unwrap();
+    assert_eq!(
+        at(&cut, 5),
+        2,
+        "the request belongs to the epoch that it began in"
+    );
+    (8..16).for_each(|block| assert_eq!(at(&cut, block), 0));
+}
+
+#[test]
 fn a_close_ends_a_cut_that_waits_for_a_stalled_writer() {
     let (setup, engine, writer) = with_a_waiting_writer(SpoolPolicy::Stall, |_| {});
     let epoch = engine.epoch();

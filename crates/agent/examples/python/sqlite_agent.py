@@ -1,0 +1,140 @@
+"""Quiesces an SQLite database: holds the lock that every writer needs, between two transactions, with all that was
+committed in the database file itself. Writers wait meanwhile, for as long as their busy timeout allows.
+
+    sqlite_agent.py --volume data --database /srv/data/app.db --mount /srv/data
+
+With --mount the filesystem is frozen as well, so that nothing at all is written until the cut; that needs root. A
+filesystem stays frozen when this program is killed: start it again, it thaws first.
+"""
+
+import argparse
+import errno
+import fcntl
+import os
+import sqlite3
+import subprocess
+import threading
+import time
+
+import grpc
+from tidemark.common.v1.common_pb2 import Coherence
+from tidemark_agent import Agent, Gone, Workload
+
+# linux/fs.h
+FIFREEZE = 0xC0045877
+FITHAW = 0xC0045878
+
+
+def thaw_filesystem(directory):
+    """Does nothing where it isn't frozen."""
+    try:
+        fcntl.ioctl(directory, FITHAW, 0)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+class Sqlite(Workload):
+    """Holds one database still."""
+
+    def __init__(self, database, mount):
+        self._database = database
+        self._mount = mount
+        self._lock = None
+        self._frozen = None
+
+    def freeze(self, volume, seconds):
+        self._lock = self._connect(0)
+        until = time.monotonic() + seconds
+        while not self._try_lock():
+            if time.monotonic() > until:
+                raise TimeoutError("others held the lock of all writers for the whole time")
+            # SQLite's own wait sleeps for up to 100 ms, and never gets its turn beside a writer without pauses.
+            time.sleep(0.0005)
+        # Nothing is committed any more: what the log still has goes into the database. Without a log: 0, -1, -1.
+        other = self._connect(seconds)
+        _, in_log, copied = other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        other.close()
+        if copied != in_log:
+            raise RuntimeError("a reader needs what the log still has")
+        subprocess.run(["sync", "--file-system", self._database], check=True, timeout=seconds)
+        if self._mount:
+            frozen = os.open(self._mount, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.ioctl(frozen, FIFREEZE, 0)
+            except OSError:
+                os.close(frozen)
+                raise
+            self._frozen = frozen
+
+    def thaw(self, volume):
+        if self._frozen is not None:
+            thaw_filesystem(self._frozen)
+            os.close(self._frozen)
+            self._frozen = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _try_lock(self):
+        try:
+            self._lock.execute("BEGIN IMMEDIATE")
+            return True
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                raise
+            return False
+
+    def _connect(self, seconds):
+        return sqlite3.connect(self._database, timeout=seconds, isolation_level=None)
+
+
+def hint(agent, volume, workload):
+    """Says once that the moment is good, as a batch job would between two of its steps."""
+    try:
+        workload.freeze(volume, 10)
+        done = agent.hint(volume, 30)
+        print("hinted", done.cut, Coherence.Name(done.coherence), done.reason, flush=True)
+    finally:
+        workload.thaw(volume)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Quiesces an SQLite database for Tidemark.")
+    parser.add_argument("--capture", default="http://127.0.0.1:7401", help="URL of the capture service")
+    parser.add_argument("--volume", required=True, help="name or UUID of the volume that the database is on")
+    parser.add_argument("--database", required=True, help="its file")
+    parser.add_argument("--mount", help="where its filesystem is mounted, to freeze that too")
+    parser.add_argument("--hint", action="store_true", help="say once that the moment is good, then serve on")
+    arguments = parser.parse_args()
+
+    if arguments.mount:
+        left = os.open(arguments.mount, os.O_RDONLY | os.O_DIRECTORY)
+        thaw_filesystem(left)
+        os.close(left)
+
+    first = True
+    while True:
+        agent = Agent(
+            arguments.capture,
+            "sqlite",
+            [arguments.volume],
+            Sqlite(arguments.database, arguments.mount),
+        )
+
+        def attached():
+            print("attached", flush=True)
+            if first and arguments.hint:
+                own = Sqlite(arguments.database, arguments.mount)
+                threading.Thread(target=hint, args=(agent, arguments.volume, own), daemon=True).start()
+
+        try:
+            agent.serve(attached)
+        except (grpc.RpcError, Gone) as error:
+            print("attach again:", error, flush=True)
+        first = False
+        time.sleep(0.5)
+
+
+if __name__ == "__main__":
+    main()
