@@ -16,10 +16,12 @@ use std::{
 };
 
 use crate::{
-    fuse::Disk,
+    fuse::{Disk, unmount_where_it_failed},
     programs::{Split, args, run, wait_for},
 };
 
+#[path = "databases/group.rs"]
+mod group;
 #[path = "databases/postgres.rs"]
 mod postgres;
 #[path = "databases/recipes.rs"]
@@ -220,13 +222,8 @@ impl Drop for Scene {
     fn drop(&mut self) {
         if thread::panicking() {
             self.disk = None;
-            // The service is killed, and leaves it mounted.
-            let _ = Command::new("umount")
-                .arg("--lazy")
-                .arg(self.path("files"))
-                .stderr(Stdio::null())
-                .status();
         }
+        unmount_where_it_failed(&self.path("files"));
     }
 }
 

@@ -113,14 +113,18 @@ impl Scene {
 
 impl Drop for Scene {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            // The service is killed, and leaves it mounted.
-            let _ = Command::new("umount")
-                .arg("--lazy")
-                .arg(self.path("files"))
-                .stderr(Stdio::null())
-                .status();
-        }
+        unmount_where_it_failed(&self.path("files"));
+    }
+}
+
+/// A service that a failed test kills leaves its directory mounted.
+pub(crate) fn unmount_where_it_failed(files: &Path) {
+    if std::thread::panicking() {
+        let _ = Command::new("umount")
+            .arg("--lazy")
+            .arg(files)
+            .stderr(Stdio::null())
+            .status();
     }
 }
 

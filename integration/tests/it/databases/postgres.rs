@@ -61,18 +61,19 @@ impl Programs {
     }
 
     /// A directory that the server may write to.
-    fn dir_of_theirs(&self, at: &Path) {
+    pub(super) fn dir_of_theirs(&self, at: &Path) {
         fs::create_dir(at).unwrap();
         std::os::unix::fs::chown(at, Some(self.user), Some(self.group)).unwrap();
     }
 
     /// A cluster with page checksums, so that reading a page half of which is old fails.
-    pub(super) fn initdb(&self, data: &Path) {
+    pub(super) fn initdb(&self, data: &Path, more: &[&str]) {
         self.dir_of_theirs(data);
         let mut initdb = self.command_as_postgres("initdb");
         initdb
             .args(["--username=postgres", "--auth=trust", "--data-checksums"])
             .args(["--encoding=UTF8", "--locale=C"])
+            .args(more)
             .arg(data)
             .stdout(Stdio::null());
         assert!(initdb.status().unwrap().success());
@@ -115,7 +116,7 @@ impl Server {
         server
     }
 
-    fn client(&self, program: &str) -> Command {
+    pub(super) fn client(&self, program: &str) -> Command {
         let mut command = self.programs.command(program);
         command
             .env("PGHOST", &self.socket)
@@ -125,7 +126,7 @@ impl Server {
     }
 
     /// A shell that ends at the first error.
-    fn psql(&self) -> Command {
+    pub(super) fn psql(&self) -> Command {
         let mut psql = self.client("psql");
         psql.args(["-XAtq", "-v", "ON_ERROR_STOP=1"]);
         psql
@@ -138,7 +139,7 @@ impl Server {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
-    fn succeeds(&self, program: &str, arguments: &[&str]) {
+    pub(super) fn succeeds(&self, program: &str, arguments: &[&str]) {
         let output = self.client(program).args(arguments).output().unwrap();
         assert!(
             output.status.success(),
@@ -155,9 +156,9 @@ impl Server {
 
 /// What pgbench keeps equal in each of its transactions, and how many of its and of our transactions there are.
 #[derive(Debug)]
-struct Found {
-    sums: [i64; 4],
-    transactions: u64,
+pub(super) struct Found {
+    pub(super) sums: [i64; 4],
+    pub(super) transactions: u64,
     acknowledged: u64,
 }
 
@@ -168,7 +169,7 @@ const LOOK: &str = "select (select sum(abalance) from pgbench_accounts), \
 
 impl Found {
     /// Every table, index and page is sound.
-    fn by(server: &Server) -> Self {
+    pub(super) fn by(server: &Server) -> Self {
         server.succeeds(
             "pg_amcheck",
             &[
@@ -198,7 +199,7 @@ fn each_generation_is_recovered(filesystem: Filesystem) {
     };
     let scene = Scene::new(filesystem, SIZE);
     let data = scene.at().join("data");
-    programs.initdb(&data);
+    programs.initdb(&data, &[]);
     let server = Server::start(&programs, &data, scene.path("socket"), &[]);
     server.succeeds("pgbench", &["--initialize", "--scale=2", "--quiet"]);
     server.sql("create extension amcheck; create table acknowledged (number bigint primary key)");
