@@ -22,6 +22,8 @@ use crate::{
 
 #[path = "databases/postgres.rs"]
 mod postgres;
+#[path = "databases/python.rs"]
+mod python;
 #[path = "databases/recipes.rs"]
 mod recipes;
 #[path = "databases/seats.rs"]
