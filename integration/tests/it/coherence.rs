@@ -25,7 +25,7 @@ const SECOND: usize = 100 * BLOCK;
 const NEVER_ENDS: &str = "sleep 1000";
 
 /// The agent that freezes and thaws by commands.
-fn agent_program() -> &'static Path {
+pub(crate) fn agent_program() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
         let path = bin_dir().join("examples/agent_exec");

@@ -24,6 +24,8 @@ use crate::{
 mod group;
 #[path = "databases/postgres.rs"]
 mod postgres;
+#[path = "databases/python.rs"]
+mod python;
 #[path = "databases/recipes.rs"]
 mod recipes;
 #[path = "databases/seats.rs"]

@@ -16,8 +16,7 @@ use crate::programs::{bin_dir, have};
 const BEGIN: &str = r#"
 trap 'echo "failed: $BASH_COMMAND" >&2' ERR
 ip link set lo up
-mkdir "$WORLD/srv" "$WORLD/mnt" "$WORLD/run" "$WORLD/home"
-mkdir --parents /run/postgresql
+mkdir --parents "$WORLD/srv" "$WORLD/mnt" "$WORLD/run" "$WORLD/home" /run/postgresql
 chown postgres "$WORLD/run"
 mount --bind "$WORLD/srv" /srv
 mount --bind "$WORLD/mnt" /mnt
