@@ -20,7 +20,7 @@ use futures::{StreamExt, stream};
 use parking_lot::RwLock;
 use tidemark_block::{BlockSize, Geometry, VolumeId};
 use tidemark_disk::{FileLock, durable};
-use tidemark_export::{ExportRegistry, RegistryError};
+use tidemark_export::{ExportRegistry, RegistryError, ScratchRoom};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::{Mutex, watch};
 
@@ -47,6 +47,8 @@ pub(crate) struct Registry {
     volumes: RwLock<BTreeMap<VolumeId, Arc<Volume>>>,
     exports: Arc<ExportRegistry>,
     agents: Arc<Agents>,
+    /// What the scratches of all snapshots may keep.
+    scratch_room: Arc<ScratchRoom>,
     /// One change of the set at a time.
     change: Mutex<()>,
     stop: watch::Receiver<bool>,
@@ -76,6 +78,10 @@ impl Registry {
             ),
             exports: Arc::new(ExportRegistry::new()),
             agents: Arc::default(),
+            scratch_room: Arc::new(ScratchRoom::new(
+                config.state.clone(),
+                config.scratch_bytes_max.get(),
+            )),
             change: Mutex::new(()),
             config,
             stop,
@@ -156,7 +162,14 @@ impl Registry {
         let (record, ready) = opened.await?;
         if record == volume.record {
             return volume
-                .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
+                .serve(
+                    ready,
+                    &self.config,
+                    &self.agents,
+                    &self.scratch_room,
+                    &self.exports,
+                    &self.stop,
+                )
                 .await;
         }
         let known = Arc::new(Volume::failed(
@@ -168,7 +181,14 @@ impl Registry {
             .write()
             .insert(known.record.id, Arc::clone(&known));
         known
-            .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
+            .serve(
+                ready,
+                &self.config,
+                &self.agents,
+                &self.scratch_room,
+                &self.exports,
+                &self.stop,
+            )
             .await
     }
 

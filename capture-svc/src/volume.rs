@@ -11,7 +11,7 @@ use capture_core::{
     interval::{Backoff, Triggers},
 };
 use parking_lot::RwLock;
-use tidemark_export::{BlockDevice, Export, ExportRegistry, RegistryError};
+use tidemark_export::{BlockDevice, Export, ExportRegistry, RegistryError, ScratchRoom};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::watch;
 
@@ -260,6 +260,7 @@ impl Volume {
         ready: Ready,
         config: &Config,
         agents: &Arc<Agents>,
+        scratch_room: &Arc<ScratchRoom>,
         exports: &ExportRegistry,
         stop: &watch::Receiver<bool>,
     ) -> Result<()> {
@@ -297,7 +298,7 @@ impl Volume {
             uplink,
             scrub,
             export: RwLock::new(export),
-            snapshots: SnapshotExports::default(),
+            snapshots: SnapshotExports::new(Arc::clone(scratch_room)),
         }));
         Ok(())
     }

@@ -268,7 +268,14 @@ impl Registry {
             .map_err(|error| RpcError::internal(format!("add the volume: {error}")))??;
         let volume = Arc::new(volume);
         let served = volume
-            .serve(ready, &self.config, &self.agents, &self.exports, &self.stop)
+            .serve(
+                ready,
+                &self.config,
+                &self.agents,
+                &self.scratch_room,
+                &self.exports,
+                &self.stop,
+            )
             .await;
         if let Err(error) = served {
             let dir = volume.dir.clone();
