@@ -19,6 +19,8 @@ pub(crate) const COMMANDS: &[&[&str]] = &[
     &["generation", "list"],
     &["generation", "show"],
     &["restore"],
+    &["mount"],
+    &["umount"],
     &["status"],
     &["maintain"],
     &["completions"],
