@@ -60,7 +60,8 @@ impl Options {
         options
     }
 
-    fn add(&mut self, option: &str) {
+    /// Adds one, which counts before those that were there.
+    pub(crate) fn add(&mut self, option: &str) {
         match option {
             "ro" => self.read_only = true,
             "rw" => self.read_only = false,
@@ -74,11 +75,6 @@ impl Options {
                 }),
             },
         }
-    }
-
-    /// Adds one that is the filesystem's own.
-    pub(crate) fn push(&mut self, option: &str) {
-        self.add(option);
     }
 }
 

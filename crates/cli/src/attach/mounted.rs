@@ -115,8 +115,8 @@ impl Ours {
     pub(crate) fn unmount(&self) -> Result<Unmounted, Failure> {
         let file = backing_file_of_ours(&self.device);
         // What can't be written is told now; unmounting doesn't.
-        let synced = File::open(&self.at).and_then(|dir| Ok(rustix::fs::syncfs(dir)?));
-        let clean = self.alive && synced.is_ok();
+        let synced = || File::open(&self.at).and_then(|dir| Ok(rustix::fs::syncfs(dir)?));
+        let clean = self.alive && synced().is_ok();
         let lazily = match unmount(&self.at, UnmountFlags::NOFOLLOW) {
             Ok(()) => false,
             Err(Errno::BUSY) if self.alive => return Err(self.busy()),
