@@ -30,6 +30,7 @@ needed=(
     e2fsck:e2fsprogs
     mkfs.xfs:xfsprogs
     debugfs:e2fsprogs
+    mkfs.btrfs:btrfs-progs
     fusermount3:fuse3
     cmp:diffutils
     patch:patch
@@ -43,7 +44,11 @@ postgres=(/usr/lib/postgresql/*/bin/pg_amcheck)
 [[ "${1:-}" != "--fuzz" ]] || needed+=(g++:g++)
 
 if [[ "${1:-}" == "--bench" ]]; then
-    needed+=(nbdkit:nbdkit)
+    needed+=(
+        nbdkit:nbdkit
+        nbdfuse:libnbd-bin
+        qemu-storage-daemon:qemu-utils
+    )
 fi
 
 # Python modules of Debian's own interpreter, which tests drive: module → package

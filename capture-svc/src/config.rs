@@ -59,6 +59,8 @@ settings! {
     nbd: NbdListens = NbdListens::default();
     /// Directory in which volumes and snapshots appear as files (FUSE): an absolute path. Empty: none.
     fuse_mount: PathBuf = PathBuf::new();
+    /// Room for what is written to scratches, the writable views of snapshots, all of them together.
+    scratch_bytes_max: ByteSize = ByteSize::mib(1024);
     /// URL of the vault.
     vault: String = "http://127.0.0.1:7402".to_owned();
     /// Name of this source, as the vault shows it. Empty: the host's name.
@@ -152,6 +154,11 @@ impl Settings for Config {
             "must be given together with quiesce_post: what freezes must be let go on",
         );
         rules.at_least("spool_bytes_max", self.spool_bytes_max, ByteSize::mib(1));
+        rules.at_least(
+            "scratch_bytes_max",
+            self.scratch_bytes_max,
+            ByteSize::mib(1),
+        );
         rules.within("zstd_level", self.zstd_level, 1..=19);
         rules.within(
             "bytes_in_flight_max",

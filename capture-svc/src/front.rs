@@ -1,7 +1,8 @@
 //! The front ends, NBD and FUSE: what they offer, and both as one to the rest of the service.
 //!
 //! Offered are the volumes that are served, writable, and each one's snapshots, read-only, under the name
-//! `<volume>@<number>`; a snapshot is found by its label too. The list is that of the moment.
+//! `<volume>@<number>`; a snapshot is found by its label too. The list is that of the moment. A snapshot's name with
+//! `+scratch` behind it, or `+scratch-<name>`, is a scratch of it: writable, and thrown away with its last client.
 
 mod snapshot;
 

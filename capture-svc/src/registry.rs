@@ -20,7 +20,7 @@ use futures::{StreamExt, stream};
 use parking_lot::RwLock;
 use tidemark_block::{BlockSize, Geometry, VolumeId};
 use tidemark_disk::{FileLock, durable};
-use tidemark_export::{ExportRegistry, RegistryError};
+use tidemark_export::{ExportRegistry, RegistryError, ScratchRoom};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::{Mutex, watch};
 
@@ -68,6 +68,10 @@ impl Registry {
             groups: AllGroups::new(&config.groups),
             exports: Arc::new(ExportRegistry::new()),
             agents: Arc::default(),
+            scratch_room: Arc::new(ScratchRoom::new(
+                config.state.clone(),
+                config.scratch_bytes_max.get(),
+            )),
             config,
             stop,
         };

@@ -11,7 +11,7 @@ use capture_core::{
     interval::{Backoff, Triggers},
 };
 use parking_lot::RwLock;
-use tidemark_export::{BlockDevice, Export, ExportRegistry, RegistryError};
+use tidemark_export::{BlockDevice, Export, ExportRegistry, RegistryError, ScratchRoom};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::watch;
 
@@ -35,6 +35,8 @@ pub(crate) struct Shared {
     /// Agents that are attached.
     pub(crate) agents: Arc<Agents>,
     pub(crate) groups: AllGroups,
+    /// What the scratches of all snapshots may keep.
+    pub(crate) scratch_room: Arc<ScratchRoom>,
     pub(crate) stop: watch::Receiver<bool>,
 }
 
@@ -303,7 +305,7 @@ impl Volume {
             uplink,
             scrub,
             export: RwLock::new(export),
-            snapshots: SnapshotExports::default(),
+            snapshots: SnapshotExports::new(Arc::clone(&shared.scratch_room)),
         }));
         Ok(())
     }

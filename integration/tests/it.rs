@@ -29,12 +29,18 @@ mod first_use;
 mod fuse;
 #[path = "it/kills.rs"]
 mod kills;
+#[path = "it/mount.rs"]
+mod mount;
 #[path = "it/mutants.rs"]
 mod mutants;
 #[path = "it/peers.rs"]
 mod peers;
 #[path = "it/real_clients.rs"]
 mod real_clients;
+#[path = "it/scene.rs"]
+mod scene;
+#[path = "it/scratch.rs"]
+mod scratch;
 #[path = "it/scrub.rs"]
 mod scrub;
 #[path = "it/shutdown.rs"]

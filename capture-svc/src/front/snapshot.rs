@@ -1,4 +1,4 @@
-//! A snapshot as a read-only block device.
+//! A snapshot as a read-only block device, and its scratches.
 //!
 //! A request opens the snapshot, reads and lets go of it: a client that stays connected keeps neither a deleted
 //! snapshot's before-images nor a removed volume. From then on its requests fail with `ESTALE`.
@@ -12,10 +12,15 @@ use std::{
 use parking_lot::Mutex;
 use tidemark_block::{BlockCount, Geometry};
 use tidemark_export::{
-    AllocationExtent, BlockDevice, Durability, Export, SNAPSHOT_SIGN, ZeroFlags,
+    AllocationExtent, BlockDevice, Durability, Export, SNAPSHOT_SIGN, ScratchRoom, ZeroFlags,
 };
 
 use crate::engine::{Engine, EngineError, SnapshotId, SnapshotInfo, SnapshotReader};
+
+/// What stands between a snapshot and the name of a scratch of it; the name may be empty.
+const SCRATCH_SIGN: &str = "+scratch";
+/// The longest name of a scratch, in bytes.
+const SCRATCH_NAME_MAX: usize = 32;
 
 /// Blocks of which the allocation is told at a time.
 const EXTENT_BLOCKS_MAX: BlockCount = BlockCount::new(1 << 15);
@@ -152,18 +157,45 @@ impl BlockDevice for SnapshotDevice {
     }
 }
 
-/// The exports of a volume's snapshots. Each stays the same one for as long as its snapshot is there.
-#[derive(Debug, Default)]
-pub(crate) struct SnapshotExports(Mutex<BTreeMap<SnapshotId, Arc<Export>>>);
+/// The exports of a volume's snapshots and of their scratches.
+#[derive(Debug)]
+pub(crate) struct SnapshotExports {
+    /// Each stays the same one for as long as its snapshot is there.
+    snapshots: Mutex<BTreeMap<SnapshotId, Arc<Export>>>,
+    /// By snapshot and name: those that somebody knows.
+    scratches: Mutex<BTreeMap<(SnapshotId, String), Weak<Export>>>,
+    room: Arc<ScratchRoom>,
+}
+
+/// A snapshot's text with a scratch's name behind it: the text, and the name.
+fn scratch_of(text: &str) -> Option<(&str, &str)> {
+    let (snapshot, name) = text.rsplit_once(SCRATCH_SIGN)?;
+    if name.is_empty() {
+        return Some((snapshot, name));
+    }
+    let name = name.strip_prefix('-')?;
+    let is_plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let fits = (1..=SCRATCH_NAME_MAX).contains(&name.len()) && name.chars().all(is_plain);
+    fits.then_some((snapshot, name))
+}
 
 impl SnapshotExports {
-    /// All of them, oldest first, each with its snapshot.
+    /// Those of one volume; what is written to their scratches takes of this room.
+    pub(crate) fn new(room: Arc<ScratchRoom>) -> Self {
+        Self {
+            snapshots: Mutex::default(),
+            scratches: Mutex::default(),
+            room,
+        }
+    }
+
+    /// All snapshots, oldest first, each with its export.
     pub(crate) fn list(
         &self,
         volume: &str,
         engine: &Arc<Engine>,
     ) -> Vec<(SnapshotInfo, Arc<Export>)> {
-        let mut known = self.0.lock();
+        let mut known = self.snapshots.lock();
         let listed = engine.list_snapshots();
         let mut before = std::mem::take(&mut *known);
         let exports: Vec<_> = listed
@@ -189,7 +221,7 @@ impl SnapshotExports {
         exports
     }
 
-    /// The one with this number, or the newest with this label.
+    /// The snapshot with this number, or the newest with this label; or a scratch of one that is named so.
     pub(crate) fn find(
         &self,
         volume: &str,
@@ -197,15 +229,71 @@ impl SnapshotExports {
         text: &str,
     ) -> Option<Arc<Export>> {
         let all = self.list(volume, engine);
-        let number = all.iter().find(|(info, _)| info.id.to_string() == text);
-        let labelled = || {
-            let newest = all.iter().rev();
-            newest
-                .into_iter()
-                .find(|(info, _)| !text.is_empty() && info.label == text)
+        let number = |text: &str| all.iter().find(|(info, _)| info.id.to_string() == text);
+        let label = |text: &str| {
+            let mut newest = all.iter().rev();
+            newest.find(|(info, _)| !text.is_empty() && info.label == text)
         };
-        number
-            .or_else(labelled)
-            .map(|(_, export)| Arc::clone(export))
+        // A label may look like anything: numbers come first.
+        let scratch = scratch_of(text);
+        let (found, name) = None
+            .or_else(|| Some((number(text)?, None)))
+            .or_else(|| scratch.and_then(|(of, name)| Some((number(of)?, Some(name)))))
+            .or_else(|| Some((label(text)?, None)))
+            .or_else(|| scratch.and_then(|(of, name)| Some((label(of)?, Some(name)))))?;
+        let (info, export) = found;
+        Some(match name {
+            None => Arc::clone(export),
+            Some(name) => self.scratch(info.id, export, engine.geometry(), name),
+        })
+    }
+
+    /// The scratch of a snapshot with this name, which is the same one for as long as somebody has it.
+    fn scratch(
+        &self,
+        id: SnapshotId,
+        snapshot: &Export,
+        geometry: Geometry,
+        name: &str,
+    ) -> Arc<Export> {
+        let mut scratches = self.scratches.lock();
+        scratches.retain(|_, export| export.strong_count() > 0);
+        let key = (id, name.to_owned());
+        if let Some(known) = scratches.get(&key).and_then(Weak::upgrade) {
+            return known;
+        }
+        let dash = if name.is_empty() { "" } else { "-" };
+        let fresh = Arc::new(Export::scratch(
+            format!("{}{SCRATCH_SIGN}{dash}{name}", snapshot.name()),
+            Arc::clone(snapshot.device()),
+            geometry,
+            Arc::clone(&self.room),
+        ));
+        scratches.insert(key, Arc::downgrade(&fresh));
+        fresh
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scratch_is_named_behind_its_snapshot() {
+        let long = "x".repeat(SCRATCH_NAME_MAX);
+        for (text, parts) in [
+            ("3+scratch", Some(("3", ""))),
+            ("3+scratch-try7", Some(("3", "try7"))),
+            ("a+scratch+scratch", Some(("a+scratch", ""))),
+            (&format!("3+scratch-{long}"), Some(("3", long.as_str()))),
+            (&format!("3+scratch-{long}x"), None),
+            ("3+scratch-", None),
+            ("3+scratch-a/b", None),
+            ("3+scratch-A", None),
+            ("3+scratches", None),
+            ("3", None),
+        ] {
+            assert_eq!(scratch_of(text), parts, "{text}");
+        }
     }
 }

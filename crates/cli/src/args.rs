@@ -77,6 +77,10 @@ pub enum Command {
     Restore(RestoreArgs),
     /// Go back through snapshots and generations until a check of yours passes
     FindCoherent(FindCoherentArgs),
+    /// Mount the filesystem of a volume or a snapshot, or list what is mounted
+    Mount(MountArgs),
+    /// Unmount what `mount` has mounted, also after a crash
+    Umount(UmountArgs),
     /// Show both services and all volumes
     Status(StatusArgs),
     /// Retire and reclaim at the vault now, or show what would be done
@@ -379,6 +383,52 @@ pub struct FindCoherentArgs {
     /// Replace FILE where it exists
     #[arg(long, requires = "keep")]
     pub force: bool,
+}
+
+/// `tidemark mount`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Needs root, and a capture service of this machine with a directory for its files (fuse_mount, --fuse-mount).
+
+A volume that somebody else uses is refused. A snapshot is mounted through a scratch: its journal is replayed there, and
+what is written with --writable is thrown away when it is unmounted; the snapshot never changes.
+
+Examples:
+  tidemark mount data /srv/data
+  tidemark mount data@3 /mnt/before
+  tidemark mount data@before-upgrade /mnt/try --writable
+  tidemark mount                                          list what is mounted")]
+pub struct MountArgs {
+    /// VOLUME, VOLUME@NUMBER or VOLUME@LABEL: a volume, or a snapshot of it
+    #[arg(value_name = "VOLUME[@SNAPSHOT]", requires = "dir")]
+    pub what: Option<parse::SnapshotRef>,
+    /// Where: an empty directory
+    pub dir: Option<PathBuf>,
+    /// Let a snapshot be written to; volumes are anyway
+    #[arg(long, requires = "what")]
+    pub writable: bool,
+    /// Options as after mount -o, separated by commas
+    #[arg(short = 'o', long, value_name = "OPTIONS", requires = "what")]
+    pub options: Vec<String>,
+    /// The kernel's name of the filesystem [default: what is found there]
+    #[arg(long, value_name = "TYPE", requires = "what")]
+    pub fs_type: Option<String>,
+    /// Mount this partition of a disk that has several
+    #[arg(long, value_name = "N", requires = "what", value_parser = clap::value_parser!(u32).range(1..))]
+    pub partition: Option<u32>,
+}
+
+/// `tidemark umount`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Takes the filesystem off its directory and ends its loop device; the scratch of a snapshot is thrown away. Where the
+service was stopped or killed under it, it is taken off even while programs use it.
+
+Example:
+  tidemark umount /srv/data")]
+pub struct UmountArgs {
+    /// Where it is mounted
+    pub dir: PathBuf,
 }
 
 /// `tidemark status`.

@@ -4,6 +4,7 @@ mod completions;
 mod find_coherent;
 mod generation;
 mod maintain;
+mod mount;
 mod restore;
 mod rollback;
 mod scrub;
@@ -49,6 +50,8 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
             Command::Generation(command) => generation::run(&global, command).await,
             Command::Restore(args) => restore::run(&global, args).await,
             Command::FindCoherent(args) => find_coherent::run(&global, args).await,
+            Command::Mount(args) => mount::run(&global, args).await,
+            Command::Umount(args) => mount::unmount(&global, args).await,
             Command::Status(args) => status::run(&global, args).await,
             Command::Maintain(args) => maintain::run(&global, args).await,
             Command::Completions(args) => completions::run(&args),

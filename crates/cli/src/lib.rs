@@ -2,9 +2,10 @@
 //!
 //! [`args`] says what can be asked for, [`command`] does it, one module per family of subcommands, [`report`] and
 //! [`mod@format`] decide what programs and people see, [`failure`] what they see when it did not work. Images on their
-//! way into a file are verified in [`image`].
+//! way into a file are verified in [`image`]; what is mounted is attached and taken off in `attach`.
 
 pub mod args;
+mod attach;
 pub mod command;
 pub mod connect;
 pub mod failure;

@@ -117,9 +117,56 @@ impl FromStr for GenerationRef {
     }
 }
 
+/// A volume, or a snapshot of it by number or label: `VOLUME`, `VOLUME@SNAPSHOT`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotRef {
+    /// Name or UUID.
+    pub volume: String,
+    /// Number or label; `None` is the volume itself.
+    pub snapshot: Option<String>,
+}
+
+impl FromStr for SnapshotRef {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (volume, snapshot) = match text.split_once('@') {
+            None => (text, None),
+            Some((volume, snapshot)) => (volume, Some(snapshot)),
+        };
+        if volume.is_empty() || snapshot == Some("") {
+            return Err(
+                "use VOLUME, or VOLUME@SNAPSHOT with a number or a label, as in data@3".to_owned(),
+            );
+        }
+        Ok(Self {
+            volume: volume.to_owned(),
+            snapshot: snapshot.map(str::to_owned),
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_snapshot_is_named_by_volume_and_number_or_label() {
+        for (text, volume, snapshot) in [
+            ("data", "data", None),
+            ("data@3", "data", Some("3")),
+            ("data@me@home", "data", Some("me@home")),
+        ] {
+            let expected = SnapshotRef {
+                volume: volume.to_owned(),
+                snapshot: snapshot.map(str::to_owned),
+            };
+            assert_eq!(text.parse(), Ok(expected));
+        }
+        for text in ["", "@3", "data@"] {
+            assert!(text.parse::<SnapshotRef>().is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn sizes_are_bytes_or_powers_of_1024() {

@@ -1,5 +1,5 @@
 //! Files, as both services need them: durable writes, small records, locks, guarded memory maps, checksum tables; and what a
-//! service asks of the heap.
+//! service asks of the heap and of the kernel's table of mounts.
 //!
 //! [`durable`] is the one place where files are renamed, removed and synced.
 
@@ -9,6 +9,7 @@ pub mod durable;
 pub mod guarded_map;
 pub mod heap;
 pub mod lock;
+pub mod mount_table;
 pub mod record;
 
 pub use checksum_table::{ChecksumTable, TableError};

@@ -6,12 +6,14 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Weak};
 
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
+use tidemark_block::Geometry;
 
 use crate::device::BlockDevice;
+use crate::scratch::{Scratch, ScratchRoom};
 
 /// The longest name of an export, in bytes of UTF-8; the protocol's own bound for a string.
 pub const EXPORT_NAME_MAX: usize = 4096;
@@ -27,7 +29,29 @@ pub struct Export {
     name: String,
     description: String,
     device: Arc<dyn BlockDevice>,
+    /// What makes it writable, where it is a scratch.
+    scratch: Option<ScratchOf>,
     clients: AtomicU32,
+}
+
+/// Clients that are there at the same time share a scratch; it goes with the last of them.
+struct ScratchOf {
+    geometry: Geometry,
+    room: Arc<ScratchRoom>,
+    shared: Mutex<Weak<Scratch>>,
+}
+
+impl ScratchOf {
+    fn share(&self, below: &Arc<dyn BlockDevice>) -> Arc<Scratch> {
+        let mut shared = self.shared.lock();
+        if let Some(scratch) = shared.upgrade() {
+            return scratch;
+        }
+        let (below, room) = (Arc::clone(below), Arc::clone(&self.room));
+        let fresh = Arc::new(Scratch::new(below, self.geometry, room));
+        *shared = Arc::downgrade(&fresh);
+        fresh
+    }
 }
 
 impl fmt::Debug for Export {
@@ -82,7 +106,27 @@ impl Export {
             name: name.into(),
             description: description.into(),
             device,
+            scratch: None,
             clients: AtomicU32::new(0),
+        }
+    }
+
+    /// An export that can be written although `device` can't: clients that use it at the same time see each other's
+    /// writes, which are thrown away when the last of them has gone.
+    #[must_use]
+    pub fn scratch(
+        name: impl Into<String>,
+        device: Arc<dyn BlockDevice>,
+        geometry: Geometry,
+        room: Arc<ScratchRoom>,
+    ) -> Self {
+        Self {
+            scratch: Some(ScratchOf {
+                geometry,
+                room,
+                shared: Mutex::default(),
+            }),
+            ..Self::new(name, "", device)
         }
     }
 
@@ -104,10 +148,22 @@ impl Export {
         &self.description
     }
 
-    /// The device behind the name.
+    /// The device behind the name. What clients use is [`ConnectedClient::device`].
     #[must_use]
     pub fn device(&self) -> &Arc<dyn BlockDevice> {
         &self.device
+    }
+
+    /// Whether what clients write is thrown away.
+    #[must_use]
+    pub const fn is_scratch(&self) -> bool {
+        self.scratch.is_some()
+    }
+
+    /// Whether clients can't write.
+    #[must_use]
+    pub fn read_only(&self) -> bool {
+        !self.is_scratch() && self.device.read_only()
     }
 
     /// How many clients (connections) use it now.
@@ -121,6 +177,10 @@ impl Export {
     /// # Errors
     /// [`ConnectError::Retired`] once [`Export::retire`] has succeeded.
     pub fn connect(self: &Arc<Self>) -> Result<ConnectedClient, ConnectError> {
+        let device = match &self.scratch {
+            None => Arc::clone(&self.device),
+            Some(scratch) => scratch.share(&self.device),
+        };
         self.clients
             .try_update(Ordering::AcqRel, Ordering::Acquire, |n| {
                 (n & RETIRED == 0).then_some(n + 1)
@@ -128,6 +188,7 @@ impl Export {
             .map_err(|_| ConnectError::Retired)?;
         Ok(ConnectedClient {
             export: Arc::clone(self),
+            device,
         })
     }
 
@@ -146,9 +207,17 @@ impl Export {
 }
 
 /// One client's use of an export; dropping it ends the use.
-#[derive(Debug)]
 pub struct ConnectedClient {
     export: Arc<Export>,
+    device: Arc<dyn BlockDevice>,
+}
+
+impl fmt::Debug for ConnectedClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ConnectedClient")
+            .field("export", &self.export)
+            .finish_non_exhaustive()
+    }
 }
 
 impl ConnectedClient {
@@ -156,6 +225,12 @@ impl ConnectedClient {
     #[must_use]
     pub fn export(&self) -> &Arc<Export> {
         &self.export
+    }
+
+    /// What to read and to write.
+    #[must_use]
+    pub fn device(&self) -> &Arc<dyn BlockDevice> {
+        &self.device
     }
 }
 

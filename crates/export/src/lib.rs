@@ -7,7 +7,8 @@
 //! performs it and replies.
 //!
 //! In the order in which data meets them: [`exports`] (which device a name means, and who uses it),
-//! [`device`] (what a request may ask of it), [`errno`] (how a failure is told to the client), [`nbd`] (the server),
+//! [`device`] (what a request may ask of it), [`scratch`] (a device on
+//! which writes are thrown away), [`errno`] (how a failure is told to the client), [`nbd`] (the server),
 //! [`fuse`] (the files).
 
 pub mod device;
@@ -15,6 +16,7 @@ pub mod errno;
 pub mod exports;
 pub mod fuse;
 pub mod nbd;
+pub mod scratch;
 
 pub use device::{AllocationExtent, BlockDevice, Durability, ZeroFlags};
 pub use exports::{
@@ -22,3 +24,4 @@ pub use exports::{
 };
 pub use fuse::{FuseServer, MountError};
 pub use nbd::{NbdAddress, NbdServer};
+pub use scratch::{Scratch, ScratchRoom};

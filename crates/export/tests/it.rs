@@ -18,5 +18,7 @@ mod fuse;
 mod hostile;
 #[path = "it/real_clients.rs"]
 mod real_clients;
+#[path = "it/scratch.rs"]
+mod scratch;
 #[path = "it/serving.rs"]
 mod serving;

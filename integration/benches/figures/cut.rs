@@ -4,7 +4,7 @@ use std::{
     fs::File,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result};
@@ -20,6 +20,12 @@ use crate::{
 const GIB: u64 = 1 << 30;
 const WRITERS: u64 = 2;
 const CUTS: usize = 50;
+/// Snapshots that are open at each cut, where writers are watched.
+const OPEN: usize = 32;
+/// Between the cuts that writers are watched around.
+const BETWEEN: Duration = Duration::from_millis(100);
+/// What writers are watched on.
+const WATCHED: u64 = GIB;
 
 pub(crate) fn run(dir: &Path, _: &Args, report: &mut Report) -> Result<()> {
     report.section("A cut under full write load");
@@ -29,6 +35,130 @@ pub(crate) fn run(dir: &Path, _: &Args, report: &mut Report) -> Result<()> {
         measure(&dir, gib, report).with_context(|| format!("cuts at {gib} GiB"))?;
         std::fs::remove_dir_all(&dir)?;
     }
+    let dir = dir.join("cut-open");
+    std::fs::create_dir_all(&dir)?;
+    watch(&dir, report).context("cuts with snapshots open")?;
+    std::fs::remove_dir_all(&dir)?;
+    Ok(())
+}
+
+/// How long each write of some threads takes, in microseconds, while `work` runs.
+fn writes_during(engine: &Engine, work: impl FnOnce() -> Result<()>) -> Result<Vec<u32>> {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..WRITERS)
+            .map(|n| {
+                let stop = &stop;
+                scope.spawn(move || -> Result<Vec<u32>> {
+                    let (mut random, mut took) = (n + 1, Vec::new());
+                    let data = [0x5A; 4096];
+                    while !stop.load(Ordering::Relaxed) {
+                        random = random
+                            .wrapping_mul(6_364_136_223_846_793_005)
+                            .wrapping_add(1);
+                        let at = (random >> 33) % (WATCHED / 4096) * 4096;
+                        let begun = Instant::now();
+                        engine.write(at, &data, Durability::Volatile)?;
+                        let micros = begun.elapsed().as_micros();
+                        took.push(u32::try_from(micros).unwrap_or(u32::MAX));
+                    }
+                    Ok(took)
+                })
+            })
+            .collect();
+        let done = work();
+        stop.store(true, Ordering::Relaxed);
+        let mut all = Vec::new();
+        for writer in writers {
+            all.extend(writer.join().expect("a writer doesn't panic")?);
+        }
+        done?;
+        all.sort_unstable();
+        Ok(all)
+    })
+}
+
+/// What writers feel of cuts while many snapshots are open.
+fn watch(dir: &Path, report: &mut Report) -> Result<()> {
+    let path = dir.join("volume.img");
+    let file = File::create(&path)?;
+    let chunk = vec![0x11; 1 << 20];
+    for n in 0..WATCHED >> 20 {
+        std::os::unix::fs::FileExt::write_all_at(&file, &chunk, n << 20)?;
+    }
+    file.sync_all()?;
+    let geometry = Geometry::new(WATCHED, BlockSize::MIN)?;
+    let options = EngineOptions {
+        spool_bytes_max: 8 * GIB,
+        ..EngineOptions::default()
+    };
+    let id = VolumeId::from_bytes([1; 16]);
+    let engine = Engine::create(&dir.join("state"), id, &path, geometry, options)?;
+
+    let calm = writes_during(&engine, || {
+        std::thread::sleep(BETWEEN * u32::try_from(CUTS)?);
+        Ok(())
+    })?;
+    let (mut open, mut flips) = (std::collections::VecDeque::new(), Vec::new());
+    let cut = |open: &mut std::collections::VecDeque<_>| -> Result<()> {
+        open.push_back(engine.create_snapshot("", 0)?.id);
+        Ok(())
+    };
+    let stalled = writes_during(&engine, || {
+        while open.len() < OPEN {
+            cut(&mut open)?;
+            std::thread::sleep(BETWEEN);
+        }
+        Ok(())
+    })
+    .and_then(|_| {
+        writes_during(&engine, || {
+            for _ in 0..CUTS {
+                cut(&mut open)?;
+                flips.push(millis(engine.stats().last_flip) * 1e3);
+                if let Some(oldest) = open.pop_front() {
+                    engine.delete_snapshot(oldest)?;
+                }
+                std::thread::sleep(BETWEEN);
+            }
+            Ok(())
+        })
+    })?;
+    let held = engine.list_snapshots().len();
+    anyhow::ensure!(
+        held == OPEN,
+        "{held} snapshots are open: the spool was full"
+    );
+    engine.close()?;
+    let at =
+        |sorted: &[u32], share: usize| f64::from(sorted[(sorted.len() - 1) * share / 1000]) / 1e3;
+    let what = format!("{CUTS} cuts, {OPEN} snapshots open");
+    report.alone(
+        &format!("{what}: p99.9 of writes"),
+        "ms",
+        at(&stalled, 999),
+        Bound::AtMost(5.0),
+    );
+    report.alone(
+        &format!("{what}: longest write"),
+        "ms",
+        at(&stalled, 1000),
+        Bound::None,
+    );
+    let worst = flips.iter().copied().fold(0.0, f64::max);
+    report.alone(
+        &format!("{what}: worst flip"),
+        "us",
+        worst,
+        Bound::AtMost(1000.0),
+    );
+    report.alone(
+        "the same writes without cuts: p99.9",
+        "ms",
+        at(&calm, 999),
+        Bound::None,
+    );
+    report.alone("  longest", "ms", at(&calm, 1000), Bound::None);
     Ok(())
 }
 

@@ -5,6 +5,8 @@
 //! meanwhile mean little; the ratios bear it better than the times.
 
 mod cut;
+mod fio;
+mod fuse;
 mod image;
 mod interval;
 mod nbd;
@@ -21,12 +23,14 @@ use report::Report;
 /// What can be measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Section {
-    /// The flip of a cut under full write load, against volume size
+    /// The flip of a cut under full write load, against volume size; what cuts with 32 snapshots open do to writers
     Cut,
     /// An interval of scattered changes, trigger to receipt, against write + fsync of the same bytes
     Interval,
     /// NBD with tracking, against nbdkit's file plugin
     Nbd,
+    /// A filesystem on a loop device on a FUSE file, against qemu-storage-daemon and nbdfuse; needs root
+    Fuse,
     /// The first full interval and the restore of a filesystem image, against cp
     Image,
 }
@@ -86,6 +90,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Nbd) {
         nbd::run(dir.path(), &args, &mut report)?;
+    }
+    if wanted(Section::Fuse) {
+        fuse::run(dir.path(), &args, &mut report)?;
     }
     if wanted(Section::Image) {
         image::run(dir.path(), &args, &mut report)?;

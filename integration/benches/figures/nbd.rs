@@ -9,36 +9,20 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 use tidemark_integration::{
     args,
-    programs::{have, run as run_program, wait_for},
+    programs::{have, wait_for},
 };
 
 use crate::{
     Args,
+    fio::{Job, Seen},
     report::{Bound, Report, median},
     services::Services,
 };
 
 const MIB: u64 = 1 << 20;
 const VOLUME: u64 = 2048 * MIB;
-
-/// A workload of fio.
-struct Job {
-    what: &'static str,
-    rw: &'static str,
-    block: &'static str,
-    depth: u32,
-}
-
-/// What fio saw of one.
-#[derive(Debug, Clone, Copy)]
-struct Seen {
-    iops: f64,
-    /// Latency that one request in a thousand exceeds, in microseconds.
-    p999_us: f64,
-}
 
 const STEADY: [Job; 6] = [
     Job {
@@ -86,39 +70,8 @@ struct Server {
 
 impl Server {
     fn run(&self, job: &Job, seconds: u32) -> Result<Seen> {
-        let told = run_program(
-            "fio",
-            args![
-                "--name=figures",
-                "--ioengine=nbd",
-                format!("--uri={}", self.uri),
-                format!("--rw={}", job.rw),
-                format!("--bs={}", job.block),
-                format!("--iodepth={}", job.depth),
-                format!("--size={VOLUME}"),
-                "--time_based",
-                format!("--runtime={seconds}"),
-                "--randrepeat=0",
-                "--output-format=json"
-            ],
-        );
-        // fio says things before the object.
-        let json = told.find('{').context("fio printed no JSON")?;
-        let told: Value = serde_json::from_str(&told[json..])?;
-        let kind = if job.rw.ends_with("write") {
-            "write"
-        } else {
-            "read"
-        };
-        let seen = &told["jobs"][0][kind];
-        let iops = seen["iops"].as_f64().context("fio gave no IOPS")?;
-        let p999 = seen["clat_ns"]["percentile"]["99.900000"]
-            .as_f64()
-            .context("fio gave no percentile")?;
-        Ok(Seen {
-            iops,
-            p999_us: p999 / 1e3,
-        })
+        let on = ["--ioengine=nbd".to_owned(), format!("--uri={}", self.uri)];
+        job.run(&on, VOLUME, seconds)
     }
 }
 

@@ -16,8 +16,8 @@ use std::{
 };
 
 use crate::{
-    fuse::{Disk, unmount_where_it_failed},
     programs::{Split, args, run, wait_for},
+    scene::{Disk, unmount_where_it_failed},
 };
 
 #[path = "databases/group.rs"]
@@ -225,7 +225,7 @@ impl Drop for Scene {
         if thread::panicking() {
             self.disk = None;
         }
-        unmount_where_it_failed(&self.path("files"));
+        unmount_where_it_failed(self.dir.path());
     }
 }
 

@@ -1,169 +1,23 @@
 //! Volumes as files of a mounted directory, with filesystems on them. Mounting needs root and loop devices.
 
 use std::{
-    fs::{self, File},
-    io::{Read, Write},
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
-    process::{Command, Stdio},
-    time::{Duration, Instant},
+    fs::{self, File, OpenOptions},
+    io::Read,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::Path,
+    process::Command,
+    time::Instant,
 };
 
 use tidemark_integration::small_disk::may_mount;
 
-use crate::programs::{Split, args, bin_dir, have, run, wait_for};
+use crate::{
+    programs::{args, bin_dir, have, run, wait_for},
+    scene::{Disk, END_MAX, Scene, assert_same, run_on, sums, write_tree},
+};
 
 /// `ESTALE`.
 const STALE: i32 = 116;
-const END_MAX: Duration = Duration::from_secs(10);
-
-/// A loop device on a file, and its filesystem where it is mounted. Dropping it lets go of both, whatever state they
-/// are in.
-pub(crate) struct Disk {
-    device: String,
-    pub(crate) at: PathBuf,
-}
-
-impl Disk {
-    pub(crate) fn mount(file: &Path, at: PathBuf, direct: bool, options: &str) -> Self {
-        let direct = if direct {
-            "--direct-io=on"
-        } else {
-            "--direct-io=off"
-        };
-        let set = args!["--find", "--show", direct, file];
-        let device = run("losetup", set).trim().to_owned();
-        fs::create_dir_all(&at).unwrap();
-        let disk = Self { device, at };
-        run("mount", args!["-o", options, disk.device, disk.at]);
-        disk
-    }
-
-    /// Unmounts, so that everything has reached the file.
-    pub(crate) fn unmount(self) {
-        run("umount", args![self.at]);
-        run("losetup", args!["--detach", self.device]);
-    }
-}
-
-impl Drop for Disk {
-    fn drop(&mut self) {
-        for (program, arguments) in [
-            ("umount", args!["--lazy", self.at].as_slice()),
-            ("losetup", args!["--detach", self.device].as_slice()),
-        ] {
-            let _ = Command::new(program)
-                .args(arguments)
-                .stderr(Stdio::null())
-                .status();
-        }
-    }
-}
-
-struct Scene {
-    services: Split,
-    // Last, so that the services end before it goes.
-    dir: tempfile::TempDir,
-}
-
-impl Scene {
-    /// Both services, a mounted directory, and a volume in it.
-    fn new(size: &str) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let mut services = Split::new(dir.path());
-        services.capture_flags = vec![
-            format!("--fuse-mount={}", dir.path().join("files").display()),
-            "--scrub-period=1s".into(),
-        ];
-        services.start_vault();
-        services.start_capture();
-        let file = dir.path().join("data.img");
-        services.cli.json(args![
-            "volume", "add", "data", "--file", file, "--size", size
-        ]);
-        Self { services, dir }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn volume(&self) -> PathBuf {
-        self.path("files/data.img")
-    }
-
-    fn clients(&self) -> u64 {
-        let shown = self.services.cli.json(args!["volume", "show", "data"]);
-        assert_eq!(shown["fuse_path"], self.volume().to_str().unwrap());
-        shown["clients"].as_u64().unwrap()
-    }
-
-    /// The snapshot that is taken now, by number.
-    fn snapshot(&self, label: &str) -> String {
-        let taken = ["snapshot", "create", "data", "--label", label];
-        let taken = self.services.cli.json(&taken.map(std::ffi::OsStr::new));
-        taken["snapshot"].to_string()
-    }
-
-    fn uri(&self, export: &str) -> String {
-        let socket = self.services.socket.display();
-        format!("nbd+unix:///{export}?socket={socket}")
-    }
-}
-
-impl Drop for Scene {
-    fn drop(&mut self) {
-        unmount_where_it_failed(&self.path("files"));
-    }
-}
-
-/// A service that a failed test kills leaves its directory mounted.
-pub(crate) fn unmount_where_it_failed(files: &Path) {
-    if std::thread::panicking() {
-        let _ = Command::new("umount")
-            .arg("--lazy")
-            .arg(files)
-            .stderr(Stdio::null())
-            .status();
-    }
-}
-
-/// Files of many sizes, some of them synced.
-fn write_tree(at: &Path, seed: u8) {
-    for number in 0..40u8 {
-        let dir = at.join(format!("{seed}/{}", number % 7));
-        fs::create_dir_all(&dir).unwrap();
-        let length = usize::from(number).pow(2) * 997 % 900_000;
-        let mut file = File::create(dir.join(number.to_string())).unwrap();
-        file.write_all(&vec![seed ^ number; length]).unwrap();
-        if number % 5 == 0 {
-            file.sync_all().unwrap();
-        }
-    }
-}
-
-/// Every file's checksum, by path.
-fn sums(at: &Path) -> String {
-    let listing = "find . -type f -print0 | sort -z | xargs -0 sha256sum";
-    let output = Command::new("sh")
-        .args(["-ec", listing])
-        .current_dir(at)
-        .output()
-        .unwrap();
-    assert!(output.status.success());
-    String::from_utf8(output.stdout).unwrap()
-}
-
-fn assert_same(one: &Path, other: &Path) {
-    run("cmp", args![one, other]);
-}
-
-/// Runs a program with a file as its last argument.
-fn run_on(words: &[&str], file: &Path) {
-    let words = words.iter().map(std::ffi::OsStr::new);
-    let words: Vec<_> = words.chain([file.as_os_str()]).collect();
-    run(words[0].to_str().unwrap(), &words[1..]);
-}
 
 fn lives_on_a_file(make: &[&str], size: &str, read_only: &str, check: &[&str]) {
     let needed = [
@@ -239,17 +93,6 @@ fn lives_on_a_file(make: &[&str], size: &str, read_only: &str, check: &[&str]) {
     scene.services_stop();
 }
 
-impl Scene {
-    /// SIGTERM, which must end it soon and leave nothing mounted.
-    fn services_stop(mut self) {
-        let begun = Instant::now();
-        self.services.stop_capture();
-        assert!(begun.elapsed() < END_MAX);
-        assert!(fs::read_dir(self.path("files")).unwrap().next().is_none());
-        self.services.stop_vault();
-    }
-}
-
 #[test]
 fn an_ext4_on_a_file_of_the_mount_is_exact_in_snapshots_and_generations() {
     lives_on_a_file(
@@ -268,6 +111,84 @@ fn an_xfs_on_a_file_of_the_mount_is_exact_in_snapshots_and_generations() {
         "ro,norecovery,nouuid",
         &["xfs_repair", "-n", "-f"],
     );
+}
+
+/// Memory that direct I/O takes.
+struct Aligned {
+    bytes: Vec<u8>,
+    from: usize,
+}
+
+impl Aligned {
+    fn new(length: usize) -> Self {
+        let bytes = vec![0; length + 4096];
+        let from = bytes.as_ptr().align_offset(4096);
+        Self { bytes, from }
+    }
+
+    fn first(&mut self, length: usize) -> &mut [u8] {
+        &mut self.bytes[self.from..self.from + length]
+    }
+}
+
+#[test]
+fn requests_of_every_size_from_512_bytes_to_4_mib_are_exact_through_a_loop_device() {
+    const LENGTH: usize = 24 << 20;
+    const LARGEST: usize = 4 << 20;
+    const O_DIRECT: i32 = 0o40000;
+    if !may_mount() || !have(&["losetup"]) {
+        return;
+    }
+    let scene = Scene::new("24MiB");
+    let sizes: Vec<usize> = (9..=22)
+        .map(|power| 1 << power)
+        .flat_map(|size| [size, size + 512, size * 3 / 2 / 512 * 512])
+        .filter(|size| *size <= LARGEST)
+        .collect();
+    let mut model = vec![0; LENGTH];
+    let mut space = Aligned::new(LARGEST);
+    for (loop_direct, open_flags) in [(true, O_DIRECT), (true, 0), (false, O_DIRECT), (false, 0)] {
+        let direct = if loop_direct {
+            "--direct-io=on"
+        } else {
+            "--direct-io=off"
+        };
+        let volume = scene.volume();
+        let set = args!["--find", "--show", direct, volume];
+        let path = run("losetup", set).trim().to_owned();
+        let device = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(open_flags)
+            .open(&path)
+            .unwrap();
+        for (n, &size) in sizes.iter().enumerate() {
+            // Anywhere, on no boundary but a sector's.
+            let at = (n * 7_919 * 512) % (LENGTH - size) / 512 * 512;
+            for (byte, value) in space.first(size).iter_mut().zip(n * 31..) {
+                *byte = u8::try_from(value % 251).unwrap();
+            }
+            device.write_all_at(space.first(size), at as u64).unwrap();
+            model[at..at + size].copy_from_slice(space.first(size));
+            let mut read = Aligned::new(size);
+            device.read_exact_at(read.first(size), at as u64).unwrap();
+            assert!(read.first(size) == space.first(size), "{size} at {at}");
+        }
+        device.sync_all().unwrap();
+        for (n, &size) in sizes.iter().enumerate() {
+            let at = (n * 104_729 * 512) % (LENGTH - size) / 512 * 512;
+            device.read_exact_at(space.first(size), at as u64).unwrap();
+            assert!(*space.first(size) == model[at..at + size], "{size} at {at}");
+        }
+        drop(device);
+        run("losetup", args!["--detach", path]);
+        assert!(fs::read(scene.volume()).unwrap() == model);
+    }
+    wait_for("the files are closed", || {
+        (scene.clients() == 0).then_some(())
+    });
+    assert!(fs::read(scene.path("data.img")).unwrap() == model);
+    scene.services_stop();
 }
 
 #[test]

@@ -22,6 +22,8 @@ pub(crate) const COMMANDS: &[&[&str]] = &[
     &["generation", "show"],
     &["restore"],
     &["find-coherent"],
+    &["mount"],
+    &["umount"],
     &["status"],
     &["maintain"],
     &["completions"],

@@ -27,7 +27,7 @@ pub(super) struct OpenFile {
 
 impl OpenFile {
     pub(super) fn device(&self) -> &dyn BlockDevice {
-        &**self.client.export().device()
+        &**self.client.device()
     }
 
     pub(super) fn node(&self) -> &FileNode {
@@ -89,7 +89,7 @@ impl Files {
         writable: bool,
     ) -> io::Result<(u64, bool)> {
         let export = node.export().ok_or_else(stale)?;
-        if writable && export.device().read_only() {
+        if writable && export.read_only() {
             return Err(io::Error::from_raw_os_error(libc::EROFS));
         }
         let _opening = self.opening.lock();

@@ -1,15 +1,14 @@
 //! The mount point: examined, cleared of what a killed server left, mounted, unmounted.
 //!
 //! Root mounts by the system call, everybody else through the set-user-id program `fusermount3`. A mount is known by
-//! its type `fuse.tidemark` and its number in `/proc/self/mountinfo`, so that nothing is ever unmounted that is not
+//! its type `fuse.tidemark` and its number in the kernel's table, so that nothing is ever unmounted that is not
 //! ours, not even where somebody has mounted something else over it.
 
-use std::ffi::{CString, OsStr, OsString};
+use std::ffi::{CString, OsStr};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -17,6 +16,7 @@ use std::process::{Command, Stdio};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use tidemark_disk::mount_table::{Mounted, uppermost_at};
 
 const DEVICE: &str = "/dev/fuse";
 const HELPER: &str = "fusermount3";
@@ -91,16 +91,7 @@ pub enum MountError {
 #[derive(Debug)]
 pub(super) struct Mount {
     at: PathBuf,
-    /// Its number, unique while it is mounted, and its device, unique while anybody uses it.
-    entry: Option<Entry>,
-}
-
-/// A line of `mountinfo`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Entry {
-    number: u64,
-    device: String,
-    kind: String,
+    entry: Option<Mounted>,
 }
 
 /// How an unmount went.
@@ -129,7 +120,7 @@ pub(super) fn mount_at(at: &Path) -> Result<(Device, Mount), MountError> {
     };
     fs::create_dir_all(at).map_err(directory)?;
     let at = &at.canonicalize().map_err(directory)?;
-    if let Some(entry) = mounted_at(at).map_err(directory)? {
+    if let Some(entry) = uppermost_at(at).map_err(directory)? {
         return Err(MountError::Mounted {
             at: at.clone(),
             kind: entry.kind,
@@ -143,7 +134,7 @@ pub(super) fn mount_at(at: &Path) -> Result<(Device, Mount), MountError> {
         Err(error) if is_refusal(&error) => by_helper(at)?,
         other => other.map_err(|error| failed(at, error))?,
     };
-    let entry = mounted_at(at).map_err(directory)?;
+    let entry = uppermost_at(at).map_err(directory)?;
     Ok((
         device,
         Mount {
@@ -278,7 +269,7 @@ fn clear_stale(at: &Path) -> Result<(), MountError> {
             return Err(directory(io::ErrorKind::InvalidInput.into()));
         };
         let at = parent.canonicalize().map_err(directory)?.join(name);
-        match mounted_at(&at).map_err(directory)? {
+        match uppermost_at(&at).map_err(directory)? {
             Some(entry) if entry.kind == TYPE => {}
             Some(entry) => {
                 return Err(MountError::Mounted {
@@ -324,7 +315,11 @@ impl Mount {
 
     /// Whether it is mounted, and nothing over it.
     fn is_on_top(&self) -> bool {
-        self.entry.is_some() && mounted_at(&self.at).is_ok_and(|top| top == self.entry)
+        let top = uppermost_at(&self.at).ok().flatten();
+        let same = |(ours, top): (&Mounted, Mounted)| {
+            (ours.number, &ours.device) == (top.number, &top.device)
+        };
+        self.entry.as_ref().zip(top).is_some_and(same)
     }
 
     /// Unmounts it: whole where nobody uses it, else so that it is gone from the directory at once and ends when the
@@ -358,100 +353,6 @@ impl Mount {
             detach(&self.at)
         } else {
             Ok(())
-        }
-    }
-}
-
-/// The uppermost mount at exactly this path.
-fn mounted_at(at: &Path) -> io::Result<Option<Entry>> {
-    let table = fs::read("/proc/self/mountinfo")?;
-    let lines = table.split(|byte| *byte == b'\n');
-    Ok(lines.filter_map(|line| entry_at(line, at)).next_back())
-}
-
-/// The line's entry, if its mount point is this path: `number parent device root point options … - type …`.
-fn entry_at(line: &[u8], at: &Path) -> Option<Entry> {
-    let mut fields = line.split(|byte| *byte == b' ');
-    let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
-    let number = text(fields.next()?).parse().ok()?;
-    let device = text(fields.nth(1)?);
-    let point = fields.nth(1)?;
-    if unescaped(point) != at.as_os_str() {
-        return None;
-    }
-    let kind = text(fields.skip_while(|field| *field != b"-").nth(1)?);
-    Some(Entry {
-        number,
-        device,
-        kind,
-    })
-}
-
-/// A path of `mountinfo`: blanks, line ends and backslashes are three octal digits after a backslash.
-fn unescaped(field: &[u8]) -> OsString {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let [first, after @ ..] = rest {
-        let octal = |digit: &u8| {
-            (b'0'..=b'7')
-                .contains(digit)
-                .then(|| u32::from(digit - b'0'))
-        };
-        let escaped = match (first, after) {
-            (b'\\', [a, b, c, ..]) => octal(a)
-                .zip(octal(b))
-                .zip(octal(c))
-                .and_then(|((a, b), c)| u8::try_from(a * 64 + b * 8 + c).ok()),
-            _ => None,
-        };
-        bytes.push(escaped.unwrap_or(*first));
-        rest = if escaped.is_some() {
-            &after[3..]
-        } else {
-            after
-        };
-    }
-    OsString::from_vec(bytes)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::os::unix::ffi::OsStrExt;
-
-    use super::*;
-
-    #[test]
-    fn a_mount_is_found_by_its_whole_path_however_the_kernel_writes_it() {
-        let line =
-            b"83 29 0:52 / /mnt/a\\040b rw,nosuid shared:7 - fuse.tidemark tidemark rw,user_id=0";
-        let found = entry_at(line, Path::new("/mnt/a b")).unwrap();
-        assert_eq!(found.number, 83);
-        assert_eq!(found.device, "0:52");
-        assert_eq!(found.kind, TYPE);
-        for other in ["/mnt/a", "/mnt/a b/c", "/mnt", "/mnt/a\\040b"] {
-            assert_eq!(entry_at(line, Path::new(other)), None, "{other}");
-        }
-        for torn in [
-            &b""[..],
-            b"83",
-            b"83 29 0:52 / /x",
-            b"83 29 0:52 / /x rw shared:7",
-        ] {
-            assert_eq!(entry_at(torn, Path::new("/x")), None);
-        }
-    }
-
-    #[test]
-    fn paths_of_the_mount_table_are_read_as_the_kernel_writes_them() {
-        for (written, meant) in [
-            (&b"/a"[..], &b"/a"[..]),
-            (b"/a\\134b", b"/a\\b"),
-            (b"/a\\012", b"/a\n"),
-            (b"/a\\", b"/a\\"),
-            (b"/a\\99", b"/a\\99"),
-            (b"/a\\777", b"/a\\777"),
-        ] {
-            assert_eq!(unescaped(written).as_bytes(), meant);
         }
     }
 }

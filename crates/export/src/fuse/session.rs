@@ -119,7 +119,7 @@ impl Requests {
             mtime: modified,
             ctime: modified,
             kind: FileType::RegularFile,
-            perm: if device.read_only() { 0o400 } else { 0o600 },
+            perm: if export.read_only() { 0o400 } else { 0o600 },
             nlink: 1,
             blksize: device.block_size_preferred(),
             ..directory
@@ -149,7 +149,7 @@ impl Requests {
         let (handle, shared) = self.0.files.open(inode, &file, writable)?;
         let unchanging = file
             .export()
-            .is_some_and(|export| export.snapshot().is_some());
+            .is_some_and(|export| export.snapshot().is_some() && export.read_only());
         let mut told = FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
         if shared || unchanging {
             told |= FopenFlags::FOPEN_KEEP_CACHE;

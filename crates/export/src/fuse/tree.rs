@@ -36,6 +36,8 @@ pub(super) enum Node {
 #[derive(Debug)]
 pub(super) struct FileNode {
     export: Weak<Export>,
+    /// A scratch's export is there for as long as somebody knows its name, and holds nothing meanwhile.
+    _scratch: Option<Arc<Export>>,
     /// Nanoseconds since 1970.
     modified: AtomicU64,
 }
@@ -44,6 +46,7 @@ impl FileNode {
     fn new(export: &Arc<Export>) -> Self {
         let node = Self {
             export: Arc::downgrade(export),
+            _scratch: export.is_scratch().then(|| Arc::clone(export)),
             modified: AtomicU64::new(0),
         };
         node.touch();

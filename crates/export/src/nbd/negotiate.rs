@@ -288,7 +288,7 @@ impl Negotiation {
             | NBD_FLAG_SEND_FUA
             | NBD_FLAG_CAN_MULTI_CONN
             | NBD_FLAG_SEND_CACHE;
-        if export.device().read_only() {
+        if export.read_only() {
             flags |= NBD_FLAG_READ_ONLY;
         } else {
             flags |= NBD_FLAG_SEND_TRIM | NBD_FLAG_SEND_WRITE_ZEROES | NBD_FLAG_SEND_FAST_ZERO;

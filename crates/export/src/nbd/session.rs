@@ -88,7 +88,7 @@ impl Session {
         agreement: Agreement,
         registration: Registration,
     ) -> Arc<Self> {
-        let device = Arc::clone(agreement.client.export().device());
+        let device = Arc::clone(agreement.client.device());
         let terms = Terms {
             length: device.length(),
             read_only: device.read_only(),

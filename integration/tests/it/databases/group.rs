@@ -15,8 +15,8 @@ use super::{
     postgres::{Found, Programs, Server},
 };
 use crate::{
-    fuse::{Disk, unmount_where_it_failed},
     programs::{Process, Split, args, have, wait_for},
+    scene::{Disk, unmount_where_it_failed},
 };
 
 const VOLUMES: [&str; 2] = ["data", "wal"];
@@ -116,7 +116,7 @@ impl Scene {
 impl Drop for Scene {
     fn drop(&mut self) {
         self.disks.clear();
-        unmount_where_it_failed(&self.path("files"));
+        unmount_where_it_failed(self.dir.path());
     }
 }
 
