@@ -44,19 +44,16 @@ class Sqlite(Workload):
         self._frozen = None
 
     def freeze(self, volume, seconds):
-        self._lock = self._connect(0)
-        until = time.monotonic() + seconds
-        while not self._try_lock():
-            if time.monotonic() > until:
-                raise TimeoutError("others held the lock of all writers for the whole time")
-            # SQLite's own wait sleeps for up to 100 ms, and never gets its turn beside a writer without pauses.
-            time.sleep(0.0005)
-        # Nothing is committed any more: what the log still has goes into the database. Without a log: 0, -1, -1.
-        other = self._connect(seconds)
-        _, in_log, copied = other.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        other.close()
-        if copied != in_log:
-            raise RuntimeError("a reader needs what the log still has")
+        # So that a refusal is still heard.
+        until = time.monotonic() + seconds * 0.9
+        self._lock = self._connect()
+        self._retry(until, self._try_lock, "others held the lock of all writers for the whole time")
+        # Nothing is committed any more: what the log still has goes into the database.
+        other = self._connect()
+        try:
+            self._retry(until, lambda: try_checkpoint(other), "a reader needs what the log still has")
+        finally:
+            other.close()
         subprocess.run(["sync", "--file-system", self._database], check=True, timeout=seconds)
         if self._mount:
             frozen = os.open(self._mount, os.O_RDONLY | os.O_DIRECTORY)
@@ -85,8 +82,22 @@ class Sqlite(Workload):
                 raise
             return False
 
-    def _connect(self, seconds):
-        return sqlite3.connect(self._database, timeout=seconds, isolation_level=None)
+    def _connect(self):
+        return sqlite3.connect(self._database, timeout=0, isolation_level=None)
+
+    def _retry(self, until, attempt, reason):
+        # SQLite's own wait sleeps for up to 100 ms, and never gets its turn beside a writer without pauses.
+        while not attempt():
+            if time.monotonic() > until:
+                raise TimeoutError(reason)
+            time.sleep(0.0005)
+
+
+def try_checkpoint(connection):
+    """Whether all of the log is in the database. Another checkpoint under way, as a writer begins one behind a commit,
+    is a no, too. Without a log the numbers are both -1."""
+    busy, in_log, copied = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    return not busy and copied == in_log
 
 
 def hint(agent, volume, workload):

@@ -101,7 +101,11 @@ fn the_agent_in_python_lets_go_when_the_service_is_killed_and_attaches_again() {
     let mut other = Command::new(agent_program());
     other
         .args(["--capture", &services.cli.capture, "--volume", "data"])
-        .args(["--freeze", "sleep 1000"])
+        .arg("--freeze")
+        .arg(format!(
+            "touch {}; sleep 1000",
+            path("other.freezing").display()
+        ))
         .arg("--thaw")
         .arg(format!("touch {}", path("other.thawed").display()))
         .stdout(File::create(path("other.out")).unwrap());
@@ -117,7 +121,10 @@ fn the_agent_in_python_lets_go_when_the_service_is_killed_and_attaches_again() {
     write(&services, 1);
     let cli = services.cli.clone();
     let shipped = thread::spawn(move || cli.output(args!["ship", "data"]));
-    wait_for("the freeze", || is_locked(&database).then_some(()));
+    wait_for("the freezes", || {
+        path("other.freezing").exists().then_some(())
+    });
+    assert!(is_locked(&database));
     services.kill_capture();
     assert!(!shipped.join().unwrap().status.success());
     wait_for("the thaw", || (!is_locked(&database)).then_some(()));
