@@ -28,6 +28,7 @@ needed=(
     mkfs.ext4:e2fsprogs
     e2fsck:e2fsprogs
     mkfs.xfs:xfsprogs
+    mkfs.btrfs:btrfs-progs
     debugfs:e2fsprogs
     fusermount3:fuse3
     cmp:diffutils

@@ -4,5 +4,7 @@ pub mod codec;
 pub mod coherence;
 pub mod engine;
 pub mod interval;
+pub mod kind;
+pub mod reflink;
 mod sync;
 pub mod uplink;

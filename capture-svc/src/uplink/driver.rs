@@ -436,8 +436,9 @@ impl Driver {
         loop {
             self.notice_requests();
             let now = self.now();
-            let hint = self.engine.changed_hint();
-            self.controller.on(now, IntervalEvent::Changed(hint));
+            if let Some(hint) = self.engine.changed_hint() {
+                self.controller.on(now, IntervalEvent::Changed(hint));
+            }
             let next_look = self.heed_schedule(now);
             if let Some(trigger) = self.controller.due(now) {
                 return self.cut(trigger).await;

@@ -11,13 +11,15 @@ use capture_core::{
 };
 use tidemark_block::Trigger;
 use tidemark_proto::{Reason, RpcError};
+use tokio::task::JoinHandle;
 
 use super::{
+    blocking,
     driver::{Driver, Outcome, jitter},
     now_ms,
     ship::stopped,
 };
-use crate::engine::{EngineError, IntervalCut};
+use crate::engine::{EngineError, IntervalCut, intercept::Sample};
 
 /// How long the wall clock is trusted to run as the other one does.
 const SCHEDULE_LOOK_MAX: Duration = Duration::from_secs(60);
@@ -84,7 +86,16 @@ impl Driver {
             return unchanged;
         }
         let engine = Arc::clone(&self.engine);
-        let begun = tokio::task::spawn_blocking(move || engine.begin_observed_interval()).await;
+        let mut cutting = tokio::task::spawn_blocking(move || engine.begin_interval());
+        let limit = self.settings.quiesce.time;
+        let begun = if search.parties().is_empty() {
+            cutting.await
+        } else {
+            match tokio::time::timeout(limit, &mut cutting).await {
+                Ok(begun) => begun,
+                Err(_) => return self.cut_too_late(search, cutting, limit).await,
+            }
+        };
         let error = match begun {
             Ok(Ok((cut, at_flip))) => {
                 // Whoever went away before the cut was made may not have held still.
@@ -93,7 +104,7 @@ impl Driver {
                         self.end(&mut search, MomentEvent::Failed(index, failure));
                     }
                 }
-                let seen = at_flip.since(self.started.into_std());
+                let seen = self.seen_at(at_flip);
                 let effects = search.on(self.now(), seen, MomentEvent::CutMade);
                 self.perform(&effects);
                 let graded = effects.into_iter().find_map(|effect| match effect {
@@ -122,18 +133,55 @@ impl Driver {
         Moment::Next(self.cut_failed(&error))
     }
 
+    /// A cut takes too long while the workload holds still. Everyone is let go on first: that may be what it waits for.
+    async fn cut_too_late(
+        &mut self,
+        mut search: Search,
+        cutting: JoinHandle<Result<(IntervalCut, Option<Sample>), EngineError>>,
+        limit: Duration,
+    ) -> Moment {
+        self.end(&mut search, MomentEvent::CutFailed);
+        let error = match cutting.await {
+            Ok(Ok((cut, _))) => {
+                let engine = Arc::clone(&self.engine);
+                let given_up = blocking(move || {
+                    drop(cut);
+                    Ok(engine.give_up_interval()?)
+                });
+                if let Err(error) = given_up.await {
+                    tracing::warn!(error = %format!("{error:#}"), "give up the interval");
+                }
+                anyhow::anyhow!(
+                    "the workload was let go on before the cut was made, which took longer than quiesce_timeout \
+                     ({limit:?}): freeze what is in the volume, never the filesystem that the volume file lies on, or \
+                     raise quiesce_timeout"
+                )
+            }
+            Ok(Err(EngineError::Closed)) => return Moment::Next(Outcome::Stop),
+            Ok(Err(error)) => error.into(),
+            Err(error) => error.into(),
+        };
+        Moment::Next(self.cut_failed(&error))
+    }
+
     fn next_cut_ms(&self) -> u64 {
         now_ms().max(self.record.last_cut_ms + 1)
     }
 
     fn unchanged_at(&self, cut_time_ms: u64) -> Option<Moment> {
-        let unchanged = self.engine.changed_hint() == 0 && self.record.base.get() > 0;
+        let unchanged = self.engine.changed_hint() == Some(0) && self.record.base.get() > 0;
         (unchanged && self.record.base_digest.is_some())
             .then_some(Moment::Unchanged { cut_time_ms })
     }
 
     fn seen(&self) -> Seen {
-        self.engine.activity().since(self.started.into_std())
+        self.seen_at(self.engine.activity())
+    }
+
+    fn seen_at(&self, sample: Option<Sample>) -> Seen {
+        sample.map_or(Seen::NOTHING, |sample| {
+            sample.since(self.started.into_std())
+        })
     }
 
     fn end(&mut self, search: &mut Search, event: MomentEvent) {

@@ -50,12 +50,16 @@ pub struct Volume {
     pub size: u64,
     /// Bytes.
     pub block_size: u32,
-    /// How changes are tracked.
+    /// How changes are tracked: `intercept` or `reflink`.
     pub engine: String,
+    /// Why so; empty where that was not recorded.
+    pub engine_why: String,
     /// `serving` or `failed`.
     pub state: &'static str,
     /// Why it does not serve, and what to do; empty where it does.
     pub problem: String,
+    /// What needs attention though it serves, and what to do; empty where nothing does.
+    pub warning: String,
     /// The open epoch.
     pub epoch: u64,
     /// Blocks written since the last cut, and those in doubt.
@@ -74,6 +78,10 @@ pub struct Volume {
     pub nbd_uris: Vec<String>,
     /// Its file in the mounted directory; empty where none is mounted.
     pub fuse_path: String,
+    /// For how long the last cut held writers up, in microseconds; 0 before the first.
+    pub cut_stall_us: u64,
+    /// Extents of the volume file at the last cut, where a cut's cost grows with them; else 0.
+    pub extents: u64,
     /// NBD clients and open files, now.
     pub clients: u32,
     /// The shipping.
@@ -419,6 +427,10 @@ impl Volume {
             size,
             block_size,
             engine: v.engine,
+            engine_why: v.engine_why,
+            warning: v.warning,
+            cut_stall_us: v.cut_stall_us,
+            extents: v.extents,
             state,
             problem: v.problem,
             epoch: v.epoch,

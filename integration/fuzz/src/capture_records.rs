@@ -11,6 +11,7 @@ use capture_core::engine::{
     },
     trust::{judge, replaced},
 };
+use capture_core::reflink::state::{REFLINK_MAGIC, State};
 use tidemark_block::{BlockSize, Geometry, VolumeId, wire, xxh3_128};
 
 use crate::{
@@ -33,6 +34,19 @@ fn identity(mut input: Input<'_>) {
         assert!(!sealed || identity.old || identity.encode() == bytes);
         assert_eq!(replaced(&identity.file, &identity.file), None);
         let _judged = judge(&identity, &identity.file, &identity.state);
+    }
+}
+
+/// The record of a volume's clones.
+fn clones(mut input: Input<'_>) {
+    let (sealed, bytes) = raw_or_sealed(&mut input, REFLINK_MAGIC);
+    if let Ok(state) = bounded(room(&bytes), || State::decode(&bytes)) {
+        assert!(!sealed || state.encode() == bytes);
+        assert!(state.clones().all(|clone| state.names(clone.cut)));
+        let mut left = state.clone();
+        let lost = left.missing(|_| false);
+        assert_eq!(lost.len(), state.clones().count());
+        assert_eq!(left.clones().count(), 0);
     }
 }
 
@@ -164,12 +178,13 @@ fn place(input: &mut Input<'_>) -> Vec<u8> {
 /// Records and pages.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    match input.u8() % 6 {
+    match input.u8() % 7 {
         0 => identity(input),
         1 => carry(input),
         2 => interval(input),
         3 => snapshots(input),
         4 => changes(input),
+        6 => clones(input),
         _ => intent(input),
     }
 }
