@@ -8,6 +8,7 @@ mod cut;
 mod image;
 mod interval;
 mod nbd;
+mod reflink;
 mod report;
 mod services;
 
@@ -25,6 +26,8 @@ enum Section {
     Cut,
     /// An interval of scattered changes, trigger to receipt, against write + fsync of the same bytes
     Interval,
+    /// An interval of a file that its workload writes itself, on XFS and btrfs
+    Reflink,
     /// NBD with tracking, against nbdkit's file plugin
     Nbd,
     /// The first full interval and the restore of a filesystem image, against cp
@@ -83,6 +86,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Interval) {
         interval::run(dir.path(), &args, &mut report)?;
+    }
+    if wanted(Section::Reflink) {
+        reflink::run(dir.path(), &args, &mut report)?;
     }
     if wanted(Section::Nbd) {
         nbd::run(dir.path(), &args, &mut report)?;
