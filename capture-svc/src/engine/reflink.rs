@@ -252,6 +252,7 @@ impl Reflink {
         changed.union_with(&state.carry);
         state.begin(clone);
         self.store(&mut now, state)?;
+        reader.read_ahead(&changed);
         let interval = IntervalCut {
             epoch: Epoch::new(clone.cut),
             changed: Arc::new(changed),
