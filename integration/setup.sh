@@ -29,6 +29,7 @@ needed=(
     mkfs.ext4:e2fsprogs
     e2fsck:e2fsprogs
     mkfs.xfs:xfsprogs
+    mkfs.btrfs:btrfs-progs
     debugfs:e2fsprogs
     mkfs.btrfs:btrfs-progs
     fusermount3:fuse3

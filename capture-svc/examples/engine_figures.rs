@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use capture_svc::engine::{Engine, EngineOptions};
+use capture_svc::engine::{EngineOptions, intercept::Intercept as Engine};
 use tidemark_block::{BlockSize, Geometry, VolumeId};
 use tidemark_export::{BlockDevice, Durability};
 

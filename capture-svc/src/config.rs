@@ -50,6 +50,19 @@ kebab!(
     }
 );
 
+kebab!(
+    /// How a volume's changes are known.
+    EngineSetting {
+        /// What fits: intercept where there is a front end, else what the file's filesystem can do.
+        #[default]
+        Auto = "auto",
+        /// All writes come through the front ends.
+        Intercept = "intercept",
+        /// The workload writes the file itself; cuts are clones of it.
+        Reflink = "reflink",
+    }
+);
+
 settings! {
     /// Directory of everything the service must remember. One service per directory.
     state: PathBuf = PathBuf::from("/var/lib/tidemark/capture");
@@ -65,6 +78,12 @@ settings! {
     vault: String = "http://127.0.0.1:7402".to_owned();
     /// Name of this source, as the vault shows it. Empty: the host's name.
     source_name: String = String::new();
+    /// Engine of volumes that are added: auto, intercept (all writes come through NBD or FUSE) or reflink (the workload
+    /// writes the file itself, on XFS or btrfs).
+    engine: EngineSetting = EngineSetting::Auto;
+    /// Longest that a cut by the engine reflink may hold writers up: a file that takes longer is refused, and one that has
+    /// come to take longer is warned of. 0s: however long.
+    cut_stall_max: Span = Span::from_secs(1);
     /// Longest time between two cuts of a volume.
     interval_max: Span = Span::from_secs(15 * 60);
     /// Cut as soon as so many blocks have changed since the last cut. 0: never.

@@ -1,230 +1,61 @@
-//! The engine `intercept`: all writes to a volume file pass through here, so that it knows exactly which blocks
-//! changed, and can show the volume as it was at any open cut.
+//! What knows which blocks of a volume changed, and shows the volume as it was at a cut.
 //!
-//! The decisions are in `capture_core::engine`; here are the files (`files`, `mapped`, `volume_file`), the locks
-//! and the waiting. In the order in which a request meets them: `device`, `files`; then `reader` for what reads
-//! old cuts, and `open` for how it all begins and ends. `docs/CRASH-RULES.md` says what is durable before what,
-//! `docs/FORMAT-CAPTURE.md` how it lies on disk.
+//! There are several ways to know, each an engine of its own; the rest of the service meets them as one [`Engine`],
+//! which can cut, say what changed since the base, and read what was there at the cut.
 
-mod activity;
-mod device;
+mod cut;
 mod error;
-mod files;
 pub mod group;
-mod mapped;
-mod open;
-mod reader;
-mod seals;
-mod stripes;
-mod upgrade;
+pub mod intercept;
+pub mod reflink;
+mod types;
 mod volume_file;
 
-use std::{
-    io,
-    path::Path,
-    sync::{
-        Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
-    },
-    time::{Duration, Instant},
-};
+use std::{io, path::Path, sync::Arc};
 
-use activity::Activity;
-pub use activity::Sample;
-use capture_core::engine::{
-    capture::{Capture, CaptureError},
-    cut::{Cut, Purpose},
-    damage::Damage,
-    records::{LABEL_MAX, Snapshot},
-};
+pub use capture_core::kind::EngineKind;
+use capture_core::reflink::state::Base;
+use tidemark_block::{BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
+
+pub use cut::{IntervalCut, SnapshotReader};
 pub use error::EngineError;
-use files::Files;
-use open::Taken;
-use parking_lot::{Condvar, Mutex};
-pub use reader::SnapshotReader;
-use tidemark_block::{BlockCount, BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
-use tidemark_disk::lock::FileLock;
-
-/// The number of a snapshot, from 1, never given twice for a volume.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SnapshotId(pub u64);
-
-impl std::fmt::Display for SnapshotId {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-/// What happens when the spool is full.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum SpoolPolicy {
-    /// The oldest open cuts are given up: snapshots break, an unshipped interval folds into the next one.
-    #[default]
-    GiveUp,
-    /// Writers wait until there is room.
-    Stall,
-}
-
-/// Bounds of one volume's engine.
-#[derive(Debug, Clone)]
-pub struct EngineOptions {
-    /// The most that before-images may take on disk, in bytes.
-    pub spool_bytes_max: u64,
-    /// The most memory for the index of before-images, in bytes. Past it the spool counts as full.
-    pub spool_index_memory_max: u64,
-    /// What to do when the spool is full.
-    pub spool_policy: SpoolPolicy,
-    /// The most snapshots, at least 1.
-    pub snapshots_max: usize,
-    /// The most 1 MiB regions that stay in the intent map past a commit because they were written lately: what a
-    /// power loss may cost in comparison.
-    pub hot_regions_max: usize,
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        Self {
-            spool_bytes_max: 4 << 30,
-            spool_index_memory_max: 32 << 20,
-            spool_policy: SpoolPolicy::GiveUp,
-            snapshots_max: 1024,
-            hot_regions_max: 4096,
-        }
-    }
-}
-
-/// How far the tracking could be trusted when the engine was opened.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Trust {
-    /// It was closed cleanly: exact, snapshots survive.
-    Clean,
-    /// The process had crashed: exact all the same, snapshots survive.
-    ProcessCrash,
-    /// The power was lost, or a sync had failed: the blocks of the intent map joined the carry, snapshots are gone.
-    PowerLoss {
-        /// Blocks that may differ from the base and will be compared.
-        doubtful: BlockCount,
-    },
-    /// Nothing is known: all blocks joined the carry, snapshots are gone.
-    Everything {
-        /// Why.
-        reason: String,
-    },
-}
-
-/// Figures of an engine at one moment.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct EngineStats {
-    /// Blocks that the next interval will hold: an upper bound, cheap to ask for.
-    pub changed_blocks: u64,
-    /// Bytes of before-images in the spool.
-    pub spool_used: u64,
-    /// The most bytes of before-images.
-    pub spool_max: u64,
-    /// Open snapshots, without the one of an open interval.
-    pub snapshots: u64,
-    /// Snapshots and intervals given up because the spool was full, since the engine was opened.
-    pub give_ups: u64,
-    /// Blocks of TRIM requests that were ignored for the sake of a snapshot, since the engine was opened.
-    pub trims_ignored: u64,
-    /// Blocks copied into the spool since the engine was opened.
-    pub blocks_copied: u64,
-    /// Regions set in the intent map: what would be in doubt if the power were lost now.
-    pub intent_regions: u64,
-    /// Files of the state that were found damaged, each time that one was, since and when the engine was opened.
-    pub damaged: u64,
-    /// How long the last flip took: what a cut can cost a writer. Zero before the first one.
-    pub last_flip: Duration,
-    /// Whether the engine refuses work after a failed write or sync.
-    pub poisoned: bool,
-}
-
-/// A snapshot, as it is listed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SnapshotInfo {
-    /// Its number.
-    pub id: SnapshotId,
-    /// What the user called it; may be empty.
-    pub label: String,
-    /// When it was taken: milliseconds since 1970, as given by the caller.
-    pub time_ms: u64,
-    /// Its cut: the last epoch it shows.
-    pub cut: Epoch,
-}
-
-/// Somebody waits until something has changed; a time limit makes up for a signal that comes too early.
-#[derive(Debug, Default)]
-struct Signal {
-    lock: Mutex<()>,
-    changed: Condvar,
-}
-
-impl Signal {
-    fn notify(&self) {
-        drop(self.lock.lock());
-        self.changed.notify_all();
-    }
-
-    /// Waits, unless `ready` already, for a signal or the time limit.
-    fn wait(&self, limit: Duration, ready: impl Fn() -> bool) {
-        let mut guard = self.lock.lock();
-        if !ready() {
-            self.changed.wait_for(&mut guard, limit);
-        }
-    }
-}
+use intercept::{Intercept, Sample, lock_state};
+use reflink::Reflink;
+pub use types::{
+    EngineOptions, EngineStats, FileKey, SnapshotId, SnapshotInfo, SpoolPolicy, Trust, file_key,
+};
 
 /// The engine of one volume. Every call blocks; none may be made on an async worker.
 #[derive(Debug)]
-pub struct Engine {
-    capture: Capture<Files>,
-    /// What was found damaged when it was opened.
-    damage: Vec<Damage>,
-    damaged: AtomicU64,
-    options: EngineOptions,
-    dir: std::path::PathBuf,
-    closed: AtomicBool,
-    activity: Activity,
-    /// One cut after the other.
-    cutting: Mutex<()>,
-    last_flip: Mutex<Duration>,
-    /// One makes room in the spool, the others wait for it.
-    relieving: Mutex<()>,
-    /// It was said that the disk is full, and nothing could be given up since.
-    disk_full_told: AtomicBool,
-    settled: Signal,
-    intent: Signal,
-    room: Signal,
-    zeroes_fast: [OnceLock<bool>; 2],
-    _volume_lock: FileLock,
-    _state_lock: FileLock,
-}
-
-/// An open interval: what changed up to a cut, and the volume as it was at the cut.
-#[derive(Debug, Clone)]
-pub struct IntervalCut {
-    /// The last epoch that the interval covers.
-    pub epoch: Epoch,
-    /// The blocks that may differ from the base.
-    pub changed: Arc<BlockSet>,
-    /// Reads the volume as it was at the cut.
-    pub reader: SnapshotReader,
+pub enum Engine {
+    /// All writes come through our front ends.
+    Intercept(Arc<Intercept>),
+    /// The workload writes the file itself; cuts are clones of it.
+    Reflink(Arc<Reflink>),
 }
 
 impl Engine {
-    /// Makes the state of a new volume in `dir`, and opens it. The base is the all-zero image: every block that is
-    /// no hole in the file is in the carry.
+    /// Makes the state of a new volume in `dir`, and opens it. The base is the all-zero image: whatever differs from
+    /// it will be in the first interval.
     ///
     /// # Errors
     /// Where the file or the directory isn't fit; nothing is left behind then.
     pub fn create(
+        kind: EngineKind,
         dir: &Path,
         volume: VolumeId,
         file: &Path,
         geometry: Geometry,
         options: EngineOptions,
     ) -> Result<Arc<Self>, EngineError> {
-        open::create(dir, volume, file, geometry, options).map(Arc::new)
+        Ok(Arc::new(match kind {
+            EngineKind::Intercept => {
+                Self::Intercept(Intercept::create(dir, volume, file, geometry, options)?)
+            }
+            EngineKind::Reflink => {
+                Self::Reflink(Reflink::create(dir, volume, file, geometry, options)?)
+            }
+        }))
     }
 
     /// Opens a volume that was created before, and recovers it.
@@ -232,114 +63,166 @@ impl Engine {
     /// # Errors
     /// Where the file or the directory isn't fit; nothing was changed then, and the call may be repeated.
     pub fn open(
+        kind: EngineKind,
         dir: &Path,
         volume: VolumeId,
         file: &Path,
         geometry: Geometry,
         options: EngineOptions,
     ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options, Taken::AsRecorded)?;
+        let (engine, trust) = match kind {
+            EngineKind::Intercept => {
+                let (engine, trust) = Intercept::open(dir, volume, file, geometry, options)?;
+                (Self::Intercept(engine), trust)
+            }
+            EngineKind::Reflink => {
+                let (engine, trust) = Reflink::open(dir, volume, file, geometry, options)?;
+                (Self::Reflink(engine), trust)
+            }
+        };
         Ok((Arc::new(engine), trust))
     }
 
-    /// As [`Self::open`], whatever file is found: it is the volume's from now on, every block is in doubt, and
-    /// snapshots are gone. A crash in the middle leaves it refused as before, or all of that done.
+    /// As [`Self::open`], whatever file is found: it is the volume's from now on, and every block is in doubt. A crash
+    /// in the middle leaves it refused as before, or all of that done.
     ///
     /// # Errors
     /// As [`Self::open`], save for [`EngineError::VolumeReplaced`].
     pub fn readopt(
+        kind: EngineKind,
         dir: &Path,
         volume: VolumeId,
         file: &Path,
         geometry: Geometry,
         options: EngineOptions,
     ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options, Taken::Anew)?;
+        let (engine, trust) = match kind {
+            EngineKind::Intercept => {
+                let (engine, trust) = Intercept::readopt(dir, volume, file, geometry, options)?;
+                (Self::Intercept(engine), trust)
+            }
+            EngineKind::Reflink => {
+                let (engine, trust) = Reflink::readopt(dir, volume, file, geometry, options)?;
+                (Self::Reflink(engine), trust)
+            }
+        };
         Ok((Arc::new(engine), trust))
     }
 
-    /// Waits for the requests in flight, syncs everything and marks the state clean. Later requests fail. Closing
-    /// again does nothing.
+    /// Whether a state directory holds what an engine of this kind keeps.
+    #[must_use]
+    pub fn has_state(kind: EngineKind, dir: &Path) -> bool {
+        match kind {
+            EngineKind::Intercept => dir.join("identity").exists(),
+            EngineKind::Reflink => reflink::has_record(dir),
+        }
+    }
+
+    /// Removes what an engine of this kind keeps of a volume, in its state directory and elsewhere. Nothing happens where
+    /// there is nothing.
+    ///
+    /// # Errors
+    /// Where something can't be removed: the call may be repeated.
+    pub fn remove_state(kind: EngineKind, dir: &Path, volume: VolumeId) -> io::Result<()> {
+        match kind {
+            EngineKind::Intercept => intercept::remove_state(dir),
+            EngineKind::Reflink => reflink::remove_state(dir, volume),
+        }
+    }
+
+    /// Makes the state of an engine of this kind for a volume that another one has kept so far: every block is in doubt.
+    /// What such an engine left here before is replaced.
+    ///
+    /// # Errors
+    /// Where the file isn't fit for the engine: nothing is left behind then.
+    pub fn prepare(
+        kind: EngineKind,
+        dir: &Path,
+        volume: VolumeId,
+        file: &Path,
+        geometry: Geometry,
+        options: &EngineOptions,
+    ) -> Result<(), EngineError> {
+        Self::remove_state(kind, dir, volume)
+            .map_err(|error| EngineError::io(format!("clear {}", dir.display()), error))?;
+        match kind {
+            EngineKind::Intercept => {
+                let engine = Intercept::create(dir, volume, file, geometry, options.clone())?;
+                engine.doubt_everything("the volume has another engine from now on")?;
+                engine.close()
+            }
+            EngineKind::Reflink => {
+                reflink::prepare(dir, volume, file, geometry, options, Base::Lost)
+            }
+        }
+    }
+
+    /// The engine through which the volume is written, where it is one.
+    #[must_use]
+    pub const fn intercept(&self) -> Option<&Arc<Intercept>> {
+        match self {
+            Self::Intercept(engine) => Some(engine),
+            Self::Reflink(_) => None,
+        }
+    }
+
+    /// Ends what is under way and leaves the state so that it can be trusted. Closing again does nothing.
     ///
     /// # Errors
     /// Where a sync fails: the next open recovers as after a crash.
     pub fn close(&self) -> Result<(), EngineError> {
-        // First, and without the lock: a cut that holds it may be waiting for a writer that waits for room.
-        let closed_before = self.closed.swap(true, SeqCst);
-        self.room.notify();
-        let _cutting = self.cutting.lock();
-        if closed_before {
-            return Ok(());
-        }
-        while !self.capture.is_idle() {
-            self.settled
-                .wait(Duration::from_millis(1), || self.capture.is_idle());
-        }
-        self.capture.sync().map_err(|error| self.explain(error))?;
-        self.capture.close();
-        open::mark_clean(self)
-    }
-
-    fn check_open(&self) -> Result<(), EngineError> {
-        if self.closed.load(SeqCst) {
-            Err(EngineError::Closed)
-        } else {
-            Ok(())
-        }
-    }
-
-    /// The files of the state that were found damaged when it was opened: [`Trust`] says the worst that followed.
-    #[must_use]
-    pub fn damage_at_opening(&self) -> &[Damage] {
-        &self.damage
-    }
-
-    fn tell(&self, damage: &[Damage]) {
-        self.damaged.fetch_add(damage.len() as u64, SeqCst);
-        for Damage { file, fault, cost } in damage {
-            tracing::error!(
-                volume = %self.capture.volume(), file = %self.dir.join(file.to_string()).display(), %fault,
-                "a file of the volume's state is damaged: {cost}; check the disk"
-            );
+        match self {
+            Self::Intercept(engine) => engine.close(),
+            Self::Reflink(engine) => {
+                engine.close();
+                Ok(())
+            }
         }
     }
 
     /// The volume's geometry.
     #[must_use]
     pub fn geometry(&self) -> Geometry {
-        self.capture.geometry()
+        match self {
+            Self::Intercept(engine) => engine.geometry(),
+            Self::Reflink(engine) => engine.geometry(),
+        }
     }
 
     /// The open epoch.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
-        Epoch::new(self.capture.epoch())
+        match self {
+            Self::Intercept(engine) => engine.epoch(),
+            Self::Reflink(engine) => engine.epoch(),
+        }
     }
 
     /// Figures of this moment.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
-        let counters = &self.capture.counters;
-        let (_, slots) = self.capture.spool().used();
-        EngineStats {
-            changed_blocks: self.changed_hint(),
-            spool_used: self.geometry().bytes(BlockCount::new(slots)),
-            spool_max: self.options.spool_bytes_max,
-            snapshots: self.capture.snapshots().len() as u64,
-            give_ups: counters.give_ups.load(SeqCst),
-            trims_ignored: counters.trims_ignored.load(SeqCst),
-            blocks_copied: counters.copied.load(SeqCst),
-            intent_regions: self.capture.intent().set_regions().len() as u64,
-            damaged: self.damaged.load(SeqCst),
-            last_flip: *self.last_flip.lock(),
-            poisoned: self.capture.is_poisoned(),
+        match self {
+            Self::Intercept(engine) => engine.stats(),
+            Self::Reflink(engine) => engine.stats(),
         }
     }
 
-    /// Blocks that the next interval will hold, an upper bound: cheap enough to ask for at every write.
+    /// Blocks that the next interval will hold, an upper bound that is cheap to ask for; none where only a cut tells.
     #[must_use]
-    pub fn changed_hint(&self) -> u64 {
-        self.capture.changed_bound().get()
+    pub fn changed_hint(&self) -> Option<u64> {
+        match self {
+            Self::Intercept(engine) => Some(engine.changed_hint()),
+            Self::Reflink(_) => None,
+        }
+    }
+
+    /// What the data path has done so far; none where writes don't pass through the engine. Cheap.
+    #[must_use]
+    pub fn activity(&self) -> Option<Sample> {
+        match self {
+            Self::Intercept(engine) => Some(engine.activity()),
+            Self::Reflink(_) => None,
+        }
     }
 
     /// Whether the file at the path is the one that is open.
@@ -347,17 +230,16 @@ impl Engine {
     /// # Errors
     /// What the system says to a look at either.
     pub fn has_open(&self, path: &Path) -> Result<bool, EngineError> {
-        use std::os::unix::fs::MetadataExt;
-        let open = self.capture.media().volume().metadata();
-        let open = open.map_err(|error| EngineError::io("look at the open volume file", error))?;
-        let found = file_key(path)?;
-        Ok((found.device, found.inode) == (open.dev(), open.ino()))
+        match self {
+            Self::Intercept(engine) => engine.has_open(path),
+            Self::Reflink(engine) => engine.has_open(path),
+        }
     }
 
     /// Puts every block into the next interval, durably.
     ///
     /// # Errors
-    /// Where the carry can't be written.
+    /// Where that can't be written.
     pub fn doubt_everything(&self, reason: &str) -> Result<(), EngineError> {
         tracing::warn!(
             reason,
@@ -369,294 +251,147 @@ impl Engine {
     /// Puts blocks into the next interval, durably.
     ///
     /// # Errors
-    /// Where the carry can't be written.
+    /// Where that can't be written.
     pub fn doubt(&self, blocks: &BlockSet) -> Result<(), EngineError> {
-        self.check_open()?;
-        self.capture
-            .doubt(blocks)
-            .map_err(|error| self.explain(error))
+        match self {
+            Self::Intercept(engine) => engine.doubt(blocks),
+            Self::Reflink(engine) => engine.doubt(blocks),
+        }
     }
 
-    /// Cuts, and opens the interval of all blocks that may differ from the base. It survives a process crash.
+    /// Cuts, and opens the interval of all blocks that may differ from the base. It survives a process crash. Also says
+    /// what the data path had done right after the flip.
     ///
     /// # Errors
     /// [`EngineError::IntervalOpen`] where one is open; where it can't be written the blocks go into the next one.
-    pub fn begin_interval(self: &Arc<Self>) -> Result<IntervalCut, EngineError> {
-        Ok(self.begin_observed_interval()?.0)
-    }
-
-    /// As [`Self::begin_interval`]; also says what the data path had done right after the flip.
-    ///
-    /// # Errors
-    /// As [`Self::begin_interval`].
-    pub fn begin_observed_interval(self: &Arc<Self>) -> Result<(IntervalCut, Sample), EngineError> {
-        let (cut, at_flip) = self.cut(Purpose::Interval)?;
-        Ok((self.interval_of(cut)?, at_flip))
-    }
-
-    fn interval_of(self: &Arc<Self>, cut: Epoch) -> Result<IntervalCut, EngineError> {
-        let interval = self.open_interval().filter(|open| open.epoch == cut);
-        interval.ok_or(EngineError::GivenUp(cut))
-    }
-
-    /// What the data path has done so far. Cheap.
-    #[must_use]
-    pub fn activity(&self) -> Sample {
-        self.activity.sample()
-    }
-
-    /// Flips, waits for the settle, and finishes the cut.
-    fn cut(&self, purpose: Purpose) -> Result<(Epoch, Sample), EngineError> {
-        let _cutting = self.cutting.lock();
-        self.check_open()?;
-        let begun = Instant::now();
-        let cut = self
-            .capture
-            .begin_cut(purpose)
-            .map_err(|error| self.explain(error))?;
-        let at_flip = self.activity.sample();
-        *self.last_flip.lock() = begun.elapsed();
-        Ok((self.finish(cut)?, at_flip))
-    }
-
-    /// Waits for the settle of a cut that has begun, and finishes it.
-    fn finish(&self, cut: Cut) -> Result<Epoch, EngineError> {
-        self.settle(&cut);
-        let epoch = Epoch::new(cut.epoch());
-        let finished = self.capture.finish_cut(cut);
-        self.tell(&self.capture.take_damage());
-        finished.map_err(|error| self.explain(error))?;
-        Ok(epoch)
-    }
-
-    fn settle(&self, cut: &Cut) {
-        while !self.capture.is_settled(cut.epoch()) {
-            self.settled.wait(Duration::from_millis(1), || {
-                self.capture.is_settled(cut.epoch())
-            });
+    pub fn begin_interval(&self) -> Result<(IntervalCut, Option<Sample>), EngineError> {
+        match self {
+            Self::Intercept(engine) => {
+                let (cut, at_flip) = engine.begin_observed_interval()?;
+                Ok((cut.into(), Some(at_flip)))
+            }
+            Self::Reflink(engine) => Ok((engine.begin_interval()?.into(), None)),
         }
     }
 
     /// The open interval: begun before, or survived a restart.
     #[must_use]
-    pub fn open_interval(self: &Arc<Self>) -> Option<IntervalCut> {
-        let interval = self.capture.open_interval()?;
-        let view = self.capture.open_cut(interval.cut)?;
-        Some(IntervalCut {
-            epoch: Epoch::new(interval.cut),
-            changed: interval.changed,
-            reader: SnapshotReader::new(Arc::clone(self), view),
-        })
+    pub fn open_interval(&self) -> Option<IntervalCut> {
+        match self {
+            Self::Intercept(engine) => engine.open_interval().map(IntervalCut::from),
+            Self::Reflink(engine) => engine.open_interval().map(IntervalCut::from),
+        }
     }
 
     /// Folds the open interval's blocks into the next one, durably. Without an open interval nothing happens.
     ///
     /// # Errors
-    /// Where the carry can't be written: the interval is still open.
+    /// Where that can't be written: the interval is still open.
     pub fn give_up_interval(&self) -> Result<(), EngineError> {
-        self.check_open()?;
-        let result = self
-            .capture
-            .give_up_interval()
-            .map_err(|error| self.explain(error));
-        self.room.notify();
-        result
+        match self {
+            Self::Intercept(engine) => engine.give_up_interval(),
+            Self::Reflink(engine) => engine.give_up_interval(),
+        }
     }
 
-    /// Drops the interval with this cut: its generation is committed and the caller has that durably. Syncs the
-    /// volume unless that has happened since the cut.
+    /// Drops the interval with this cut: its generation is committed and the caller has that durably.
     ///
     /// # Errors
-    /// [`EngineError::NoInterval`] where another one or none is open; where the sync fails the engine is stopped.
+    /// [`EngineError::NoInterval`] where another one or none is open, or where that can't be made durable.
     pub fn commit_interval(&self, cut: Epoch) -> Result<(), EngineError> {
-        self.check_open()?;
-        let result = self
-            .capture
-            .commit_interval(cut.get())
-            .map_err(|error| self.explain(error));
-        self.room.notify();
-        // Requests that met the clearing of the intent map wait for its sync.
-        self.intent.notify();
-        result
+        match self {
+            Self::Intercept(engine) => engine.commit_interval(cut),
+            Self::Reflink(engine) => engine.commit_interval(cut),
+        }
     }
 
     /// Cuts, and keeps the image at the cut readable. `label` has at most 255 bytes.
     ///
     /// # Errors
-    /// [`EngineError::TooManySnapshots`], [`EngineError::GivenUp`] where the spool was full at once, or where the
-    /// table can't be written.
+    /// [`EngineError::TooManySnapshots`], or where it can't be kept.
     pub fn create_snapshot(&self, label: &str, now_ms: u64) -> Result<SnapshotInfo, EngineError> {
-        if label.len() > LABEL_MAX {
-            return Err(EngineError::LabelTooLong(label.len()));
+        match self {
+            Self::Intercept(engine) => engine.create_snapshot(label, now_ms),
+            Self::Reflink(engine) => engine.create_snapshot(label, now_ms),
         }
-        let (cut, _) = self.cut(Purpose::Snapshot {
-            label: label.to_owned(),
-            time_ms: now_ms,
-        })?;
-        self.snapshot_of(cut)
-    }
-
-    fn snapshot_of(&self, cut: Epoch) -> Result<SnapshotInfo, EngineError> {
-        let mut snapshots = self.list_snapshots().into_iter();
-        let created = snapshots.find(|snapshot| snapshot.cut == cut);
-        created.ok_or(EngineError::GivenUp(cut))
     }
 
     /// All snapshots, oldest first.
     #[must_use]
     pub fn list_snapshots(&self) -> Vec<SnapshotInfo> {
-        self.capture
-            .snapshots()
-            .into_iter()
-            .map(SnapshotInfo::from)
-            .collect()
+        match self {
+            Self::Intercept(engine) => engine.list_snapshots(),
+            Self::Reflink(engine) => engine.list_snapshots(),
+        }
     }
 
     /// Deletes a snapshot. Readers that have it open may finish.
     ///
     /// # Errors
-    /// [`EngineError::NoSuchSnapshot`], or where the table can't be written.
+    /// [`EngineError::NoSuchSnapshot`], or where that can't be written.
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<(), EngineError> {
-        self.check_open()?;
-        let result = self
-            .capture
-            .delete_snapshot(id.0)
-            .map_err(|error| self.explain(error));
-        self.room.notify();
-        result
+        match self {
+            Self::Intercept(engine) => engine.delete_snapshot(id),
+            Self::Reflink(engine) => engine.delete_snapshot(id),
+        }
     }
 
     /// Opens a snapshot for reading.
     ///
     /// # Errors
     /// [`EngineError::NoSuchSnapshot`].
-    pub fn open_snapshot(self: &Arc<Self>, id: SnapshotId) -> Result<SnapshotReader, EngineError> {
-        self.check_open()?;
-        let view = self
-            .capture
-            .open_snapshot(id.0)
-            .map_err(|error| self.explain(error))?;
-        Ok(SnapshotReader::new(Arc::clone(self), view))
+    pub fn open_snapshot(&self, id: SnapshotId) -> Result<SnapshotReader, EngineError> {
+        match self {
+            Self::Intercept(engine) => Ok(engine.open_snapshot(id)?.into()),
+            Self::Reflink(engine) => Ok(engine.open_snapshot(id)?.into()),
+        }
     }
 
     /// The blocks that may differ between two snapshots.
     ///
     /// # Errors
-    /// [`EngineError::NoSuchSnapshot`], [`EngineError::SnapshotOrder`], or where a record can't be read. Where one is
-    /// damaged or gone every block counts as changed, and the log says so.
+    /// [`EngineError::NoSuchSnapshot`], [`EngineError::SnapshotOrder`], or what the files say.
     pub fn changed_between(
         &self,
         older: SnapshotId,
         newer: SnapshotId,
     ) -> Result<BlockSet, EngineError> {
-        self.check_open()?;
-        let changed = self.capture.changed_between(older.0, newer.0);
-        self.tell(&self.capture.take_damage());
-        changed.map_err(|error| self.explain(error))
+        match self {
+            Self::Intercept(engine) => engine.changed_between(older, newer),
+            Self::Reflink(engine) => engine.changed_between(older, newer),
+        }
     }
 
-    /// The blocks of the extent that may differ from the base: dirty, carried, or in the open interval.
+    /// The blocks of the extent of which [`Self::read_clean`] may give something else than the base.
     #[must_use]
     pub fn tracked(&self, extent: Extent) -> BlockSet {
-        self.capture
-            .tracked(extent.intersect(self.geometry().all()))
+        match self {
+            Self::Intercept(engine) => engine.tracked(extent),
+            Self::Reflink(engine) => engine.tracked(extent),
+        }
     }
 
-    /// The first byte at or after the block that is in no hole of the volume file; the volume's length where there is
-    /// none.
+    /// The first byte at or after the block that [`Self::read_clean`] finds in no hole; the volume's length where there
+    /// is none.
     ///
     /// # Errors
-    /// What the volume file says.
+    /// What the file says.
     pub fn next_data(&self, from: BlockIndex) -> io::Result<u64> {
-        let geometry = self.geometry();
-        let offset = geometry.offset_of(from).get();
-        let volume = self.capture.media().volume();
-        Ok(volume_file::next_data(volume, offset, geometry.length())?.0)
+        match self {
+            Self::Intercept(engine) => engine.next_data(from),
+            Self::Reflink(engine) => engine.next_data(from),
+        }
     }
 
-    /// Reads whole blocks as they are now; `buffer` has the length of the extent. Blocks being written meanwhile may
-    /// come torn: ask [`Self::tracked`] afterwards.
+    /// Reads whole blocks for a comparison with the base; `buffer` has the length of the extent. They are those of the
+    /// base, unless [`Self::tracked`] names them before or afterwards, or a change was missed.
     ///
     /// # Errors
-    /// What the volume file says.
-    pub fn read_live(&self, extent: Extent, buffer: &mut [u8]) -> io::Result<()> {
-        use capture_core::engine::media::Media;
-        let geometry = self.geometry();
-        if extent.end() > geometry.all().end()
-            || buffer.len() as u64 != geometry.bytes(extent.count())
-        {
-            return Err(io::ErrorKind::InvalidInput.into());
+    /// What the file says.
+    pub fn read_clean(&self, extent: Extent, buffer: &mut [u8]) -> io::Result<()> {
+        match self {
+            Self::Intercept(engine) => engine.read_live(extent, buffer),
+            Self::Reflink(engine) => engine.read_base(extent, buffer),
         }
-        let offset = geometry.offset_of(extent.start()).get();
-        self.capture
-            .media()
-            .read_volume(offset, buffer)
-            .map_err(|error| io::Error::from_raw_os_error(error.0))
-    }
-
-    /// What a decision's error is called outside.
-    fn explain(&self, error: CaptureError) -> EngineError {
-        match error {
-            CaptureError::Media(error) => EngineError::io(
-                format!(
-                    "use the volume's files and its state in {}",
-                    self.dir.display()
-                ),
-                io::Error::from_raw_os_error(error.0),
-            ),
-            CaptureError::Poisoned => EngineError::Poisoned,
-            CaptureError::GivenUp(cut) => EngineError::GivenUp(Epoch::new(cut)),
-            CaptureError::IntervalOpen(cut) => EngineError::IntervalOpen(Epoch::new(cut)),
-            CaptureError::NoInterval(cut) => EngineError::NoInterval(Epoch::new(cut)),
-            CaptureError::NoSnapshot(id) => EngineError::NoSuchSnapshot(SnapshotId(id)),
-            CaptureError::TooManySnapshots(most) => EngineError::TooManySnapshots(most),
-            CaptureError::SnapshotOrder(older, newer) => EngineError::SnapshotOrder {
-                older: SnapshotId(older),
-                newer: SnapshotId(newer),
-            },
-            CaptureError::SpoolDamaged(block) => EngineError::SpoolDamaged { block },
-            CaptureError::Closed => EngineError::Closed,
-        }
-    }
-}
-
-impl From<Snapshot> for SnapshotInfo {
-    fn from(snapshot: Snapshot) -> Self {
-        Self {
-            id: SnapshotId(snapshot.id),
-            label: snapshot.label,
-            time_ms: snapshot.time_ms,
-            cut: Epoch::new(snapshot.cut),
-        }
-    }
-}
-
-/// What identifies a file on this machine: no two volumes may share it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct FileKey {
-    /// The device's number.
-    pub device: u64,
-    /// The inode's number.
-    pub inode: u64,
-}
-
-/// The key of an existing file.
-///
-/// # Errors
-/// [`EngineError::VolumeMissing`] where there is none.
-pub fn file_key(path: &Path) -> Result<FileKey, EngineError> {
-    use std::os::unix::fs::MetadataExt;
-    match std::fs::metadata(path) {
-        Ok(metadata) => Ok(FileKey {
-            device: metadata.dev(),
-            inode: metadata.ino(),
-        }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(EngineError::VolumeMissing {
-            path: path.to_owned(),
-        }),
-        Err(error) => Err(EngineError::io(
-            format!("look at volume file {}", path.display()),
-            error,
-        )),
     }
 }

@@ -5,6 +5,7 @@
 //! is not. A volume that can't be opened is listed with its problem and tried again; it doesn't stop the others.
 
 mod add;
+mod choose;
 mod readopt;
 mod rollback;
 
@@ -28,7 +29,7 @@ pub(crate) use add::AddVolume;
 
 use crate::{
     config::Config,
-    engine::EngineError,
+    engine::{Engine, EngineError, EngineKind},
     front::FrontEnds,
     quiesce::agents::Agents,
     uplink::{blocking, group::AllGroups, shutting_down},
@@ -209,9 +210,8 @@ impl Registry {
         if let Err(error) = ended {
             tracing::warn!(volume = %name, error = %format!("{error:#}"), "close a removed volume");
         }
-        let dir = volume.dir.clone();
-        let cleaned =
-            blocking(move || durable::remove_dir(&dir).context("remove the volume's state"));
+        let (dir, id) = (volume.dir.clone(), volume.record.id);
+        let cleaned = blocking(move || remove_state(&dir, id).context("remove the volume's state"));
         if let Err(error) = cleaned.await {
             tracing::warn!(volume = %name, error = %format!("{error:#}"), "the next start removes the rest");
         }
@@ -247,7 +247,7 @@ impl Registry {
         force: bool,
         fronts: &FrontEnds,
     ) -> Result<(), RpcError> {
-        let name = &serving.export_name();
+        let name = serving.export_name();
         let deadline = tokio::time::Instant::now() + DISCONNECT_MAX;
         loop {
             match self.shared.exports.remove(name) {
@@ -314,7 +314,13 @@ pub(crate) fn engine_error(error: &EngineError) -> RpcError {
         EngineError::VolumeMissing { .. }
         | EngineError::VolumeLength { .. }
         | EngineError::NotAFile { .. }
-        | EngineError::VolumeReadOnly { .. } => Reason::VolumeFileInvalid,
+        | EngineError::VolumeReadOnly { .. }
+        | EngineError::VolumeUnreadable { .. } => Reason::VolumeFileInvalid,
+        EngineError::NotClonable { .. }
+        | EngineError::CutStalls { .. }
+        | EngineError::NoClones { .. }
+        | EngineError::NotTogether => Reason::EngineUnsupported,
+        EngineError::CloneNoRoom { .. } => Reason::StoreFull,
         EngineError::VolumeLocked { .. } => Reason::VolumeFileInUse,
         EngineError::NoSuchSnapshot(_) => Reason::SnapshotNotFound,
         EngineError::GivenUp(_) => Reason::SnapshotLost,
@@ -356,20 +362,24 @@ fn scan(dir: &Path) -> Result<Vec<Volume>> {
             .and_then(|name| name.to_str())
             .unwrap_or("");
         if name.ends_with(durable::TEMPORARY_SUFFIX) {
-            remove_half_done(&path);
+            remove_directory(&path);
             continue;
         }
         let Ok(id) = name.parse::<VolumeId>() else {
             tracing::warn!(path = %path.display(), "this is no volume's state; it is left alone");
             continue;
         };
-        let half_done = mark_in(&path).exists() || !path.join("identity").exists();
+        let kept = EngineKind::ALL
+            .iter()
+            .any(|kind| Engine::has_state(*kind, &path));
+        let half_done = mark_in(&path).exists() || !kept;
         match read_record(&path, id) {
             Ok(Some(record)) => {
                 unmark(&path);
+                sweep(&record, &path);
                 found.push(Volume::failed(record, path, "it has not been opened yet"));
             }
-            Ok(None) if half_done => remove_half_done(&path),
+            Ok(None) if half_done => remove_half_done(&path, id),
             Ok(None) => {
                 let problem = record_is_missing(&path);
                 tracing::error!(volume = %id, problem, "a volume's record was lost");
@@ -433,12 +443,41 @@ fn unreadable(id: VolumeId, dir: PathBuf, problem: String) -> Volume {
         file: PathBuf::new(),
         geometry: one_block
             .unwrap_or_else(|_| unreachable!("one block of the least size is a volume")),
+        engine: EngineKind::Intercept,
+        engine_why: String::new(),
     };
     Volume::failed(record, dir, problem)
 }
 
-fn remove_half_done(path: &Path) {
+/// Removes everything that is kept of a volume, wherever it lies.
+fn remove_state(dir: &Path, id: VolumeId) -> std::io::Result<()> {
+    for kind in EngineKind::ALL {
+        Engine::remove_state(kind, dir, id)?;
+    }
+    durable::remove_dir(dir)
+}
+
+/// Removes what an engine that the volume no longer has, or never came to have, has left.
+fn sweep(record: &VolumeRecord, dir: &Path) {
+    for kind in EngineKind::ALL
+        .into_iter()
+        .filter(|kind| *kind != record.engine)
+    {
+        if let Err(error) = Engine::remove_state(kind, dir, record.id) {
+            tracing::warn!(volume = %record.name, engine = %kind, %error, "remove what is left of another engine");
+        }
+    }
+}
+
+fn remove_half_done(path: &Path, id: VolumeId) {
     tracing::info!(path = %path.display(), "this volume was being added or removed; its rest is deleted");
+    if let Err(error) = remove_state(path, id) {
+        tracing::warn!(path = %path.display(), %error, "delete what is left of a volume");
+    }
+}
+
+fn remove_directory(path: &Path) {
+    tracing::info!(path = %path.display(), "this volume was being removed; its rest is deleted");
     if let Err(error) = durable::remove_dir(path) {
         tracing::warn!(path = %path.display(), %error, "delete what is left of a volume");
     }

@@ -22,7 +22,10 @@ pub(crate) use plan::Plan;
 use plan::{Decided, Draft};
 
 use crate::{
-    engine::{Engine, EngineError, SnapshotId, SnapshotReader},
+    engine::{
+        EngineError, SnapshotId,
+        intercept::{Intercept, SnapshotReader},
+    },
     uplink::now_ms,
 };
 
@@ -58,7 +61,7 @@ pub(crate) type Told<'a> = &'a mut (dyn FnMut(u64, u64) -> bool + Send);
 pub(crate) fn decide(
     dir: &Path,
     volume: VolumeId,
-    engine: &Arc<Engine>,
+    engine: &Arc<Intercept>,
     snapshot: SnapshotId,
     told: Told<'_>,
 ) -> Result<Option<Plan>> {
@@ -92,7 +95,7 @@ pub(crate) fn decide(
 fn draft(
     dir: &Path,
     volume: VolumeId,
-    engine: &Arc<Engine>,
+    engine: &Arc<Intercept>,
     (snapshot, then): (SnapshotId, &SnapshotReader),
     kept: SnapshotId,
     told: Told<'_>,
@@ -137,7 +140,7 @@ fn draft(
 pub(crate) fn carry_out(
     dir: &Path,
     volume: VolumeId,
-    engine: &Engine,
+    engine: &Intercept,
     told: Told<'_>,
 ) -> Result<Option<Plan>> {
     let unfinished = plan::remove_unfinished(dir);
@@ -193,7 +196,7 @@ pub(crate) fn forget(dir: &Path) -> Result<()> {
         .context("remove the plan of a rollback")
 }
 
-fn write(engine: &Engine, frame: &VerifiedFrame) -> std::io::Result<()> {
+fn write(engine: &Intercept, frame: &VerifiedFrame) -> std::io::Result<()> {
     let geometry = engine.geometry();
     let mut data: &[u8] = frame.data();
     for &extent in frame.extents() {

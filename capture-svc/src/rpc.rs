@@ -11,7 +11,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 use futures::Stream;
 use tidemark_block::BlockSize;
 use tidemark_proto::{
-    RpcError,
+    Reason, RpcError,
     capture::v1::{
         self as pb, capture_server::Capture, trigger_interval_response::Message as TriggerMessage,
     },
@@ -22,6 +22,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use crate::{
+    config::EngineSetting,
     front::FrontEnds,
     registry::{AddVolume, Registry},
     uplink::{blocking, shutting_down, stopped},
@@ -80,6 +81,21 @@ impl CaptureService {
     }
 }
 
+/// The engine that a request asks for; none where it names none.
+fn engine_setting(text: &str) -> Result<Option<EngineSetting>, RpcError> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let unknown = || {
+        RpcError::new(
+            Reason::RequestInvalid,
+            format!("there is no engine {text:?}"),
+            "name auto, intercept or reflink",
+        )
+    };
+    EngineSetting::named(text).map(Some).ok_or_else(unknown)
+}
+
 #[tonic::async_trait]
 impl Capture for CaptureService {
     async fn add_volume(&self, request: Request<pb::AddVolumeRequest>) -> Reply<pb::Volume> {
@@ -93,6 +109,7 @@ impl Capture for CaptureService {
             file: request.file.into(),
             length: (request.length > 0).then_some(request.length),
             block_size,
+            engine: engine_setting(&request.engine)?,
         };
         // On a task of its own: a caller who hangs up doesn't leave half of it.
         let registry = Arc::clone(&self.registry);
@@ -137,11 +154,16 @@ impl Capture for CaptureService {
         &self,
         request: Request<pb::ReadoptVolumeRequest>,
     ) -> Reply<pb::Volume> {
-        let name = request.into_inner().volume;
+        let pb::ReadoptVolumeRequest {
+            volume: name,
+            engine,
+        } = request.into_inner();
+        let engine = engine_setting(&engine)?;
         let id = self.registry.find(&name)?.record.id.to_string();
         // On a task of its own: a caller who hangs up doesn't leave half of it.
         let (registry, readopted) = (Arc::clone(&self.registry), id.clone());
-        let done = tokio::spawn(async move { registry.readopt(&readopted).await });
+        let fronts = self.fronts.clone();
+        let done = tokio::spawn(async move { registry.readopt(&readopted, engine, &fronts).await });
         done.await
             .map_err(|error| RpcError::internal(format!("readopt the volume: {error}")))??;
         Ok(Response::new(self.volume(&id).await?))

@@ -338,7 +338,7 @@ impl Worker {
         let mut sums = vec![Checksum128::ZERO; blocks];
         let mut busy = self.engine.tracked(extent);
         self.engine
-            .read_live(extent, &mut bytes)
+            .read_clean(extent, &mut bytes)
             .context("read the volume")?;
         self.table
             .table()

@@ -43,7 +43,7 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub(crate) use open::Opened;
+pub(crate) use open::{Opened, forget_epochs};
 pub(crate) use ship::stopped;
 pub use status::{UplinkState, UplinkStatus};
 pub(crate) use table::BaseTable;

@@ -24,7 +24,7 @@ use crate::{
     quiesce::{QuiesceSettings, agents::Agents},
     rollback,
     scrub::{Scrub, ScrubSettings},
-    uplink::{Opened, Settings, Uplink, blocking, group::AllGroups},
+    uplink::{self, Opened, Settings, Uplink, blocking, group::AllGroups},
 };
 
 /// What the volumes of a service share.
@@ -61,35 +61,46 @@ pub(crate) struct Serving {
     pub(crate) engine: Arc<Engine>,
     pub(crate) uplink: Uplink,
     pub(crate) scrub: Scrub,
-    export: RwLock<Arc<Export>>,
+    name: String,
+    /// None where clients don't write through the engine.
+    export: Option<RwLock<Arc<Export>>>,
     snapshots: SnapshotExports,
 }
 
 impl Serving {
     /// Clients of the volume now: NBD connections and open files.
     pub(crate) fn clients(&self) -> u32 {
-        self.export.read().clients()
+        let export = self.export.as_ref();
+        export.map_or(0, |export| export.read().clients())
     }
 
-    /// The name under which it is exported.
-    pub(crate) fn export_name(&self) -> String {
-        self.export.read().name().to_owned()
+    /// The name under which it is exported, or its snapshots are.
+    pub(crate) fn export_name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether clients can write it through a front end.
+    pub(crate) const fn is_exported(&self) -> bool {
+        self.export.is_some()
     }
 
     /// The exports of its snapshots, oldest first.
     pub(crate) fn list_snapshots(&self) -> Vec<Arc<Export>> {
-        let all = self.snapshots.list(&self.export_name(), &self.engine);
+        let all = self.snapshots.list(self.export_name(), &self.engine);
         all.into_iter().map(|(_, export)| export).collect()
     }
 
     /// The export of the snapshot with this number, or the newest one with this label.
     pub(crate) fn find_snapshot(&self, text: &str) -> Option<Arc<Export>> {
-        self.snapshots.find(&self.export_name(), &self.engine, text)
+        self.snapshots.find(self.export_name(), &self.engine, text)
     }
 
     /// Exports it again, after its export was removed.
     pub(crate) fn export_again(&self, exports: &ExportRegistry) -> Result<(), RegistryError> {
-        let mut export = self.export.write();
+        let Some(export) = &self.export else {
+            return Ok(());
+        };
+        let mut export = export.write();
         let device = Arc::clone(export.device());
         *export = exports.add(export.name(), "", device)?;
         Ok(())
@@ -111,6 +122,7 @@ impl Ready {
         config: &Config,
     ) -> Result<Self> {
         let engine = Engine::create(
+            record.engine,
             dir,
             record.id,
             &record.file,
@@ -129,11 +141,14 @@ impl Ready {
         readopt: bool,
     ) -> Result<Self> {
         let open = if readopt {
+            // Epochs may begin anew.
+            uplink::forget_epochs(dir, record.id)?;
             Engine::readopt
         } else {
             Engine::open
         };
         let (engine, trust) = open(
+            record.engine,
             dir,
             record.id,
             &record.file,
@@ -144,20 +159,27 @@ impl Ready {
             Trust::Clean | Trust::ProcessCrash => {
                 tracing::info!(volume = %record.name, ?trust, "opened");
             }
+            Trust::Clones { .. } => {
+                tracing::info!(volume = %record.name, "opened: its clones are whole");
+            }
             Trust::PowerLoss { doubtful } => {
                 tracing::warn!(volume = %record.name, %doubtful, "opened after a power loss: snapshots are gone, doubtful blocks will be compared");
             }
             Trust::Everything { reason } => {
-                tracing::warn!(volume = %record.name, reason, "opened in doubt: snapshots are gone, every block will be compared");
+                tracing::warn!(volume = %record.name, reason, "opened in doubt: every block will be compared");
             }
         }
         if readopt {
             // Whatever was decided was decided on another file.
             rollback::forget(dir)?;
-        } else {
-            rollback::carry_out(dir, record.id, &engine, &mut |_, _| true)?;
+        } else if let Some(engine) = engine.intercept() {
+            rollback::carry_out(dir, record.id, engine, &mut |_, _| true)?;
         }
-        let stores_kept = matches!(trust, Trust::Clean | Trust::ProcessCrash);
+        let stores_kept = match trust {
+            Trust::Clean | Trust::ProcessCrash => true,
+            Trust::Clones { stores_kept } => stores_kept,
+            Trust::PowerLoss { .. } | Trust::Everything { .. } => false,
+        };
         let opened = Opened::open(dir, record.id, &engine, stores_kept)?;
         Ok(Self { engine, opened })
     }
@@ -171,7 +193,8 @@ impl Ready {
     }
 }
 
-fn options(config: &Config) -> EngineOptions {
+/// What the engines are told.
+pub(crate) fn options(config: &Config) -> EngineOptions {
     EngineOptions {
         spool_bytes_max: config.spool_bytes_max.get(),
         spool_policy: match config.spool_full {
@@ -179,6 +202,7 @@ fn options(config: &Config) -> EngineOptions {
             SpoolFull::Stall => SpoolPolicy::Stall,
         },
         snapshots_max: config.snapshots_max as usize,
+        cut_stall_max: (!config.cut_stall_max.is_zero()).then(|| config.cut_stall_max.get()),
         ..EngineOptions::default()
     }
 }
@@ -271,8 +295,11 @@ impl Volume {
 
     /// Serves it from now on; where that fails it is closed again.
     pub(crate) async fn serve(&self, ready: Ready, shared: &Shared) -> Result<()> {
-        let device: Arc<dyn BlockDevice> = Arc::clone(&ready.engine) as Arc<dyn BlockDevice>;
-        let export = match shared.exports.add(&self.record.name, "", device) {
+        let export = ready.engine.intercept().map(|engine| {
+            let device: Arc<dyn BlockDevice> = Arc::clone(engine) as Arc<dyn BlockDevice>;
+            shared.exports.add(&self.record.name, "", device)
+        });
+        let export = match export.transpose() {
             Ok(export) => export,
             Err(error) => {
                 blocking(move || {
@@ -304,7 +331,8 @@ impl Volume {
             engine,
             uplink,
             scrub,
-            export: RwLock::new(export),
+            name: self.record.name.clone(),
+            export: export.map(RwLock::new),
             snapshots: SnapshotExports::new(Arc::clone(&shared.scratch_room)),
         }));
         Ok(())

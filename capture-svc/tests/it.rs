@@ -9,6 +9,8 @@ mod coherence;
 mod control;
 #[path = "it/damage.rs"]
 mod damage;
+#[path = "it/disk.rs"]
+mod disk;
 #[path = "it/engine.rs"]
 mod engine;
 #[path = "it/groups.rs"]
@@ -19,6 +21,8 @@ mod nbd;
 mod proxy;
 #[path = "it/recovery.rs"]
 mod recovery;
+#[path = "it/reflink.rs"]
+mod reflink;
 #[path = "it/rig.rs"]
 mod rig;
 #[path = "it/shipping.rs"]

@@ -19,6 +19,8 @@ mod demo;
 mod disks;
 #[path = "it/docs.rs"]
 mod docs;
+#[path = "it/engines.rs"]
+mod engines;
 #[path = "it/files.rs"]
 mod files;
 #[path = "it/find_coherent.rs"]

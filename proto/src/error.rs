@@ -124,6 +124,8 @@ reasons! {
     VolumeFailed = "VOLUME_FAILED", Conflict;
     /// Clients are connected, or snapshots are open.
     VolumeInUse = "VOLUME_IN_USE", Conflict;
+    /// The engine can't be used with the volume's file, or can't do what was asked of it.
+    EngineUnsupported = "ENGINE_UNSUPPORTED", Invalid;
     /// No snapshot of the volume has this number.
     SnapshotNotFound = "SNAPSHOT_NOT_FOUND", NotFound;
     /// The snapshot was broken: the spool had no room for its before-images.

@@ -15,6 +15,9 @@
 //! once, in reverse order; a search takes at most the times of the freezes and `lull_wait_max`; a grade is never
 //! better than what was observed, and what counts is what had happened at the flip, not at the look before it.
 //!
+//! Where writes don't pass through the engine nothing is looked for: a cut is quiesced, on the word of those who hold
+//! still, or it is a crash.
+//!
 //! Times are durations since any fixed moment of a monotonic clock.
 
 use std::{fmt, time::Duration};
@@ -68,9 +71,20 @@ pub struct Seen {
     pub flushed: bool,
     /// When the last one ended; none where there was none.
     pub last_write: Option<Duration>,
+    /// Writes don't pass through the engine: the other fields say nothing.
+    pub unseen: bool,
 }
 
 impl Seen {
+    /// By an engine through which no write passes.
+    pub const NOTHING: Self = Self {
+        begun: 0,
+        in_flight: false,
+        flushed: false,
+        last_write: None,
+        unseen: true,
+    };
+
     /// What was seen of two volumes that are cut together.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
@@ -79,6 +93,7 @@ impl Seen {
             in_flight: self.in_flight || other.in_flight,
             flushed: self.flushed && other.flushed,
             last_write: self.last_write.max(other.last_write),
+            unseen: self.unseen || other.unseen,
         }
     }
 
@@ -162,6 +177,8 @@ pub enum Why {
     },
     /// There was a pause, and a write ended it just before the cut.
     WriteAtCut,
+    /// Writes don't pass through the engine.
+    WritesUnseen,
 }
 
 impl fmt::Display for Why {
@@ -185,6 +202,7 @@ impl fmt::Display for Why {
                     Duration::from_millis(u64::try_from(waited.as_millis()).unwrap_or(u64::MAX));
                 write!(f, "writes without a pause of {lull_min:?} for {waited:?}")
             }
+            Self::WritesUnseen => f.write_str("the engine does not see writes"),
             Self::WriteAtCut => f.write_str("a write began just before the cut"),
         }
     }
@@ -446,6 +464,13 @@ impl Search {
             };
         }
         let mut why = vec![self.shortfall.clone().unwrap_or(Why::WritesWhileFrozen)];
+        if after.unseen {
+            why.push(Why::WritesUnseen);
+            return Graded {
+                coherence: Coherence::Crash,
+                why,
+            };
+        }
         let undisturbed = after.begun == begun;
         let coherence = if after.flushed {
             Coherence::Flushed

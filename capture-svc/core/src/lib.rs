@@ -4,6 +4,8 @@ pub mod codec;
 pub mod coherence;
 pub mod engine;
 pub mod interval;
+pub mod kind;
+pub mod reflink;
 pub mod rollback;
 mod sync;
 pub mod uplink;

@@ -22,6 +22,12 @@ macro_rules! kebab {
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text,)* }
             }
+
+            /// What is written so; none where nothing is.
+            #[must_use]
+            pub fn named(text: &str) -> Option<Self> {
+                [$(Self::$variant,)*].into_iter().find(|value| value.as_str() == text)
+            }
         }
     };
 }

@@ -1,6 +1,6 @@
 //! What can go wrong with an engine, and what to do about each.
 
-use std::{io, path::PathBuf};
+use std::{io, path::PathBuf, time::Duration};
 
 use capture_core::engine::trust::Replacement;
 use thiserror::Error;
@@ -56,6 +56,60 @@ pub enum EngineError {
     )]
     VolumeReadOnly {
         /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The volume file may not be read.
+    #[error(
+        "volume file {path} can't be opened for reading: give the service's user read access to it"
+    )]
+    VolumeUnreadable {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The filesystem doesn't clone the volume file.
+    #[error(
+        "volume file {path} can't be cloned ({source}): put it on btrfs, or on XFS made with reflink=1, or choose another \
+         engine"
+    )]
+    NotClonable {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// There is no room for a clone.
+    #[error(
+        "the filesystem of volume file {path} has no room for a clone of it ({source}): make room there, or delete snapshots"
+    )]
+    CloneNoRoom {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A clone took too long when it was tried.
+    #[error(
+        "a clone of volume file {path} held its writers up for {took:.1?}, longer than cut_stall_max ({most:?}), because it \
+         has too many extents: copy it to a new file (cp --reflink=never) with an extent-size hint, raise cut_stall_max, or \
+         choose the engine intercept"
+    )]
+    CutStalls {
+        /// The file.
+        path: PathBuf,
+        /// How long it took.
+        took: Duration,
+        /// How long it may take.
+        most: Duration,
+    },
+    /// The directory of the clones can't be made.
+    #[error(
+        "the folder {path} for clones can't be made ({source}): remove what is there, or give the service's user write access to \
+         the folder of the volume file"
+    )]
+    NoClones {
+        /// The folder.
         path: PathBuf,
         /// What the system says.
         source: io::Error,
@@ -137,6 +191,12 @@ pub enum EngineError {
         "the volume is stopped after a failed write or sync: mend the disk, then restart the service"
     )]
     Poisoned,
+    /// An engine through which no write passes can't hold writers while others are cut.
+    #[error(
+        "it is written by its workload itself, and can't be cut at one instant with others: take it out of the group, or \
+         give it the engine intercept with `tidemark volume readopt --engine intercept`"
+    )]
+    NotTogether,
     /// The engine was closed.
     #[error("the volume is closed")]
     Closed,

@@ -1,36 +1,31 @@
-//! Cuts of several volumes at one instant: all of them, or none.
+//! Cuts of several volumes at one instant, where their engines can: only `intercept` sees the writers that it has to hold
+//! for the moment.
 
-use std::{sync::Arc, time::Instant};
+use std::sync::Arc;
 
-use capture_core::engine::{cut::Purpose, group::begin_cuts, records::LABEL_MAX};
-use thiserror::Error;
-use tidemark_block::Epoch;
+use super::{
+    Engine, EngineError, IntervalCut, SnapshotInfo,
+    intercept::{Intercept, Sample, group},
+};
 
-use super::{Engine, EngineError, IntervalCut, Sample, SnapshotInfo};
+pub use super::intercept::group::GroupError;
 
-/// No volume was cut, because one of them could not be.
-#[derive(Debug, Error)]
-#[error("{error}")]
-pub struct GroupError {
-    /// Its position among the engines.
-    pub index: usize,
-    /// Why.
-    #[source]
-    pub error: EngineError,
-}
-
-/// Cuts all of them at one instant, and opens an interval on each, as [`Engine::begin_observed_interval`] does on one.
+/// Cuts all of them at one instant, and opens an interval on each, as [`Engine::begin_interval`] does on one.
 ///
 /// # Errors
 /// What one of them refused; none has an interval open then that had none before.
-pub fn begin_intervals(engines: &[Arc<Engine>]) -> Result<Vec<(IntervalCut, Sample)>, GroupError> {
-    let done = cut_all(
-        engines,
-        &Purpose::Interval,
-        Engine::interval_of,
-        |engine, _| engine.give_up_interval(),
-    )?;
-    Ok(done)
+pub fn begin_intervals(
+    engines: &[Arc<Engine>],
+) -> Result<Vec<(IntervalCut, Option<Sample>)>, GroupError> {
+    if let [engine] = engines {
+        let begun = engine.begin_interval();
+        return begun.map(|begun| vec![begun]).map_err(alone);
+    }
+    let begun = group::begin_intervals(&able(engines)?)?;
+    let begun = begun.into_iter();
+    Ok(begun
+        .map(|(cut, at_flip)| (cut.into(), Some(at_flip)))
+        .collect())
 }
 
 /// Takes a snapshot of each at one instant. `label` has at most 255 bytes.
@@ -42,75 +37,22 @@ pub fn create_snapshots(
     label: &str,
     now_ms: u64,
 ) -> Result<Vec<SnapshotInfo>, GroupError> {
-    if label.len() > LABEL_MAX {
-        let error = EngineError::LabelTooLong(label.len());
-        return Err(GroupError { index: 0, error });
+    if let [engine] = engines {
+        let taken = engine.create_snapshot(label, now_ms);
+        return taken.map(|taken| vec![taken]).map_err(alone);
     }
-    let purpose = Purpose::Snapshot {
-        label: label.to_owned(),
-        time_ms: now_ms,
-    };
-    let done = cut_all(
-        engines,
-        &purpose,
-        |engine, cut| engine.snapshot_of(cut),
-        |engine, snapshot: SnapshotInfo| engine.delete_snapshot(snapshot.id),
-    )?;
-    Ok(done.into_iter().map(|(snapshot, _)| snapshot).collect())
+    group::create_snapshots(&able(engines)?, label, now_ms)
 }
 
-/// Flips all, then finishes each. Where one fails, what the others came to is undone.
-fn cut_all<T>(
-    engines: &[Arc<Engine>],
-    purpose: &Purpose,
-    made: impl Fn(&Arc<Engine>, Epoch) -> Result<T, EngineError>,
-    undo: impl Fn(&Engine, T) -> Result<(), EngineError>,
-) -> Result<Vec<(T, Sample)>, GroupError> {
-    // In one order whatever the caller's, so that two calls never wait for each other.
-    let mut order: Vec<_> = engines.iter().enumerate().collect();
-    order.sort_by_key(|(_, engine)| *engine.capture.volume().as_bytes());
-    let _cutting: Vec<_> = order
-        .iter()
-        .map(|(_, engine)| engine.cutting.lock())
-        .collect();
-    let fail = |index, error| GroupError { index, error };
-    for &(index, engine) in &order {
-        engine.check_open().map_err(|error| fail(index, error))?;
-    }
-    let begun = Instant::now();
-    let parts = order
-        .iter()
-        .map(|(_, engine)| (&engine.capture, purpose.clone()))
-        .collect();
-    let cuts = begin_cuts(parts).map_err(|(position, error)| {
-        let (index, engine) = order[position];
-        fail(index, engine.explain(error))
-    })?;
-    let flip = begun.elapsed();
-    let flipped = order.iter().map(|(_, engine)| {
-        *engine.last_flip.lock() = flip;
-        engine.activity.sample()
+const fn alone(error: EngineError) -> GroupError {
+    GroupError { index: 0, error }
+}
+
+fn able(engines: &[Arc<Engine>]) -> Result<Vec<Arc<Intercept>>, GroupError> {
+    let engines = engines.iter().enumerate().map(|(index, engine)| {
+        let error = EngineError::NotTogether;
+        let able = engine.intercept().cloned();
+        able.ok_or(GroupError { index, error })
     });
-    let samples: Vec<_> = flipped.collect();
-    let mut done = Vec::with_capacity(engines.len());
-    let mut failed = None;
-    for ((&(index, engine), cut), sample) in order.iter().zip(cuts).zip(samples) {
-        match engine.finish(cut).and_then(|epoch| made(engine, epoch)) {
-            Ok(made) => done.push((index, made, sample)),
-            Err(error) => failed = failed.or(Some(fail(index, error))),
-        }
-    }
-    if let Some(failed) = failed {
-        for (index, made, _) in done {
-            if let Err(error) = undo(&engines[index], made) {
-                tracing::warn!(volume = %engines[index].capture.volume(), %error, "undo a cut whose group failed");
-            }
-        }
-        return Err(failed);
-    }
-    done.sort_by_key(|(index, ..)| *index);
-    Ok(done
-        .into_iter()
-        .map(|(_, made, sample)| (made, sample))
-        .collect())
+    engines.collect()
 }

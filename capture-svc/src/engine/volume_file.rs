@@ -5,7 +5,7 @@ use std::{
     io,
     os::{
         fd::AsRawFd,
-        unix::fs::{FileExt, MetadataExt},
+        unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     },
     path::Path,
 };
@@ -85,6 +85,92 @@ pub(super) fn open(path: &Path, geometry: Geometry) -> Result<(File, FileLock), 
     Ok((file, lock))
 }
 
+/// Opens a volume's file that others write. It isn't locked: it is theirs.
+pub(super) fn open_to_read(path: &Path, geometry: Geometry) -> Result<File, EngineError> {
+    let file = match File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+    {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(EngineError::VolumeMissing {
+                path: path.to_owned(),
+            });
+        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(EngineError::VolumeUnreadable {
+                path: path.to_owned(),
+            });
+        }
+        Err(error) => {
+            return Err(EngineError::io(
+                format!("open volume file {}", path.display()),
+                error,
+            ));
+        }
+    };
+    let metadata = file.metadata().map_err(|error| {
+        EngineError::io(format!("look at volume file {}", path.display()), error)
+    })?;
+    if !metadata.is_file() {
+        return Err(EngineError::NotAFile {
+            path: path.to_owned(),
+        });
+    }
+    if metadata.len() != geometry.length() {
+        return Err(EngineError::VolumeLength {
+            path: path.to_owned(),
+            found: metadata.len(),
+            recorded: geometry.length(),
+        });
+    }
+    Ok(file)
+}
+
+/// Has the filesystem allocate an empty file in pieces of at least so many bytes, where it can (XFS): a file in few extents
+/// is cloned quickly.
+#[allow(unsafe_code)]
+pub(super) fn keep_whole(file: &File, bytes: u32) {
+    /// `struct fsxattr` of linux/fs.h.
+    #[repr(C)]
+    #[derive(Default)]
+    struct FsXattr {
+        xflags: u32,
+        extent_size: u32,
+        extents: u32,
+        project: u32,
+        cow_extent_size: u32,
+        padding: [u8; 8],
+    }
+    /// `_IOR('X', 31, struct fsxattr)` and `_IOW('X', 32, struct fsxattr)`.
+    const FS_IOC_FSGETXATTR: u32 = 0x801c_581f;
+    const FS_IOC_FSSETXATTR: u32 = 0x401c_5820;
+    const FS_XFLAG_EXTSIZE: u32 = 0x800;
+    let mut found = FsXattr::default();
+    // SAFETY: the request fills a structure of exactly this layout, which we own.
+    let got = unsafe {
+        libc::ioctl(
+            file.as_raw_fd(),
+            libc::Ioctl::from(FS_IOC_FSGETXATTR),
+            &raw mut found,
+        )
+    };
+    if got != 0 || found.extents != 0 || found.extent_size != 0 {
+        return;
+    }
+    found.xflags |= FS_XFLAG_EXTSIZE;
+    found.extent_size = bytes;
+    // SAFETY: the request reads a structure of exactly this layout. One that is refused changes nothing: it is a hint.
+    let _refused = unsafe {
+        libc::ioctl(
+            file.as_raw_fd(),
+            libc::Ioctl::from(FS_IOC_FSSETXATTR),
+            &raw const found,
+        )
+    };
+}
+
 /// What tells the file from every other.
 pub(super) fn identity(file: &File) -> io::Result<FileIdentity> {
     let metadata = file.metadata()?;
@@ -103,7 +189,7 @@ pub(super) fn identity(file: &File) -> io::Result<FileIdentity> {
 }
 
 /// When the file was created, which nobody can set: seconds and nanoseconds; zeroes where the filesystem doesn't tell.
-fn born(file: &File) -> io::Result<(i64, u32)> {
+pub(super) fn born(file: &File) -> io::Result<(i64, u32)> {
     let found = statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::BTIME)?;
     let told = StatxFlags::from_bits_retain(found.stx_mask).contains(StatxFlags::BTIME);
     let time = found.stx_btime;
@@ -130,7 +216,7 @@ pub(super) fn place(dir: &Path) -> io::Result<Place> {
 }
 
 /// The mount's number: one that never comes back in the same boot, where the kernel has it (since 6.8).
-fn mount_id(file: &File) -> io::Result<u64> {
+pub(super) fn mount_id(file: &File) -> io::Result<u64> {
     /// `STATX_MNT_ID_UNIQUE` of linux/stat.h.
     const UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
     let flags = StatxFlags::MNT_ID | UNIQUE;

@@ -12,9 +12,12 @@ use tidemark_block::{BlockSize, Geometry, VolumeId};
 use tidemark_disk::durable;
 use tidemark_proto::{Reason, RpcError};
 
-use super::{Registry, local, mark_in, remove_record, unmark, volumes_dir};
+use super::{
+    Registry, choose::first_that_fits, local, mark_in, remove_record, remove_state, unmark,
+    volumes_dir,
+};
 use crate::{
-    config::Config,
+    config::{Config, EngineSetting},
     engine::{FileKey, file_key},
     uplink::{blocking, random_id},
     volume::{Ready, Volume, VolumeRecord},
@@ -31,6 +34,8 @@ pub(crate) struct AddVolume {
     /// None: the file's own.
     pub(crate) length: Option<u64>,
     pub(crate) block_size: BlockSize,
+    /// None: as configured.
+    pub(crate) engine: Option<EngineSetting>,
 }
 
 /// A name that can be an export, a file and a word on a command line.
@@ -165,24 +170,36 @@ impl AddVolume {
     fn perform(self, config: &Config, others: &[(String, PathBuf)]) -> Result<Made, RpcError> {
         let Found { geometry, created } = self.find_or_create()?;
         let id = VolumeId::from_bytes(random_id());
-        let record = VolumeRecord {
-            id,
-            name: self.name.clone(),
-            file: self.file.clone(),
-            geometry,
-        };
         let dir = volumes_dir(&config.state).join(id.to_string());
         let file = created.then_some(self.file.clone());
-        let made =
-            check_overlap(&self.file, others).and_then(|()| make_state(&record, &dir, config));
+        let setting = self.engine.unwrap_or(config.engine);
+        let made = check_overlap(&self.file, others).and_then(|()| {
+            first_that_fits(setting, config, &self.file, |(engine, why)| {
+                let record = VolumeRecord {
+                    id,
+                    name: self.name.clone(),
+                    file: self.file.clone(),
+                    geometry,
+                    engine,
+                    engine_why: why.to_owned(),
+                };
+                match make_state(&record, &dir, config) {
+                    Ok(ready) => Ok((record, ready)),
+                    Err(error) => {
+                        undo(&dir, id, None);
+                        Err(error)
+                    }
+                }
+            })
+        });
         match made {
-            Ok(ready) => Ok(Made {
+            Ok((record, ready)) => Ok(Made {
                 volume: Volume::failed(record, dir, "it is being added"),
                 ready,
                 file,
             }),
             Err(error) => {
-                undo(&dir, file.as_deref());
+                undo(&dir, id, file.as_deref());
                 Err(error)
             }
         }
@@ -190,9 +207,9 @@ impl AddVolume {
 }
 
 /// Removes what an addition made that failed. The record goes first: what is left without it the next start removes.
-fn undo(dir: &Path, file: Option<&Path>) {
+fn undo(dir: &Path, id: VolumeId, file: Option<&Path>) {
     let removed = remove_record(dir)
-        .and_then(|()| durable::remove_dir(dir))
+        .and_then(|()| remove_state(dir, id))
         .and_then(|()| file.map_or(Ok(()), durable::remove_file));
     if let Err(error) = removed {
         tracing::warn!(%error, path = %dir.display(), "remove what is left of a volume that was not added");
@@ -269,9 +286,9 @@ impl Registry {
         let volume = Arc::new(volume);
         let served = volume.serve(ready, &self.shared).await;
         if let Err(error) = served {
-            let dir = volume.dir.clone();
+            let (dir, id) = (volume.dir.clone(), volume.record.id);
             let undone = blocking(move || {
-                undo(&dir, file.as_deref());
+                undo(&dir, id, file.as_deref());
                 Ok(())
             });
             undone.await.map_err(|e| local(&e))?;
@@ -282,7 +299,8 @@ impl Registry {
             .insert(volume.record.id, Arc::clone(&volume));
         tracing::info!(
             volume = %volume.record.name, id = %volume.record.id, file = %volume.record.file.display(),
-            geometry = %volume.record.geometry, "added"
+            geometry = %volume.record.geometry, engine = %volume.record.engine, why = volume.record.engine_why,
+            "added"
         );
         Ok(volume)
     }
@@ -300,6 +318,7 @@ mod tests {
         let config = Config {
             state: dir.path().join("state"),
             vault: "http://127.0.0.1:1".to_owned(),
+            engine: EngineSetting::Intercept,
             ..Config::default()
         };
         let (_stop, stopping) = watch::channel(false);
@@ -309,6 +328,7 @@ mod tests {
             file: dir.path().join(name),
             length: Some(8192),
             block_size: BlockSize::MIN,
+            engine: None,
         };
         registry.add(add("first")).await.unwrap();
         let served = tidemark_export::Exports::find(&**registry.exports(), "first").unwrap();

@@ -7,11 +7,11 @@ use tidemark_proto::{Reason, RpcError};
 
 use super::{Registry, local};
 use crate::{
-    engine::SnapshotId,
+    engine::{SnapshotId, intercept::Intercept},
     front::FrontEnds,
     rollback::{self, Plan, RollbackError},
     uplink::{blocking, shutting_down},
-    volume::{Serving, Volume},
+    volume::Volume,
 };
 
 impl Registry {
@@ -30,12 +30,16 @@ impl Registry {
         let _change = self.change.lock().await;
         let volume = self.find(text)?;
         let serving = volume.need()?;
+        let engine = serving
+            .engine
+            .intercept()
+            .ok_or_else(|| not_ours(&volume))?;
         // Nobody is disconnected for a snapshot that isn't there.
-        let engine = Arc::clone(&serving.engine);
-        let found = blocking(move || Ok(engine.open_snapshot(snapshot).map(drop)?));
+        let found = Arc::clone(engine);
+        let found = blocking(move || Ok(found.open_snapshot(snapshot).map(drop)?));
         found.await.map_err(|error| local(&error))?;
         self.unexport(&serving, force, fronts).await?;
-        let done = self.roll_back(&volume, &serving, snapshot, told).await;
+        let done = self.roll_back(&volume, engine, snapshot, told).await;
         if done.is_err() && rollback::is_decided(&volume.dir) {
             // It goes on when the volume is opened again. Until then nobody may see it.
             let problem =
@@ -53,12 +57,12 @@ impl Registry {
     async fn roll_back(
         &self,
         volume: &Arc<Volume>,
-        serving: &Arc<Serving>,
+        engine: &Arc<Intercept>,
         snapshot: SnapshotId,
         mut told: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<Option<Plan>> {
         let (engine, volume, stop) = (
-            Arc::clone(&serving.engine),
+            Arc::clone(engine),
             Arc::clone(volume),
             self.shared.stop.clone(),
         );
@@ -77,6 +81,19 @@ impl Registry {
         })
         .await
     }
+}
+
+/// Whoever writes the file itself isn't known here: blocks must not change beneath them.
+fn not_ours(volume: &Volume) -> RpcError {
+    let name = &volume.record.name;
+    RpcError::new(
+        Reason::EngineUnsupported,
+        format!("volume {name} is written by its workload itself, not through this service"),
+        format!(
+            "stop the workload, then write the snapshot over the file: `tidemark snapshot read {name} SNAPSHOT --output \
+             FILE` gives its content"
+        ),
+    )
 }
 
 fn explained(error: &anyhow::Error) -> RpcError {

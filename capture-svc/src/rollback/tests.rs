@@ -4,7 +4,7 @@ use tempfile::TempDir;
 use tidemark_block::{BlockSize, Extent, Geometry};
 
 use super::*;
-use crate::engine::{EngineError, EngineOptions};
+use crate::engine::{EngineError, EngineOptions, intercept::Intercept as Engine};
 
 const BLOCK: u64 = 4096;
 const BLOCK_LEN: usize = 4096;

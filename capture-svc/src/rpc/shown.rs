@@ -1,6 +1,6 @@
 //! Volumes and uplinks as the interface shows them.
 
-use std::sync::atomic::Ordering;
+use std::{sync::atomic::Ordering, time::Duration};
 
 use tidemark_proto::{
     capture::v1::{self as pb, UplinkState as PbState, VolumeState},
@@ -9,6 +9,7 @@ use tidemark_proto::{
 
 use super::CaptureService;
 use crate::{
+    engine::EngineStats,
     uplink::{UplinkState, UplinkStatus},
     volume::{Serving, Volume},
 };
@@ -34,7 +35,8 @@ impl CaptureService {
             name: record.name.clone(),
             file: record.file.display().to_string(),
             geometry: Some(record.geometry.into()),
-            engine: "intercept".to_owned(),
+            engine: record.engine.to_string(),
+            engine_why: record.engine_why.clone(),
             group: self
                 .registry
                 .config()
@@ -66,6 +68,12 @@ impl CaptureService {
         } else {
             (VolumeState::Serving, String::new())
         };
+        let (nbd_uris, fuse_path) = if serving.is_exported() {
+            let name = &shown.name;
+            (self.fronts.nbd_uris(name), self.fronts.fuse_path(name))
+        } else {
+            (Vec::new(), String::new())
+        };
         let counts = serving.scrub.counts();
         pb::Volume {
             state: state.into(),
@@ -77,8 +85,14 @@ impl CaptureService {
             snapshots: u32::try_from(stats.snapshots).unwrap_or(u32::MAX),
             spool_bytes_used: stats.spool_used,
             spool_bytes_max: stats.spool_max,
-            nbd_uris: self.fronts.nbd_uris(&shown.name),
-            fuse_path: self.fronts.fuse_path(&shown.name),
+            nbd_uris,
+            fuse_path,
+            warning: match serving.engine.intercept() {
+                Some(_) => String::new(),
+                None => stall_warning(self.registry.config().cut_stall_max.get(), &stats),
+            },
+            cut_stall_us: u64::try_from(stats.last_flip.as_micros()).unwrap_or(u64::MAX),
+            extents: stats.extents,
             uplink: Some(uplink(&status)),
             scrub: Some(pb::Scrub {
                 passes: counts.passes.load(Ordering::Relaxed),
@@ -90,6 +104,25 @@ impl CaptureService {
             ..shown
         }
     }
+}
+
+/// What is to be done about cuts that hold writers up for longer than `most`; nothing where it is zero.
+fn stall_warning(most: Duration, stats: &EngineStats) -> String {
+    if most.is_zero() || stats.last_flip <= most {
+        return String::new();
+    }
+    format!(
+        "the last cut held writers up for {}, longer than cut_stall_max ({}), because the file has {} extents: copy it to a \
+         new file (cp --reflink=never) with an extent-size hint, or use the engine intercept",
+        seconds(stats.last_flip),
+        seconds(most),
+        stats.extents
+    )
+}
+
+/// A time as people read it.
+fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
 }
 
 /// An uplink, as it is shown.
@@ -110,5 +143,23 @@ pub(super) fn uplink(status: &UplinkStatus) -> pb::Uplink {
         blocks_done: status.blocks_done,
         bytes_sent: status.bytes_sent,
         last_receipt: status.last_receipt.clone().map(Into::into),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cuts_that_hold_writers_up_for_too_long_are_warned_of() {
+        let stats = EngineStats {
+            last_flip: Duration::from_millis(4200),
+            extents: 100_000,
+            ..EngineStats::default()
+        };
+        insta::assert_snapshot!(stall_warning(Duration::from_secs(1), &stats));
+        for most in [Duration::ZERO, stats.last_flip] {
+            assert_eq!(stall_warning(most, &stats), "");
+        }
     }
 }

@@ -45,8 +45,9 @@ impl Driver {
         loop {
             self.notice_requests();
             let now = self.now();
-            let hint = self.engine.changed_hint();
-            self.controller.on(now, IntervalEvent::Changed(hint));
+            if let Some(hint) = self.engine.changed_hint() {
+                self.controller.on(now, IntervalEvent::Changed(hint));
+            }
             let next_look = self.heed_schedule(now);
             let of_group = wanted.as_mut().and_then(|w| *w.borrow_and_update());
             if let Some(trigger) = self.controller.due(now).or(of_group) {
@@ -149,6 +150,7 @@ impl Driver {
             stop: self.stop.clone(),
             started: self.started.into_std(),
             last_cut_ms: self.record.last_cut_ms,
+            quiesce_timeout: self.settings.quiesce.time,
             has_base: self.record.base.get() > 0 && self.record.base_digest.is_some(),
         };
         if let Some(group) = &self.settings.group {

@@ -64,6 +64,17 @@ pub(super) fn last_term(record: &UplinkRecord) -> WriterTerm {
     }
 }
 
+/// Forgets which epoch was committed last, for an engine that may count from the beginning: an epoch that comes again must
+/// not be taken for it. What was committed and not released yet is compared once more.
+pub(crate) fn forget_epochs(dir: &Path, volume: VolumeId) -> Result<()> {
+    let path = record_path(dir);
+    let mut record = UplinkRecord::load(&path, volume)
+        .and_then(|record| record.with_context(|| format!("{} is missing", path.display())))
+        .map_err(|error| anyhow::anyhow!("{error:#}: {ADD_AGAIN}"))?;
+    record.committed_epoch = Epoch::ZERO;
+    record.store(&path)
+}
+
 impl Opened {
     /// Makes what a new volume starts from. Blocks.
     pub(crate) fn create(dir: &Path, volume: VolumeId, engine: &Arc<Engine>) -> Result<Self> {

@@ -10,16 +10,23 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use capture_core::coherence::{Effect, Event, Graded, Limits, Search, Seen, Why};
 use futures::future::select_all;
-use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::{
+    sync::{Mutex, OwnedMutexGuard, watch},
+    task::JoinHandle,
+};
 
-use super::{now_ms, ship::stopped};
+use super::{blocking, now_ms, ship::stopped};
 use crate::{
-    engine::{Engine, EngineError, IntervalCut, Sample, group},
+    engine::{
+        Engine, EngineError, IntervalCut,
+        group::{self, GroupError},
+        intercept::Sample,
+    },
     quiesce::{Answer, Hints, Quiesce},
 };
 
@@ -37,13 +44,15 @@ pub(super) struct Member {
     /// No later than the time of any of its writes.
     pub(super) started: Instant,
     pub(super) last_cut_ms: u64,
+    /// The longest that whoever freezes it may have to hold still for the cut itself.
+    pub(super) quiesce_timeout: Duration,
     /// The vault has its base, and the digest is known: where nothing has changed no cut is needed.
     pub(super) has_base: bool,
 }
 
 impl Member {
     fn is_unchanged(&self) -> bool {
-        self.has_base && self.engine.changed_hint() == 0
+        self.has_base && self.engine.changed_hint() == Some(0)
     }
 }
 
@@ -182,7 +191,17 @@ impl Searching {
             return unchanged;
         }
         let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
-        let begun = tokio::task::spawn_blocking(move || begin(&engines)).await;
+        let mut cutting = tokio::task::spawn_blocking(move || group::begin_intervals(&engines));
+        let limits = self.members.iter().map(|member| member.quiesce_timeout);
+        let begun = match limits.min() {
+            Some(limit) if !self.parties.is_empty() => {
+                match tokio::time::timeout(limit, &mut cutting).await {
+                    Ok(begun) => begun,
+                    Err(_) => return self.cut_too_late(search, cutting, limit).await,
+                }
+            }
+            _ => cutting.await,
+        };
         let (error, event) = match begun {
             Ok(Ok(cuts)) => {
                 // Whoever went away before the cut was made may not have held still.
@@ -208,19 +227,60 @@ impl Searching {
                 }
                 ("a cut without a grade".to_owned(), Event::CutFailed)
             }
-            Ok(Err((_, EngineError::Closed))) => {
+            Ok(Err(GroupError {
+                error: EngineError::Closed,
+                ..
+            })) => {
                 self.end(&mut search, Event::Abandoned);
                 return Ended::Stopped;
             }
-            Ok(Err((index, error))) if self.members.len() > 1 => {
-                let name = &self.members[index].name;
-                (format!("volume {name}: {error}"), Event::CutFailed)
-            }
-            Ok(Err((_, error))) => (error.to_string(), Event::CutFailed),
+            Ok(Err(error)) => (self.told(&error), Event::CutFailed),
             Err(error) => (error.to_string(), Event::CutFailed),
         };
         self.end(&mut search, event);
         Ended::Failed(error)
+    }
+
+    /// A cut takes too long while the workload holds still. Everyone is let go on first: that may be what it waits for.
+    async fn cut_too_late(
+        &mut self,
+        mut search: Search,
+        cutting: JoinHandle<Result<Vec<(IntervalCut, Option<Sample>)>, GroupError>>,
+        limit: Duration,
+    ) -> Ended {
+        self.end(&mut search, Event::CutFailed);
+        let cuts = match cutting.await {
+            Ok(Ok(cuts)) => cuts,
+            Ok(Err(GroupError {
+                error: EngineError::Closed,
+                ..
+            })) => return Ended::Stopped,
+            Ok(Err(error)) => return Ended::Failed(self.told(&error)),
+            Err(error) => return Ended::Failed(error.to_string()),
+        };
+        let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
+        let given_up = blocking(move || {
+            drop(cuts);
+            for engine in engines {
+                engine.give_up_interval()?;
+            }
+            Ok(())
+        });
+        if let Err(error) = given_up.await {
+            tracing::warn!(error = %format!("{error:#}"), "give up the interval");
+        }
+        Ended::Failed(format!(
+            "the workload was let go on before the cut was made, which took longer than quiesce_timeout ({limit:?}): \
+             freeze what is in the volume, never the filesystem that the volume file lies on, or raise quiesce_timeout"
+        ))
+    }
+
+    /// What a cut failed with, and which volume where there are several.
+    fn told(&self, failed: &GroupError) -> String {
+        match &self.members[..] {
+            [_] => failed.to_string(),
+            members => format!("volume {}: {failed}", members[failed.index].name),
+        }
     }
 
     fn set_cutting(&self, cutting: bool) {
@@ -244,8 +304,9 @@ impl Searching {
         self.sum(self.members.iter().map(|member| member.engine.activity()))
     }
 
-    fn sum(&self, samples: impl Iterator<Item = Sample>) -> Seen {
-        let each = samples.map(|sample| sample.since(self.origin));
+    fn sum(&self, samples: impl Iterator<Item = Option<Sample>>) -> Seen {
+        let each =
+            samples.map(|sample| sample.map_or(Seen::NOTHING, |sample| sample.since(self.origin)));
         each.reduce(Seen::and).unwrap_or_default()
     }
 
@@ -318,13 +379,4 @@ fn of_answer(party: usize, answer: Answer) -> Event {
         Ok(()) => Event::Frozen(party),
         Err(failure) => Event::Failed(party, failure),
     }
-}
-
-/// Cuts them. The error names the position of the one that refused.
-fn begin(engines: &[Arc<Engine>]) -> Result<Vec<(IntervalCut, Sample)>, (usize, EngineError)> {
-    if let [engine] = engines {
-        let begun = engine.begin_observed_interval();
-        return begun.map(|cut| vec![cut]).map_err(|error| (0, error));
-    }
-    group::begin_intervals(engines).map_err(|error| (error.index, error.error))
 }

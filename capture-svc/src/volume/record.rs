@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use capture_core::kind::EngineKind;
 use tidemark_block::{
     BlockSize, Geometry, VolumeId,
     wire::{Reader, WireError},
@@ -17,7 +18,9 @@ use tidemark_block::{
 use tidemark_disk::record;
 
 const MAGIC: [u8; 8] = *b"TMVOLUME";
-const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 2;
+/// The longest text of why the volume has its engine, in bytes.
+const WHY_BYTES_MAX: usize = 1024;
 
 /// What is recorded of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +29,9 @@ pub(crate) struct VolumeRecord {
     pub(crate) name: String,
     pub(crate) file: PathBuf,
     pub(crate) geometry: Geometry,
+    pub(crate) engine: EngineKind,
+    /// Why that one.
+    pub(crate) engine_why: String,
 }
 
 impl VolumeRecord {
@@ -38,10 +44,11 @@ impl VolumeRecord {
     pub(crate) fn load(dir: &Path) -> Result<Option<Self>> {
         let path = Self::path_in(dir);
         let what = || format!("read the volume record {}", path.display());
-        let Some((_, payload)) = record::read(&path, MAGIC, VERSION).with_context(what)? else {
+        let Some((version, payload)) = record::read(&path, MAGIC, VERSION).with_context(what)?
+        else {
             return Ok(None);
         };
-        Self::decode(&payload).with_context(what).map(Some)
+        Self::decode(version, &payload).with_context(what).map(Some)
     }
 
     /// Makes it durable.
@@ -62,10 +69,18 @@ impl VolumeRecord {
         let file = self.file.as_os_str().as_bytes();
         out.extend_from_slice(&u32::try_from(file.len()).unwrap_or(u32::MAX).to_le_bytes());
         out.extend_from_slice(file);
+        out.push(match self.engine {
+            EngineKind::Intercept => 1,
+            EngineKind::Reflink => 2,
+        });
+        let why = self.engine_why.floor_char_boundary(WHY_BYTES_MAX);
+        let why = &self.engine_why.as_bytes()[..why];
+        out.extend_from_slice(&u16::try_from(why.len()).unwrap_or(u16::MAX).to_le_bytes());
+        out.extend_from_slice(why);
         out
     }
 
-    pub(crate) fn decode(payload: &[u8]) -> Result<Self, WireError> {
+    pub(crate) fn decode(version: u16, payload: &[u8]) -> Result<Self, WireError> {
         let mut r = Reader::new(payload);
         let id = VolumeId::from_bytes(r.array()?);
         let length = r.u64()?;
@@ -77,12 +92,30 @@ impl VolumeRecord {
             .to_owned();
         let file_len = usize::try_from(r.u32()?).map_err(|_| WireError::Range("path"))?;
         let file = OsString::from_vec(r.bytes(file_len)?.to_vec()).into();
+        let (engine, engine_why) = if version < 2 {
+            (EngineKind::Intercept, String::new())
+        } else {
+            let engine = match r.u8()? {
+                1 => EngineKind::Intercept,
+                2 => EngineKind::Reflink,
+                _ => return Err(WireError::Range("engine")),
+            };
+            let why_len = usize::from(r.u16()?);
+            if why_len > WHY_BYTES_MAX {
+                return Err(WireError::Range("reason of the engine"));
+            }
+            let why = std::str::from_utf8(r.bytes(why_len)?)
+                .map_err(|_| WireError::Range("reason of the engine"))?;
+            (engine, why.to_owned())
+        };
         r.end()?;
         Ok(Self {
             id,
             name,
             file,
             geometry,
+            engine,
+            engine_why,
         })
     }
 }
@@ -99,6 +132,8 @@ mod tests {
             name: "data".into(),
             file: OsString::from_vec(b"/volumes/d\xffta.img".to_vec()).into(),
             geometry: Geometry::new(8 << 30, BlockSize::MIN).unwrap(),
+            engine: EngineKind::Reflink,
+            engine_why: "it was asked for".into(),
         }
     }
 
@@ -131,7 +166,7 @@ mod tests {
     }
 
     #[test]
-    fn the_encoding_stays_what_version_1_wrote() {
+    fn the_encoding_stays_what_version_2_wrote() {
         let hex: String = record()
             .encode()
             .iter()
@@ -141,20 +176,44 @@ mod tests {
     }
 
     #[test]
+    fn a_record_of_version_1_is_that_of_an_intercepted_volume() {
+        let bytes = record().encode();
+        // The fields that version 1 had.
+        let old = &bytes[..bytes.len() - 3 - record().engine_why.len()];
+        let read = VolumeRecord::decode(1, old).unwrap();
+        let expected = VolumeRecord {
+            engine: EngineKind::Intercept,
+            engine_why: String::new(),
+            ..record()
+        };
+        assert_eq!(read, expected);
+        VolumeRecord::decode(2, old).unwrap_err();
+        let mut unknown = bytes.clone();
+        unknown[old.len()] = 9;
+        VolumeRecord::decode(2, &unknown).unwrap_err();
+    }
+
+    #[test]
     fn the_page_of_formats_has_these_lengths() {
         let page = include_str!("../../../docs/FORMAT.md");
-        let named = record().name.len() + 4 + record().file.as_os_str().len();
+        let texts = [
+            record().name.len(),
+            record().file.as_os_str().len(),
+            record().engine_why.len(),
+        ];
+        let named = texts.iter().sum::<usize>() + 4 + 3;
         let mark = format!(
             "<!-- table: volume record, total {} -->",
             record().encode().len() - named
         );
-        assert!(page.contains(&mark) && page.contains("magic `TMVOLUME`, version 1"));
+        assert!(page.contains(&mark) && page.contains("magic `TMVOLUME`, version 2"));
     }
 
     proptest! {
         #[test]
         fn no_payload_makes_reading_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
-            let _ = VolumeRecord::decode(&bytes);
+            let _ = VolumeRecord::decode(1, &bytes);
+            let _ = VolumeRecord::decode(2, &bytes);
         }
     }
 }

@@ -189,6 +189,7 @@ async fn an_unknown_volume_is_named_in_every_call() {
         client
             .readopt_volume(pb::ReadoptVolumeRequest {
                 volume: volume.clone(),
+                engine: String::new(),
             })
             .await
             .unwrap_err(),
@@ -257,6 +258,7 @@ async fn a_state_directory_has_one_service_and_a_file_one_owner() {
         file: rig.path("data.img").display().to_string(),
         length: 0,
         block_size: 0,
+        engine: "intercept".into(),
     };
     let error = RpcError::from(client.add_volume(request).await.unwrap_err());
     assert_eq!(error.reason, Reason::VolumeFileInUse, "{error}");
@@ -347,6 +349,7 @@ async fn a_spoilt_volume_stops_no_other_and_recovers_by_itself() {
 async fn readopt(rig: &Rig, name: &str) -> Result<pb::Volume, RpcError> {
     let request = pb::ReadoptVolumeRequest {
         volume: name.to_owned(),
+        engine: String::new(),
     };
     let answer = rig.client().await.readopt_volume(request).await;
     answer

@@ -196,6 +196,7 @@ async fn problem_of(rig: &Rig, name: &str) -> String {
 async fn readopt(rig: &Rig) -> Result<(), RpcError> {
     let request = pb::ReadoptVolumeRequest {
         volume: "data".to_owned(),
+        engine: String::new(),
     };
     let answer = rig.client().await.readopt_volume(request).await;
     answer.map(drop).map_err(RpcError::from)

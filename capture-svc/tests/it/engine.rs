@@ -9,7 +9,10 @@ use std::{
     sync::Arc,
 };
 
-use capture_svc::engine::{Engine, EngineError, EngineOptions, SnapshotReader, Trust};
+use capture_svc::engine::{
+    EngineError, EngineOptions, Trust,
+    intercept::{Intercept as Engine, SnapshotReader},
+};
 use tempfile::TempDir;
 use tidemark_block::{BlockIndex, BlockSet, BlockSize, Extent, Geometry, VolumeId};
 use tidemark_export::{BlockDevice, Durability, ZeroFlags};

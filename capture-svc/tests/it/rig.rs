@@ -156,7 +156,14 @@ impl Rig {
     }
 
     pub(crate) async fn start_capture(&mut self) {
-        self.capture = Some(capture_svc::start(self.config.clone()).await.unwrap());
+        // Connections of the last one, in this same process, may hold its state for a moment longer.
+        let started = eventually("the state is let go of", || async {
+            match capture_svc::start(self.config.clone()).await {
+                Err(error) if format!("{error:#}").contains("is in use by another process") => None,
+                started => Some(started),
+            }
+        });
+        self.capture = Some(started.await.unwrap());
     }
 
     pub(crate) async fn restart_vault(&mut self) {
@@ -196,6 +203,7 @@ impl Rig {
             file: file.display().to_string(),
             length,
             block_size,
+            ..pb::AddVolumeRequest::default()
         };
         let answer = self.client().await.add_volume(request).await;
         answer

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::parse;
 
@@ -131,17 +131,43 @@ pub struct UpArgs {
     pub log: String,
 }
 
+/// How a volume's changes are tracked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Engine {
+    /// What fits: intercept where volumes are served by NBD or FUSE, else reflink
+    Auto,
+    /// All writes come through NBD or FUSE
+    Intercept,
+    /// The workload writes the file itself, on XFS or btrfs: cuts are clones of it
+    Reflink,
+}
+
+impl Engine {
+    /// As requests name it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Intercept => "intercept",
+            Self::Reflink => "reflink",
+        }
+    }
+}
+
 /// `tidemark volume …`.
 #[derive(Debug, Subcommand)]
 pub enum VolumeCommand {
     /// Protect a file: serve it by NBD, track its changes, ship them
     #[command(after_help = "\
 A file that does not exist is created, sparse, with the length of --size. One that exists is adopted as it is;
---size may then be left out. From then on write to it only through the NBD export, which has the volume's name.
+--size may then be left out. With the engine intercept write to it only through the NBD export, which has the volume's
+name, or its file of the mounted directory, from then on. With the engine reflink, on XFS or btrfs, go on writing to the
+file itself.
 
 Examples:
   tidemark volume add data --file /srv/data.img --size 8GiB
-  tidemark volume add disk0 --file disk0.img --block-size 64KiB")]
+  tidemark volume add disk0 --file disk0.img --block-size 64KiB
+  tidemark volume add db --file /xfs/db.img --engine reflink")]
     Add {
         /// 1 to 63 of a-z 0-9 . _ - and the first a letter or digit
         name: String,
@@ -154,6 +180,9 @@ Examples:
         /// Unit of tracking: a power of two from 4KiB to 64KiB
         #[arg(long, value_name = "SIZE", default_value = "4KiB", value_parser = parse::size)]
         block_size: u64,
+        /// How changes are tracked [default: as the capture service is configured]
+        #[arg(long, value_enum)]
+        engine: Option<Engine>,
     },
     /// List the volumes of the capture service
     List,
@@ -176,13 +205,18 @@ For a volume whose file is not the recorded one any more: restored, or copied ba
 until this says that the file is meant. Nothing is sent but blocks that differ from the newest generation. The
 snapshots of the file that was there before are gone.
 
-A volume that is served goes on and keeps its snapshots; only every block is compared once more.
+A volume that is served goes on and keeps its snapshots; only every block is compared once more. With --engine it is
+closed and opened with that engine: clients must be disconnected, and its snapshots are gone.
 
-Example:
-  tidemark volume readopt data")]
+Examples:
+  tidemark volume readopt data
+  tidemark volume readopt data --engine reflink")]
     Readopt {
         /// Name or UUID
         volume: String,
+        /// Give the volume another engine: its snapshots are gone then
+        #[arg(long, value_enum)]
+        engine: Option<Engine>,
     },
 }
 

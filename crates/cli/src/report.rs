@@ -50,12 +50,16 @@ pub struct Volume {
     pub size: u64,
     /// Bytes.
     pub block_size: u32,
-    /// How changes are tracked.
+    /// How changes are tracked: `intercept` or `reflink`.
     pub engine: String,
+    /// Why so; empty where that was not recorded.
+    pub engine_why: String,
     /// `serving` or `failed`.
     pub state: &'static str,
     /// Why it does not serve, and what to do; empty where it does.
     pub problem: String,
+    /// What needs attention though it serves, and what to do; empty where nothing does.
+    pub warning: String,
     /// The open epoch.
     pub epoch: u64,
     /// Blocks written since the last cut, and those in doubt.
@@ -76,6 +80,10 @@ pub struct Volume {
     pub fuse_path: String,
     /// The group with which it is cut at one instant; empty where it is cut by itself.
     pub group: String,
+    /// For how long the last cut held writers up, in microseconds; 0 before the first.
+    pub cut_stall_us: u64,
+    /// Extents of the volume file at the last cut, where a cut's cost grows with them; else 0.
+    pub extents: u64,
     /// NBD clients and open files, now.
     pub clients: u32,
     /// The shipping.
@@ -421,6 +429,10 @@ impl Volume {
             size,
             block_size,
             engine: v.engine,
+            engine_why: v.engine_why,
+            warning: v.warning,
+            cut_stall_us: v.cut_stall_us,
+            extents: v.extents,
             state,
             problem: v.problem,
             epoch: v.epoch,

@@ -10,6 +10,7 @@ mod fuse;
 mod image;
 mod interval;
 mod nbd;
+mod reflink;
 mod report;
 mod services;
 
@@ -27,6 +28,8 @@ enum Section {
     Cut,
     /// An interval of scattered changes, trigger to receipt, against write + fsync of the same bytes
     Interval,
+    /// An interval of a file that its workload writes itself, on XFS and btrfs
+    Reflink,
     /// NBD with tracking, against nbdkit's file plugin
     Nbd,
     /// A filesystem on a loop device on a FUSE file, against qemu-storage-daemon and nbdfuse; needs root
@@ -87,6 +90,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Interval) {
         interval::run(dir.path(), &args, &mut report)?;
+    }
+    if wanted(Section::Reflink) {
+        reflink::run(dir.path(), &args, &mut report)?;
     }
     if wanted(Section::Nbd) {
         nbd::run(dir.path(), &args, &mut report)?;

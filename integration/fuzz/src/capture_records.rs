@@ -13,6 +13,7 @@ use capture_core::{
         },
         trust::{judge, replaced},
     },
+    reflink::state::{REFLINK_MAGIC, State},
     rollback::{self, Plan},
 };
 use tidemark_block::{BlockSize, Geometry, VolumeId, wire, xxh3_128};
@@ -37,6 +38,19 @@ fn identity(mut input: Input<'_>) {
         assert!(!sealed || identity.old || identity.encode() == bytes);
         assert_eq!(replaced(&identity.file, &identity.file), None);
         let _judged = judge(&identity, &identity.file, &identity.state);
+    }
+}
+
+/// The record of a volume's clones.
+fn clones(mut input: Input<'_>) {
+    let (sealed, bytes) = raw_or_sealed(&mut input, REFLINK_MAGIC);
+    if let Ok(state) = bounded(room(&bytes), || State::decode(&bytes)) {
+        assert!(!sealed || state.encode() == bytes);
+        assert!(state.clones().all(|clone| state.names(clone.cut)));
+        let mut left = state.clone();
+        let lost = left.missing(|_| false);
+        assert_eq!(lost.len(), state.clones().count());
+        assert_eq!(left.clones().count(), 0);
     }
 }
 
@@ -177,8 +191,10 @@ fn rollback(mut input: Input<'_>) {
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
     let kind = input.u8();
-    if kind == u8::MAX {
-        return rollback(input);
+    match kind {
+        255 => return rollback(input),
+        254 => return clones(input),
+        _ => {}
     }
     match kind % 6 {
         0 => identity(input),

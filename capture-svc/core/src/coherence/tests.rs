@@ -27,6 +27,7 @@ const fn written(begun: u64, last: u64, flushed: bool) -> Seen {
         in_flight: false,
         flushed,
         last_write: Some(ms(last)),
+        unseen: false,
     }
 }
 
@@ -36,6 +37,7 @@ const fn writing(begun: u64) -> Seen {
         in_flight: true,
         flushed: false,
         last_write: Some(ms(0)),
+        unseen: false,
     }
 }
 
@@ -166,6 +168,31 @@ fn no_wait_at_all_still_tells_what_was_there() {
         assert_eq!(found, coherence);
         assert!(text.ends_with(reason), "{text}");
     }
+}
+
+#[test]
+fn where_writes_are_not_seen_a_cut_is_made_at_once_and_only_whoever_holds_still_makes_it_better() {
+    let unseen = Seen::NOTHING;
+    let (mut search, effects) = Search::begin(ms(1000), unseen, LIMITS, Vec::new());
+    assert_eq!(effects, [Effect::Cut]);
+    let effects = search.on(ms(1001), unseen, Event::CutMade);
+    let nobody = "no agent or command quiesces the workload; the engine does not see writes";
+    assert_eq!(graded(&effects), (Coherence::Crash, nobody.to_owned()));
+
+    let parties = vec![party("agent db")];
+    let (mut search, _) = Search::begin(ms(1000), unseen, LIMITS, parties.clone());
+    assert_eq!(search.on(ms(1100), unseen, Event::Frozen(0)), [Effect::Cut]);
+    let effects = search.on(ms(1200), unseen, Event::CutMade);
+    assert_eq!(graded(&effects), (Coherence::Quiesced, String::new()));
+
+    let (mut search, _) = Search::begin(ms(1000), unseen, LIMITS, parties);
+    let frozen = search.on(ms(1100), unseen, Event::Frozen(0));
+    assert_eq!(frozen, [Effect::Cut]);
+    let gone = Event::Failed(0, Failure::Gone);
+    assert_eq!(search.on(ms(1150), unseen, gone), []);
+    let effects = search.on(ms(1200), unseen, Event::CutMade);
+    let gone = "agent db went away; the engine does not see writes";
+    assert_eq!(graded(&effects), (Coherence::Crash, gone.to_owned()));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use tidemark_proto::capture::v1::{
 };
 
 use crate::{
-    args::{Global, VolumeCommand},
+    args::{Engine, Global, VolumeCommand},
     failure::{Failure, Kind},
     format, output, report,
 };
@@ -20,6 +20,7 @@ pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), F
             file,
             size,
             block_size,
+            engine,
         } => {
             let request = AddVolumeRequest {
                 name,
@@ -33,6 +34,7 @@ pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), F
                         "use 4KiB, 8KiB, 16KiB, 32KiB or 64KiB",
                     )
                 })?,
+                engine: named(engine),
             };
             let volume = global.capture().await?.add_volume(request).await?;
             show(global, &report::Volume::new(volume.into_inner())?)
@@ -55,9 +57,12 @@ pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), F
                 &format!("{volume} is no longer protected; its file and its generations stay\n"),
             )
         }
-        VolumeCommand::Readopt { volume } => {
+        VolumeCommand::Readopt { volume, engine } => {
             let mut capture = global.capture().await?;
-            let request = ReadoptVolumeRequest { volume };
+            let request = ReadoptVolumeRequest {
+                volume,
+                engine: named(engine),
+            };
             let volume = capture.readopt_volume(request).await?;
             show(global, &report::Volume::new(volume.into_inner())?)
         }
@@ -113,8 +118,13 @@ fn table(volumes: &[report::Volume]) -> String {
         ],
         &rows,
     );
-    for v in volumes.iter().filter(|v| !v.problem.is_empty()) {
-        text.push_str(&format!("{}: {}\n", v.volume, v.problem));
+    for v in volumes {
+        for told in [&v.problem, &v.warning]
+            .into_iter()
+            .filter(|told| !told.is_empty())
+        {
+            text.push_str(&format!("{}: {told}\n", v.volume));
+        }
     }
     text
 }
@@ -137,13 +147,18 @@ fn describe(v: &report::Volume) -> String {
                 format::bytes(v.block_size.into())
             ),
         ),
-        ("engine", v.engine.clone()),
+        ("engine", engine(v)),
         ("state", v.state.to_owned()),
     ];
+    if !v.warning.is_empty() {
+        fields.push(("warning", v.warning.clone()));
+    }
     if !v.problem.is_empty() {
         fields.push(("problem", v.problem.clone()));
     }
-    fields.extend([("nbd", v.nbd_uris.join("  "))]);
+    if !v.nbd_uris.is_empty() || v.engine == "intercept" {
+        fields.push(("nbd", v.nbd_uris.join("  ")));
+    }
     if !v.fuse_path.is_empty() {
         fields.push(("path", v.fuse_path.clone()));
     }
@@ -173,6 +188,7 @@ fn describe(v: &report::Volume) -> String {
     fields.extend([
         ("recovery point", format::time(v.uplink.recovery_point)),
         ("last cut", last_cut(&v.uplink)),
+        ("cut stall", cut_stall(v)),
         (
             "source scrub",
             format!(
@@ -182,6 +198,34 @@ fn describe(v: &report::Volume) -> String {
         ),
     ]);
     format::fields(&fields)
+}
+
+/// How changes are tracked, and why so.
+fn engine(v: &report::Volume) -> String {
+    if v.engine_why.is_empty() {
+        v.engine.clone()
+    } else {
+        format!("{} ({})", v.engine, v.engine_why)
+    }
+}
+
+/// For how long the last cut held writers up.
+fn cut_stall(v: &report::Volume) -> String {
+    let millis = v.cut_stall_us / 1000;
+    let time = match v.cut_stall_us {
+        0 => return "-".to_owned(),
+        us if us < 10_000 => format!("{us} us"),
+        _ => format!("{millis} ms"),
+    };
+    match v.extents {
+        0 => time,
+        extents => format!("{time}, {extents} extents"),
+    }
+}
+
+/// The engine's name, as a request has it.
+fn named(engine: Option<Engine>) -> String {
+    engine.map_or_else(String::new, |engine| engine.as_str().to_owned())
 }
 
 /// How good the last cut was of which there is a receipt.
@@ -249,6 +293,8 @@ pub(super) mod tests {
                 block_size: 4096,
             }),
             engine: "intercept".into(),
+            engine_why: "auto: a front end, NBD or FUSE, is configured".into(),
+            cut_stall_us: 41,
             state: capture::VolumeState::Serving.into(),
             epoch: 12,
             changed_blocks: 345,
@@ -288,6 +334,22 @@ pub(super) mod tests {
         volume.problem = "the file is gone: put it back, then restart".into();
         assert!(describe(&volume).contains("problem:         the file is gone: put it back"));
         assert!(table(&[volume]).ends_with("data: the file is gone: put it back, then restart\n"));
+    }
+
+    #[test]
+    fn what_the_workload_writes_itself_has_no_nbd_address_and_shows_what_cuts_cost() {
+        let mut volume = example();
+        volume.engine = "reflink".into();
+        volume.engine_why = "it was asked for".into();
+        volume.nbd_uris.clear();
+        volume.fuse_path.clear();
+        volume.cut_stall_us = 4_200_000;
+        volume.extents = 100_000;
+        volume.warning = "the last cut held writers up for 4.2 s: copy it".into();
+        insta::assert_snapshot!(describe(&volume));
+        assert!(
+            table(&[volume]).ends_with("data: the last cut held writers up for 4.2 s: copy it\n")
+        );
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use capture_core::engine::{capture::View, read::SnapshotRead};
 use tidemark_block::{BlockCount, BlockSet, Epoch, Extent, Geometry};
 
-use super::{Engine, EngineError, volume_file};
+use super::{EngineError, Intercept, volume_file};
 
 /// Blocks that are read at a time: what one look at the index covers.
 const PIECE_BLOCKS: BlockCount = BlockCount::new(256);
@@ -16,7 +16,7 @@ pub struct SnapshotReader(Arc<Opened>);
 
 #[derive(Debug)]
 struct Opened {
-    engine: Arc<Engine>,
+    engine: Arc<Intercept>,
     view: Arc<View>,
 }
 
@@ -28,7 +28,7 @@ impl Drop for Opened {
 }
 
 impl SnapshotReader {
-    pub(super) fn new(engine: Arc<Engine>, view: Arc<View>) -> Self {
+    pub(super) fn new(engine: Arc<Intercept>, view: Arc<View>) -> Self {
         Self(Arc::new(Opened { engine, view }))
     }
 

@@ -42,6 +42,7 @@ impl Sample {
             in_flight: self.in_flight,
             flushed: self.flushed,
             last_write: Some(self.last_write.saturating_duration_since(origin)),
+            unseen: false,
         }
     }
 }

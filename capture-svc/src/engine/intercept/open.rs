@@ -21,7 +21,7 @@ use tidemark_disk::{
 };
 
 use super::{
-    Engine, EngineError, EngineOptions, Trust,
+    EngineError, EngineOptions, Intercept, Trust,
     files::{self, Files, REGION_LEN},
     seals, upgrade, volume_file,
 };
@@ -43,7 +43,8 @@ fn tuning(options: &EngineOptions, geometry: Geometry) -> Tuning {
     }
 }
 
-fn lock_state(dir: &Path) -> Result<FileLock, EngineError> {
+/// Takes a state directory for this process alone.
+pub(in super::super) fn lock_state(dir: &Path) -> Result<FileLock, EngineError> {
     FileLock::of_dir(dir).map_err(|error| match error {
         LockError::Owned { path, .. } => EngineError::StateLocked { path },
         LockError::Io { path, source } => {
@@ -63,7 +64,7 @@ pub(super) fn create(
     file: &Path,
     geometry: Geometry,
     options: EngineOptions,
-) -> Result<Engine, EngineError> {
+) -> Result<Intercept, EngineError> {
     durable::create_dir(dir).map_err(failed("create the state", dir))?;
     let state_lock = lock_state(dir)?;
     if dir.join("identity").exists() {
@@ -102,6 +103,12 @@ pub(super) fn create(
         options,
     )?;
     Ok(engine)
+}
+
+/// Removes the state, the identity first: what is left without it is none.
+pub(in super::super) fn remove_state(dir: &Path) -> io::Result<()> {
+    durable::remove_file(&dir.join("identity"))?;
+    files::remove_all(dir)
 }
 
 /// As what a volume file is taken.
@@ -170,7 +177,7 @@ pub(super) fn open(
     geometry: Geometry,
     options: EngineOptions,
     taken: Taken,
-) -> Result<(Engine, Trust), EngineError> {
+) -> Result<(Intercept, Trust), EngineError> {
     let (recorded, state_lock) = read_identity(dir, volume, geometry, taken)?;
     let (opened, volume_lock) = volume_file::open(file, geometry)?;
     let identity = volume_file::identity(&opened).map_err(failed("identify the volume", dir))?;
@@ -296,7 +303,7 @@ fn start(
     (file, (state_lock, volume_lock)): (FileIdentity, (FileLock, FileLock)),
     geometry: Geometry,
     options: EngineOptions,
-) -> Result<(Engine, Outcome), EngineError> {
+) -> Result<(Intercept, Outcome), EngineError> {
     let recovered = Capture::recover(files, volume, geometry, tuning, judgement, epoch_limit);
     let (capture, outcome) = recovered.map_err(|error| {
         EngineError::io(
@@ -305,7 +312,7 @@ fn start(
         )
     })?;
     let damage = capture.take_damage();
-    let engine = Engine {
+    let engine = Intercept {
         capture,
         damage,
         damaged: AtomicU64::new(0),
@@ -338,7 +345,7 @@ enum Left {
     Failed,
 }
 
-fn write_identity(engine: &Engine, file: FileIdentity, left: Left) -> Result<(), EngineError> {
+fn write_identity(engine: &Intercept, file: FileIdentity, left: Left) -> Result<(), EngineError> {
     let state =
         volume_file::place(&engine.dir).map_err(failed("identify the state", &engine.dir))?;
     let identity = Identity {
@@ -360,7 +367,7 @@ fn write_identity(engine: &Engine, file: FileIdentity, left: Left) -> Result<(),
 }
 
 /// Marks the state clean, after everything it stands for is durable. No request is in flight, the volume is synced.
-pub(super) fn mark_clean(engine: &Engine) -> Result<(), EngineError> {
+pub(super) fn mark_clean(engine: &Intercept) -> Result<(), EngineError> {
     let files = engine.capture.media();
     let synced = files
         .sync_state()

@@ -12,7 +12,7 @@ use capture_core::engine::{
 };
 use tidemark_export::{AllocationExtent, BlockDevice, Durability, ZeroFlags};
 
-use super::{Engine, SpoolPolicy, volume_file};
+use super::{Intercept, SpoolPolicy, volume_file};
 
 /// How long a waiting request trusts in being told.
 const WAIT_MAX: Duration = Duration::from_millis(10);
@@ -25,7 +25,7 @@ thread_local! {
 
 /// A request that has entered; leaving is not forgotten, whatever happens.
 struct Entered<'e> {
-    engine: &'e Engine,
+    engine: &'e Intercept,
     epoch: u64,
 }
 
@@ -44,7 +44,7 @@ fn refused(error: &CaptureError) -> io::Error {
     }
 }
 
-impl Engine {
+impl Intercept {
     fn in_range(&self, offset: u64, length: u64) -> io::Result<()> {
         if self.geometry().spans(offset, length) {
             Ok(())
@@ -142,7 +142,7 @@ impl Engine {
     }
 }
 
-impl Engine {
+impl Intercept {
     /// No room even for the record that would give up a cut: writers wait, as with a full spool that stalls.
     fn await_disk_space(&self) {
         if !self.disk_full_told.swap(true, SeqCst) {
@@ -161,7 +161,7 @@ fn is_no_space(error: MediaError) -> bool {
     matches!(error.0, libc::ENOSPC | libc::EDQUOT)
 }
 
-impl BlockDevice for Engine {
+impl BlockDevice for Intercept {
     fn length(&self) -> u64 {
         self.geometry().length()
     }

@@ -1,0 +1,584 @@
+//! The engine `reflink`: the workload writes the volume file itself, on a filesystem that clones files (XFS, btrfs).
+//!
+//! A cut is a clone of the file (`clones`); what changed is what the clones of two cuts differ in, by the filesystem's
+//! own map of them (`fiemap`, `capture_core::reflink::extents`), never by a look at the file itself: that changes
+//! meanwhile, and in part where it lies. A snapshot is a clone that is kept. Nothing has to be seen, so nothing can be
+//! missed while the service is down, and no crash loses more than the clone that was being made; no privilege is needed.
+//!
+//! A clone holds writers up for as long as it takes, which grows with the number of extents (XFS: 4.2 s at 100,000), not
+//! with their length. Each cut's cost is measured and shown.
+//!
+//! What is recorded is in `capture_core::reflink::state`, `docs/CRASH-RULES.md` has the order of steps.
+
+mod clones;
+mod fiemap;
+mod open;
+mod reader;
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use capture_core::{
+    engine::{records::LABEL_MAX, trust::Replacement},
+    reflink::{
+        extents::{self, Difference},
+        state::{Base, CloneFile, SnapshotClone, State},
+    },
+};
+use parking_lot::Mutex;
+use tidemark_block::{BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use tidemark_disk::{durable, lock::FileLock};
+
+pub use reader::CloneReader;
+
+use super::{
+    EngineError, EngineOptions, EngineStats, SnapshotId, SnapshotInfo, Trust, file_key, volume_file,
+};
+use clones::{CloneError, Clones, Made};
+use fiemap::FileRuns;
+
+pub(super) use open::{has_record, prepare, remove_state};
+
+/// Comparisons of two maps, before every block is taken for changed.
+const COMPARISONS_MAX: usize = 4;
+
+/// An open interval: what changed up to a cut, and the volume as it was at the cut.
+#[derive(Debug, Clone)]
+pub struct IntervalCut {
+    /// The last epoch that the interval covers.
+    pub epoch: Epoch,
+    /// The blocks that may differ from the base.
+    pub changed: Arc<BlockSet>,
+    /// Reads the volume as it was at the cut.
+    pub reader: CloneReader,
+}
+
+/// The engine of one volume. Every call blocks; none may be made on an async worker.
+#[derive(Debug)]
+pub struct Reflink {
+    volume: VolumeId,
+    geometry: Geometry,
+    /// The path of the volume file.
+    path: PathBuf,
+    source: File,
+    /// The path of the record.
+    record: PathBuf,
+    clones: Clones,
+    options: EngineOptions,
+    /// One cut after the other.
+    cutting: Mutex<()>,
+    now: Mutex<Now>,
+    closed: AtomicBool,
+    failed: AtomicBool,
+    _lock: FileLock,
+}
+
+/// What changes.
+#[derive(Debug)]
+struct Now {
+    /// As it was recorded last.
+    state: State,
+    interval: Option<IntervalCut>,
+    /// The base's clone, where there is one.
+    base: Option<CloneReader>,
+    stall: Duration,
+    extents: u64,
+}
+
+impl Reflink {
+    /// Makes the state of a new volume in `dir`, and opens it. The base is the all-zero image.
+    ///
+    /// # Errors
+    /// Where the file can't be cloned, takes too long to, or something isn't fit; nothing is left behind then.
+    pub fn create(
+        dir: &Path,
+        volume: VolumeId,
+        file: &Path,
+        geometry: Geometry,
+        options: EngineOptions,
+    ) -> Result<Arc<Self>, EngineError> {
+        open::create(dir, volume, file, geometry, options).map(Arc::new)
+    }
+
+    /// Opens a volume that was created before. Blocks that may have changed meanwhile need no tracking: the next clone
+    /// shows them.
+    ///
+    /// # Errors
+    /// Where the file or the directory isn't fit; nothing was changed then, and the call may be repeated.
+    pub fn open(
+        dir: &Path,
+        volume: VolumeId,
+        file: &Path,
+        geometry: Geometry,
+        options: EngineOptions,
+    ) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(dir, volume, file, geometry, options, false)?;
+        Ok((Arc::new(engine), trust))
+    }
+
+    /// As [`Self::open`], whatever file is found: it is the volume's from now on, and every block is in doubt.
+    ///
+    /// # Errors
+    /// As [`Self::open`], save for [`EngineError::VolumeReplaced`].
+    pub fn readopt(
+        dir: &Path,
+        volume: VolumeId,
+        file: &Path,
+        geometry: Geometry,
+        options: EngineOptions,
+    ) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(dir, volume, file, geometry, options, true)?;
+        Ok((Arc::new(engine), trust))
+    }
+
+    /// Refuses further work. Everything is durable already. Closing again does nothing.
+    pub fn close(&self) {
+        self.closed.store(true, SeqCst);
+        drop(self.cutting.lock());
+    }
+
+    fn check_open(&self) -> Result<(), EngineError> {
+        if self.closed.load(SeqCst) {
+            Err(EngineError::Closed)
+        } else if self.failed.load(SeqCst) {
+            Err(EngineError::Poisoned)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The volume's geometry.
+    #[must_use]
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// The open epoch.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        Epoch::new(self.now.lock().state.last_cut + 1)
+    }
+
+    /// Figures of this moment. Blocks that have changed since the last cut are not known.
+    #[must_use]
+    pub fn stats(&self) -> EngineStats {
+        let now = self.now.lock();
+        let open = now.interval.as_ref();
+        let open = open.map_or(0, |interval| interval.changed.len().get());
+        EngineStats {
+            changed_blocks: open + now.state.carry.len().get(),
+            snapshots: now.state.snapshots.len() as u64,
+            last_flip: now.stall,
+            extents: now.extents,
+            poisoned: self.failed.load(SeqCst),
+            ..EngineStats::default()
+        }
+    }
+
+    /// Whether the file at the path is the one that is open.
+    ///
+    /// # Errors
+    /// What the system says to a look at either.
+    pub fn has_open(&self, path: &Path) -> Result<bool, EngineError> {
+        use std::os::unix::fs::MetadataExt;
+        let open = self.source.metadata();
+        let open = open.map_err(|error| EngineError::io("look at the open volume file", error))?;
+        let found = file_key(path)?;
+        Ok((found.device, found.inode) == (open.dev(), open.ino()))
+    }
+
+    /// Puts blocks into the next interval, durably.
+    ///
+    /// # Errors
+    /// Where the record can't be written.
+    pub fn doubt(&self, blocks: &BlockSet) -> Result<(), EngineError> {
+        self.check_open()?;
+        let mut now = self.now.lock();
+        let mut state = now.state.clone();
+        state.carry.union_with(blocks);
+        self.store(&mut now, state)
+    }
+
+    /// Records what is so from now on.
+    fn store(&self, now: &mut Now, state: State) -> Result<(), EngineError> {
+        durable::write_file(&self.record, &state.encode())
+            .map_err(|error| EngineError::io(format!("write {}", self.record.display()), error))?;
+        now.state = state;
+        Ok(())
+    }
+
+    /// Cuts, and opens the interval of all blocks that may differ from the base.
+    ///
+    /// # Errors
+    /// [`EngineError::IntervalOpen`] where one is open; where the file can't be cloned nothing has changed.
+    pub fn begin_interval(&self) -> Result<IntervalCut, EngineError> {
+        let _cutting = self.cutting.lock();
+        self.check_open()?;
+        let base = {
+            let now = self.now.lock();
+            if let Some(interval) = &now.state.interval {
+                return Err(EngineError::IntervalOpen(Epoch::new(interval.clone.cut)));
+            }
+            (now.state.base, now.base.clone())
+        };
+        let made = self.clone_now()?;
+        let (clone, reader) = (made.clone, self.reader(made));
+        let begun = self
+            .changed_since(base, &reader)
+            .and_then(|difference| self.open_new(clone, reader, difference));
+        if begun.is_err() {
+            self.clones.remove(clone.cut);
+        }
+        begun
+    }
+
+    fn open_new(
+        &self,
+        clone: CloneFile,
+        reader: CloneReader,
+        difference: Difference,
+    ) -> Result<IntervalCut, EngineError> {
+        let mut now = self.now.lock();
+        let mut state = now.state.clone();
+        let mut changed = difference.changed;
+        changed.union_with(&state.carry);
+        state.begin(clone);
+        self.store(&mut now, state)?;
+        reader.read_ahead(&changed);
+        let interval = IntervalCut {
+            epoch: Epoch::new(clone.cut),
+            changed: Arc::new(changed),
+            reader,
+        };
+        now.extents = difference.runs;
+        now.interval = Some(interval.clone());
+        Ok(interval)
+    }
+
+    /// Clones the volume file, as it is at one moment.
+    fn clone_now(&self) -> Result<Made, EngineError> {
+        self.check_file()?;
+        let cut = self.now.lock().state.last_cut + 1;
+        let made = self.clones.make(&self.source, cut);
+        let made = made.map_err(|error| self.explain(error))?;
+        self.now.lock().stall = made.stall;
+        if let Some(most) = self.options.cut_stall_max.filter(|most| made.stall > *most) {
+            tracing::warn!(
+                volume = %self.volume, file = %self.path.display(), stall = ?made.stall, cut_stall_max = ?most,
+                "writers had to wait too long for a cut: the file has too many extents; see docs/ENGINES.md"
+            );
+        }
+        if made.length != self.geometry.length() {
+            self.clones.remove(cut);
+            return Err(EngineError::VolumeLength {
+                path: self.path.clone(),
+                found: made.length,
+                recorded: self.geometry.length(),
+            });
+        }
+        Ok(made)
+    }
+
+    /// What lies at the path must be what is cloned.
+    fn check_file(&self) -> Result<(), EngineError> {
+        if self.has_open(&self.path)? {
+            return Ok(());
+        }
+        let found = file_key(&self.path)?.inode;
+        let recorded = self.now.lock().state.file.inode;
+        Err(EngineError::VolumeReplaced {
+            path: self.path.clone(),
+            what: if found == recorded {
+                Replacement::Filesystem
+            } else {
+                Replacement::Inode { recorded, found }
+            },
+        })
+    }
+
+    fn reader(&self, made: Made) -> CloneReader {
+        CloneReader::new(made.file, made.clone.cut, self.geometry)
+    }
+
+    fn explain(&self, error: CloneError) -> EngineError {
+        explain(error, &self.path, &self.failed)
+    }
+
+    /// What may differ between the base and a clone.
+    fn changed_since(
+        &self,
+        (base, file): (Base, Option<CloneReader>),
+        newer: &CloneReader,
+    ) -> Result<Difference, EngineError> {
+        changed_since(self.volume, base, file.as_ref(), newer)
+    }
+
+    /// The open interval: begun before, or survived a restart.
+    #[must_use]
+    pub fn open_interval(&self) -> Option<IntervalCut> {
+        self.now.lock().interval.clone()
+    }
+
+    /// Puts the open interval's blocks into the next one, durably. Without an open interval nothing happens.
+    ///
+    /// # Errors
+    /// Where the record can't be written: the interval is still open.
+    pub fn give_up_interval(&self) -> Result<(), EngineError> {
+        self.check_open()?;
+        let mut now = self.now.lock();
+        let Some(interval) = now.interval.clone() else {
+            return Ok(());
+        };
+        let mut state = now.state.clone();
+        state.give_up(&interval.changed);
+        self.store(&mut now, state)?;
+        now.interval = None;
+        drop(now);
+        self.clones.remove(interval.epoch.get());
+        Ok(())
+    }
+
+    /// Closes the interval with this cut: its generation is committed and the caller has that durably. The next clone is
+    /// compared with this one's.
+    ///
+    /// # Errors
+    /// [`EngineError::NoInterval`] where another one or none is open, or where the record can't be written.
+    pub fn commit_interval(&self, cut: Epoch) -> Result<(), EngineError> {
+        self.check_open()?;
+        let mut now = self.now.lock();
+        let mut state = now.state.clone();
+        if !state.commit(cut.get()) {
+            return Err(EngineError::NoInterval(cut));
+        }
+        let before = now.state.base;
+        self.store(&mut now, state)?;
+        now.base = now.interval.take().map(|interval| interval.reader);
+        drop(now);
+        if let Base::Clone(clone) = before {
+            self.clones.remove(clone.cut);
+        }
+        Ok(())
+    }
+
+    /// Cuts, and keeps the clone. `label` has at most 255 bytes.
+    ///
+    /// # Errors
+    /// [`EngineError::TooManySnapshots`], or where the file can't be cloned.
+    pub fn create_snapshot(&self, label: &str, now_ms: u64) -> Result<SnapshotInfo, EngineError> {
+        if label.len() > LABEL_MAX {
+            return Err(EngineError::LabelTooLong(label.len()));
+        }
+        let _cutting = self.cutting.lock();
+        self.check_open()?;
+        let most = self.options.snapshots_max;
+        if self.now.lock().state.snapshots.len() >= most {
+            return Err(EngineError::TooManySnapshots(most));
+        }
+        let clone = self.clone_now()?.clone;
+        let mut now = self.now.lock();
+        let mut state = now.state.clone();
+        let id = state.keep(clone, now_ms, label);
+        if let Err(error) = self.store(&mut now, state) {
+            drop(now);
+            self.clones.remove(clone.cut);
+            return Err(error);
+        }
+        Ok(SnapshotInfo {
+            id: SnapshotId(id),
+            label: label.to_owned(),
+            time_ms: now_ms,
+            cut: Epoch::new(clone.cut),
+        })
+    }
+
+    /// All snapshots, oldest first.
+    #[must_use]
+    pub fn list_snapshots(&self) -> Vec<SnapshotInfo> {
+        let shown = |snapshot: &SnapshotClone| SnapshotInfo {
+            id: SnapshotId(snapshot.id),
+            label: snapshot.label.clone(),
+            time_ms: snapshot.time_ms,
+            cut: Epoch::new(snapshot.clone.cut),
+        };
+        self.now.lock().state.snapshots.iter().map(shown).collect()
+    }
+
+    /// Deletes a snapshot. Readers that have it open may finish.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], or where the record can't be written.
+    pub fn delete_snapshot(&self, id: SnapshotId) -> Result<(), EngineError> {
+        self.check_open()?;
+        let mut now = self.now.lock();
+        let clone = find(&now.state, id)?;
+        let mut state = now.state.clone();
+        state.snapshots.retain(|snapshot| snapshot.id != id.0);
+        self.store(&mut now, state)?;
+        drop(now);
+        self.clones.remove(clone.cut);
+        Ok(())
+    }
+
+    /// Opens a snapshot for reading.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], or what the clone's file says.
+    pub fn open_snapshot(&self, id: SnapshotId) -> Result<CloneReader, EngineError> {
+        self.check_open()?;
+        let clone = find(&self.now.lock().state, id)?;
+        let opened = self.clones.open(clone, self.geometry.length());
+        match opened {
+            Ok(Some(file)) => Ok(CloneReader::new(file, clone.cut, self.geometry)),
+            // Deleted meanwhile, or by somebody else.
+            Ok(None) => Err(EngineError::NoSuchSnapshot(id)),
+            Err(error) => Err(EngineError::io(
+                format!("open the clone of snapshot {id}"),
+                error,
+            )),
+        }
+    }
+
+    /// The blocks that may differ between two snapshots.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], [`EngineError::SnapshotOrder`], or what the clones' files say.
+    pub fn changed_between(
+        &self,
+        older: SnapshotId,
+        newer: SnapshotId,
+    ) -> Result<BlockSet, EngineError> {
+        if older > newer {
+            return Err(EngineError::SnapshotOrder { older, newer });
+        }
+        let (older, newer) = (self.open_snapshot(older)?, self.open_snapshot(newer)?);
+        Ok(compared(self.volume, &older, &newer)?.changed)
+    }
+
+    /// The blocks of the extent of which [`Self::read_base`] may give something else than the base.
+    #[must_use]
+    pub fn tracked(&self, extent: Extent) -> BlockSet {
+        let now = self.now.lock();
+        now.state.tracked(extent.intersect(self.geometry.all()))
+    }
+
+    fn base(&self) -> Option<CloneReader> {
+        self.now.lock().base.clone()
+    }
+
+    /// The first byte at or after the block that is in no hole of the base's clone; the volume's length where there is
+    /// none.
+    ///
+    /// # Errors
+    /// What the clone's file says.
+    pub fn next_data(&self, from: BlockIndex) -> io::Result<u64> {
+        let offset = self.geometry.offset_of(from).get();
+        match self.base() {
+            Some(base) => {
+                Ok(volume_file::next_data(base.file(), offset, self.geometry.length())?.0)
+            }
+            None => Ok(offset),
+        }
+    }
+
+    /// Reads whole blocks of the base's clone; zeroes where there is none.
+    ///
+    /// # Errors
+    /// What the clone's file says.
+    pub fn read_base(&self, extent: Extent, buffer: &mut [u8]) -> io::Result<()> {
+        match self.base() {
+            Some(base) => base.read(extent, buffer),
+            None => {
+                buffer.fill(0);
+                Ok(())
+            }
+        }
+    }
+}
+
+fn find(state: &State, id: SnapshotId) -> Result<CloneFile, EngineError> {
+    let found = state.snapshots.iter().find(|snapshot| snapshot.id == id.0);
+    found
+        .map(|snapshot| snapshot.clone)
+        .ok_or(EngineError::NoSuchSnapshot(id))
+}
+
+/// What a clone that could not be made is called outside. A failed sync ends all work: what was lost by it is told once.
+fn explain(error: CloneError, path: &Path, failed: &AtomicBool) -> EngineError {
+    let path = path.to_owned();
+    match error {
+        CloneError::Unable(source) => EngineError::NotClonable { path, source },
+        CloneError::NoRoom(source) => EngineError::CloneNoRoom { path, source },
+        CloneError::Sync(error) => {
+            failed.store(true, SeqCst);
+            EngineError::io(format!("sync volume file {}", path.display()), error)
+        }
+        CloneError::Other(error) => {
+            EngineError::io(format!("clone volume file {}", path.display()), error)
+        }
+    }
+}
+
+fn changed_since(
+    volume: VolumeId,
+    base: Base,
+    file: Option<&CloneReader>,
+    newer: &CloneReader,
+) -> Result<Difference, EngineError> {
+    match (base, file) {
+        (Base::Clone(_), Some(older)) => compared(volume, older, newer),
+        (Base::Zero, _) => {
+            let geometry = newer.geometry();
+            let mut runs = FileRuns::new(newer.file(), geometry.length());
+            let mut none = FileRuns::new(newer.file(), 0);
+            extents::difference(&mut none, &mut runs, geometry).map_err(unmapped)
+        }
+        (Base::Lost | Base::Clone(_), _) => all_of(newer),
+    }
+}
+
+/// What may differ between two clones.
+fn compared(
+    volume: VolumeId,
+    older: &CloneReader,
+    newer: &CloneReader,
+) -> Result<Difference, EngineError> {
+    let geometry = newer.geometry();
+    for _ in 0..COMPARISONS_MAX {
+        let (mut was, mut is) = (runs_of(older), runs_of(newer));
+        let found = extents::difference(&mut was, &mut is, geometry).map_err(unmapped)?;
+        let again = extents::map_checksum(&mut runs_of(older)).map_err(unmapped)?;
+        if again == found.older {
+            return Ok(found);
+        }
+    }
+    tracing::warn!(
+        %volume,
+        "the filesystem keeps moving the clone of the base (is it being balanced or defragmented?): every block is compared"
+    );
+    all_of(newer)
+}
+
+fn runs_of(reader: &CloneReader) -> FileRuns<'_> {
+    FileRuns::new(reader.file(), reader.geometry().length())
+}
+
+fn all_of(newer: &CloneReader) -> Result<Difference, EngineError> {
+    let geometry = newer.geometry();
+    let mut runs = FileRuns::new(newer.file(), geometry.length());
+    let mut none = FileRuns::new(newer.file(), 0);
+    let mut found = extents::difference(&mut none, &mut runs, geometry).map_err(unmapped)?;
+    found.changed = std::iter::once(geometry.all()).collect();
+    Ok(found)
+}
+
+fn unmapped(error: io::Error) -> EngineError {
+    EngineError::io("ask the filesystem where a clone lies", error)
+}

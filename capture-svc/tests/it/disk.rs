@@ -1,0 +1,75 @@
+//! Filesystems made in files and mounted, which only root can do.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use tempfile::TempDir;
+
+/// Mounted until it is dropped.
+pub(crate) struct Disk {
+    at: PathBuf,
+    _dir: TempDir,
+}
+
+/// Filesystems that clone files.
+pub(crate) const CLONING: [&str; 2] = ["xfs", "btrfs"];
+
+impl Disk {
+    /// A new filesystem of this kind. Without root a test is skipped, and fails in CI.
+    pub(crate) fn new(kind: &str, mebibytes: u64) -> Option<Self> {
+        if !rustix::process::geteuid().is_root() {
+            assert!(
+                std::env::var("CI").as_deref() != Ok("true"),
+                "mounting needs root"
+            );
+            println!("skipped: mounting needs root");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let (image, at) = (dir.path().join("disk.img"), dir.path().join("disk"));
+        File::create(&image)
+            .unwrap()
+            .set_len(mebibytes << 20)
+            .unwrap();
+        fs::create_dir(&at).unwrap();
+        let made = Command::new(format!("/sbin/mkfs.{kind}"))
+            .arg("-q")
+            .arg(&image)
+            .output();
+        let made = made.unwrap();
+        assert!(made.status.success(), "{made:?}");
+        let mounted = Command::new("mount")
+            .args(["-o", "loop"])
+            .arg(&image)
+            .arg(&at)
+            .output();
+        let mounted = mounted.unwrap();
+        assert!(mounted.status.success(), "{mounted:?}");
+        Some(Self { at, _dir: dir })
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.at.join(name)
+    }
+
+    /// The directory of clones that there is beside the files, if any.
+    pub(crate) fn clones(&self) -> Option<PathBuf> {
+        let entries = fs::read_dir(&self.at).unwrap();
+        let mut paths = entries.map(|entry| entry.unwrap().path());
+        paths.find(|path| name(path).starts_with(".tidemark-"))
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Lazily: a failed test may still have files open.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.at).status();
+    }
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().unwrap().to_str().unwrap()
+}
