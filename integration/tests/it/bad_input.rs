@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::{
     nbd::Client,
     programs::{Split, Up, args, free_addr, program, run, wait_for},
+    scene::in_a_namespace,
 };
 
 const SIZE: u64 = 1 << 20;
@@ -140,6 +141,7 @@ fn a_read_only_volume_file_is_told() {
             "mount --bind '{0}' '{0}' && mount -o remount,bind,ro '{0}' && exec \"$@\"",
             file.display()
         );
+        let _alone = in_a_namespace();
         stopped.services().capture_wrapper = ["unshare", "--mount", "sh", "-c", &mount, "sh"]
             .map(str::to_owned)
             .to_vec();

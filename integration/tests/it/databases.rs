@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
-        Arc,
+        Arc, RwLockReadGuard,
         atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
     },
     thread::{self, JoinHandle},
@@ -17,7 +17,7 @@ use std::{
 
 use crate::{
     programs::{Split, args, run, wait_for},
-    scene::{Disk, unmount_where_it_failed},
+    scene::{Disk, mounts_are_ours, unmount_where_it_failed},
 };
 
 #[path = "databases/group.rs"]
@@ -84,6 +84,7 @@ struct Scene {
     services: Split,
     filesystem: Filesystem,
     dir: tempfile::TempDir,
+    _mounts: RwLockReadGuard<'static, ()>,
 }
 
 impl Scene {
@@ -93,6 +94,7 @@ impl Scene {
     }
 
     fn with_flags(filesystem: Filesystem, size: u64, flags: &[&str]) -> Self {
+        let mounts = mounts_are_ours();
         let dir = tempfile::tempdir().unwrap();
         // Databases run as users of their own.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -112,6 +114,7 @@ impl Scene {
             services,
             filesystem,
             dir,
+            _mounts: mounts,
         };
         let size = size.max(filesystem.size_min).to_string();
         let file = scene.path("db.img");

@@ -19,6 +19,7 @@ use tidemark_integration::small_disk::may_mount;
 
 use crate::{
     programs::{Split, args, have, run, wait_for},
+    scene::mounts_are_ours,
     workload::seed,
 };
 
@@ -111,6 +112,7 @@ fn killed_while_the_workload_writes_on(kind: &str) {
     if !may_mount() || !have(&["mkfs.xfs", "mkfs.btrfs"]) {
         return;
     }
+    let _mounts = mounts_are_ours();
     let seed = seed(7);
     let mut rng = StdRng::seed_from_u64(seed);
     let dir = tempfile::tempdir().unwrap();
@@ -189,6 +191,7 @@ fn a_service_without_privileges_protects_a_file_that_it_may_only_read() {
     if !may_mount() || !have(&["mkfs.xfs", "setpriv"]) {
         return;
     }
+    let _mounts = mounts_are_ours();
     const NOBODY: u32 = 65_534;
     let dir = tempfile::tempdir().unwrap();
     let disk = Disk::new(dir.path(), "xfs", 512 << 20);
@@ -244,6 +247,7 @@ fn a_filesystem_frozen_beneath_the_volume_file_goes_on_again_and_is_told() {
     if !may_mount() || !have(&["mkfs.xfs", "fsfreeze"]) {
         return;
     }
+    let _mounts = mounts_are_ours();
     let dir = tempfile::tempdir().unwrap();
     let disk = Disk::new(dir.path(), "xfs", 512 << 20);
     let mut services = Split::new(dir.path());
@@ -287,6 +291,7 @@ fn a_filesystem_that_is_mounted_from_a_reflinked_file_comes_back_whole_from_ever
     if !may_mount() || !have(&["mkfs.xfs", "mkfs.ext4", "e2fsck", "fsfreeze"]) {
         return;
     }
+    let _mounts = mounts_are_ours();
     let dir = tempfile::tempdir().unwrap();
     let disk = Disk::new(dir.path(), "xfs", 1 << 30);
     let mut services = Split::new(dir.path());

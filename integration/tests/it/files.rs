@@ -14,6 +14,7 @@ use crate::{
     crash::{goes_on, settle_and_check},
     nbd::Client,
     programs::{Split, args, run, wait_for},
+    scene::in_a_namespace,
     workload::{Writer, seed},
 };
 
@@ -213,6 +214,7 @@ fn of_two_sources_with_one_volume_the_later_is_served_and_the_other_is_fenced() 
         copied.display(),
         first.file.display()
     );
+    let _alone = in_a_namespace();
     second.capture_wrapper = ["unshare", "--mount", "sh", "-c", &bind, "sh"]
         .map(str::to_owned)
         .to_vec();

@@ -5,6 +5,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard},
     time::{Duration, Instant},
 };
 
@@ -12,6 +13,20 @@ use crate::programs::{Split, args, run};
 
 /// How long a service has to end after SIGTERM.
 pub(crate) const END_MAX: Duration = Duration::from_secs(10);
+
+/// Mounts that tests make, and mount namespaces.
+static MOUNTS: RwLock<()> = RwLock::new(());
+
+/// While this is held no test has a mount namespace of its own: one begins with all mounts that there are, and whatever is
+/// unmounted outside stays mounted in it.
+pub(crate) fn mounts_are_ours() -> RwLockReadGuard<'static, ()> {
+    MOUNTS.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// While this is held no test has anything mounted that it relies on to be unmounted.
+pub(crate) fn in_a_namespace() -> RwLockWriteGuard<'static, ()> {
+    MOUNTS.write().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// A loop device on a file, and its filesystem where it is mounted. Dropping it lets go of both, whatever state they
 /// are in.
@@ -58,13 +73,15 @@ impl Drop for Disk {
 
 pub(crate) struct Scene {
     pub(crate) services: Split,
-    // Last, so that the services end before it goes.
+    // Late, so that the services end before it goes.
     pub(crate) dir: tempfile::TempDir,
+    _mounts: RwLockReadGuard<'static, ()>,
 }
 
 impl Scene {
     /// Both services, a mounted directory, and a volume in it.
     pub(crate) fn new(size: &str) -> Self {
+        let mounts = mounts_are_ours();
         let dir = tempfile::tempdir().unwrap();
         let mut services = Split::new(dir.path());
         services.capture_flags = vec![
@@ -77,7 +94,11 @@ impl Scene {
         services.cli.json(args![
             "volume", "add", "data", "--file", file, "--size", size
         ]);
-        Self { services, dir }
+        Self {
+            services,
+            dir,
+            _mounts: mounts,
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

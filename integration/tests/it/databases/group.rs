@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::{PermissionsExt, symlink},
     path::PathBuf,
     process::Stdio,
+    sync::RwLockReadGuard,
 };
 
 use tidemark_integration::small_disk::may_mount;
@@ -16,7 +17,7 @@ use super::{
 };
 use crate::{
     programs::{Process, Split, args, have, wait_for},
-    scene::{Disk, unmount_where_it_failed},
+    scene::{Disk, mounts_are_ours, unmount_where_it_failed},
 };
 
 const VOLUMES: [&str; 2] = ["data", "wal"];
@@ -29,10 +30,12 @@ struct Scene {
     disks: Vec<Disk>,
     services: Split,
     dir: tempfile::TempDir,
+    _mounts: RwLockReadGuard<'static, ()>,
 }
 
 impl Scene {
     fn new() -> Self {
+        let mounts = mounts_are_ours();
         let dir = tempfile::tempdir().unwrap();
         // PostgreSQL runs as a user of its own.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
@@ -66,6 +69,7 @@ impl Scene {
             disks,
             services,
             dir,
+            _mounts: mounts,
         }
     }
 

@@ -10,7 +10,10 @@ use std::{
 use tidemark_integration::small_disk::may_mount;
 
 use super::postgres::Programs;
-use crate::programs::{bin_dir, have};
+use crate::{
+    programs::{bin_dir, have},
+    scene::in_a_namespace,
+};
 
 /// What it begins with. Directories are bound over the machine's own; PostgreSQL's socket is where Debian has it.
 const BEGIN: &str = r#"
@@ -78,6 +81,7 @@ impl World {
     pub(super) fn run(self) -> String {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let path = format!("{}:{}", bin_dir().display(), std::env::var("PATH").unwrap());
+        let _alone = in_a_namespace();
         let output = Command::new("unshare")
             .args(["--mount", "--net", "--pid", "--fork", "--kill-child"])
             .args([
