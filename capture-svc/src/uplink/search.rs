@@ -30,6 +30,9 @@ use crate::{
     quiesce::{Answer, Hints, Quiesce},
 };
 
+/// What the engines say to a cut: the interval of each, and what its data path had done right after the flip.
+type Begun = Result<Vec<(IntervalCut, Option<Sample>)>, GroupError>;
+
 /// A volume that is to be cut.
 #[derive(Debug)]
 pub(super) struct Member {
@@ -245,7 +248,7 @@ impl Searching {
     async fn cut_too_late(
         &mut self,
         mut search: Search,
-        cutting: JoinHandle<Result<Vec<(IntervalCut, Option<Sample>)>, GroupError>>,
+        cutting: JoinHandle<Begun>,
         limit: Duration,
     ) -> Ended {
         self.end(&mut search, Event::CutFailed);

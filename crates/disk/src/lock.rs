@@ -5,7 +5,8 @@ use std::{
     io::{self, Read, Seek, SeekFrom, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    process,
+    process, thread,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -99,11 +100,20 @@ impl FileLock {
     }
 }
 
+/// How long a lock is waited for. One that this process has let go of may be held a moment longer by a child that is
+/// between its fork and its exec, which closes what the parent had open.
+const WAIT_MAX: Duration = Duration::from_millis(250);
+const WAIT_PERIOD: Duration = Duration::from_millis(2);
+
 fn try_lock(file: &File) -> io::Result<bool> {
-    match flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(true),
-        Err(Errno::WOULDBLOCK) => Ok(false),
-        Err(error) => Err(error.into()),
+    let begun = Instant::now();
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(true),
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < WAIT_MAX => thread::sleep(WAIT_PERIOD),
+            Err(Errno::WOULDBLOCK) => return Ok(false),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -121,5 +131,19 @@ mod tests {
         }
         drop(first);
         FileLock::of_dir(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_lock_that_is_held_a_moment_longer_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        // As a child has it until its exec: the same open file.
+        let inherited = File::create(dir.path().join("lock")).unwrap();
+        drop(FileLock::of_file(&inherited, dir.path()).unwrap());
+        let child = thread::spawn(move || {
+            thread::sleep(WAIT_PERIOD * 10);
+            drop(inherited);
+        });
+        FileLock::of_dir(dir.path()).unwrap();
+        child.join().unwrap();
     }
 }

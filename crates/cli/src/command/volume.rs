@@ -343,6 +343,7 @@ pub(super) mod tests {
         volume.engine_why = "it was asked for".into();
         volume.nbd_uris.clear();
         volume.fuse_path.clear();
+        volume.group.clear();
         volume.cut_stall_us = 4_200_000;
         volume.extents = 100_000;
         volume.warning = "the last cut held writers up for 4.2 s: copy it".into();
