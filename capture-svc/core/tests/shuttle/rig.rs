@@ -339,7 +339,7 @@ impl Rig {
     }
 
     /// Cuts volumes at one instant.
-    pub(crate) fn cut_together<'r>(rigs: [&'r Self; 2], purpose: &Purpose) -> [Flip; 2] {
+    pub(crate) fn cut_together(rigs: [&Self; 2], purpose: &Purpose) -> [Flip; 2] {
         let locked = rigs.map(|rig| rig.cutting.lock().unwrap());
         let from = rigs.map(Self::tick);
         let parts = rigs.map(|rig| (&rig.capture, purpose.clone()));
