@@ -79,7 +79,7 @@ fn periods_that_no_clock_can_count_are_refused() {
         for (period, holds) in [
             ("10years", true),
             ("10years 1s", false),
-            ("5000000000years", false),
+            ("900years", false),
         ] {
             let loaded = load(&format!("{key} = \"{period}\"\n"), &[], Flags::default());
             assert_eq!(loaded.is_ok(), holds, "{key} = {period}");
