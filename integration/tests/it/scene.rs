@@ -33,6 +33,7 @@ pub(crate) fn in_a_namespace() -> RwLockWriteGuard<'static, ()> {
 pub(crate) struct Disk {
     pub(crate) device: String,
     pub(crate) at: PathBuf,
+    is_ours: bool,
 }
 
 impl Disk {
@@ -45,20 +46,29 @@ impl Disk {
         let set = args!["--find", "--show", direct, file];
         let device = run("losetup", set).trim().to_owned();
         fs::create_dir_all(&at).unwrap();
-        let disk = Self { device, at };
+        let disk = Self {
+            device,
+            at,
+            is_ours: true,
+        };
         run("mount", args!["-o", options, disk.device, disk.at]);
         disk
     }
 
     /// Unmounts, so that everything has reached the file.
-    pub(crate) fn unmount(self) {
+    pub(crate) fn unmount(mut self) {
         run("umount", args![self.at]);
         run("losetup", args!["--detach", self.device]);
+        // From now on the device may be another test's.
+        self.is_ours = false;
     }
 }
 
 impl Drop for Disk {
     fn drop(&mut self) {
+        if !self.is_ours {
+            return;
+        }
         for (program, arguments) in [
             ("umount", args!["--lazy", self.at].as_slice()),
             ("losetup", args!["--detach", self.device].as_slice()),
