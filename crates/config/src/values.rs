@@ -53,8 +53,10 @@ impl FromStr for Span {
     fn from_str(text: &str) -> Result<Self, String> {
         let error =
             |e: &str| format!("{text:?} is no length of time ({e}): write 250ms, 90s, 15m or 1h");
-        let digits = text.split(|c: char| !c.is_ascii_digit());
-        if text.len() > MAX_SPAN_TEXT || digits.map(str::len).max() > Some(MAX_SPAN_DIGITS) {
+        // It takes digits with blanks between them for one number.
+        let numbers = text.split(|c: char| !c.is_ascii_digit() && !c.is_whitespace());
+        let digits = numbers.map(|number| number.matches(|c: char| c.is_ascii_digit()).count());
+        if text.len() > MAX_SPAN_TEXT || digits.max() > Some(MAX_SPAN_DIGITS) {
             return Err(error("too long"));
         }
         let span = humantime::parse_duration(text).map_err(|e| error(&e.to_string()))?;
@@ -241,6 +243,8 @@ mod tests {
         for text in [
             "18446744073709551615s0.5s0.5s",
             "307445734561825860m 15s 0.5s 0.5s",
+            "1844674407 3709551615s 0.5s 0.5s",
+            "1844674407\r370955161 5s 0.5s 0.5s",
         ] {
             assert!(text.parse::<Span>().is_err(), "{text}");
         }
