@@ -3,6 +3,7 @@
 //! [`start`] runs a whole service inside a process that has a tokio runtime; the `capture-svc` program is that and
 //! signals, `tidemark up` is that and a vault.
 
+pub mod args;
 pub mod config;
 mod front;
 mod quiesce;

@@ -1,28 +1,15 @@
 //! The `capture-svc` program: configuration, logs, signals.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
-use capture_svc::config::{Config, Flags, Settings};
+use capture_svc::{
+    args::{Arguments, Command},
+    config::{Config, Settings},
+};
 use clap::Parser;
+use tidemark_listen::{health::check_local, supervisor};
 use tokio::signal::unix::{SignalKind, signal};
-
-/// The Tidemark capture service: protects volume files and ships what changes to a vault.
-///
-/// Each setting can be given in the configuration file, as CAPTURE_NAME in the environment, or as a flag; later ones
-/// win.
-#[derive(Debug, Parser)]
-#[command(name = "capture-svc", version)]
-struct Arguments {
-    /// Configuration file (TOML).
-    #[arg(long, env = "CAPTURE_CONFIG", value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Print the configuration that results, and exit.
-    #[arg(long)]
-    print_config: bool,
-    #[command(flatten)]
-    flags: Flags,
-}
 
 fn main() -> ExitCode {
     tidemark_disk::heap::keep_small();
@@ -46,6 +33,9 @@ fn run() -> Result<()> {
         print!("{}", config.to_toml());
         return Ok(());
     }
+    if let Some(Command::Health { timeout }) = arguments.command {
+        return health(&config, timeout);
+    }
     tidemark_telemetry::init("capture-svc", config.log_format, &config.log_filter)?;
     if let Err(error) = tidemark_disk::descriptors::raise_limit() {
         tracing::warn!(%error, "the limit of open files stays as it is");
@@ -60,6 +50,18 @@ fn run() -> Result<()> {
     result
 }
 
+/// Asks a service that runs with this configuration.
+fn health(config: &Config, patience: Duration) -> Result<()> {
+    let at = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?
+        .block_on(check_local(config.listen, patience))
+        .with_context(|| format!("ask the capture service that listens on {}", config.listen))?;
+    println!("the capture service serves at {at}");
+    Ok(())
+}
+
 async fn serve(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
@@ -68,10 +70,12 @@ async fn serve(config: Config) -> Result<()> {
     for endpoint in running.nbd_endpoints() {
         tracing::info!(%endpoint, "NBD");
     }
+    supervisor::ready();
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     tracing::info!("stopping");
+    supervisor::stopping();
     running.shutdown().await
 }

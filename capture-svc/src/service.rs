@@ -15,6 +15,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, timeout, timeout_at},
 };
 use tonic::transport::Server;
+use tonic_health::ServingStatus;
 
 use crate::{
     config::{Config, NbdListen, Settings},
@@ -99,6 +100,9 @@ async fn serve(
         .max_decoding_message_size(MESSAGE_LEN_MAX)
         .max_encoding_message_size(MESSAGE_LEN_MAX);
     health.set_serving::<CaptureServer<CaptureService>>().await;
+    health
+        .set_serving::<CoherenceServer<CaptureService>>()
+        .await;
     let reflection = |v1alpha: bool| {
         let builder = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
@@ -127,6 +131,15 @@ async fn serve(
         .add_service(v1alpha)
         .serve_with_incoming_shutdown(incoming, async move {
             stopped(&mut stop).await;
+            health
+                .set_service_status("", ServingStatus::NotServing)
+                .await;
+            health
+                .set_not_serving::<CaptureServer<CaptureService>>()
+                .await;
+            health
+                .set_not_serving::<CoherenceServer<CaptureService>>()
+                .await;
         });
     let mut server = std::pin::pin!(server);
     let served = tokio::select! {

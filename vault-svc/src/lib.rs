@@ -4,6 +4,7 @@
 //! [`store`]; back out through [`image`]; beside it [`upkeep`] (retention, reclaim) and
 //! [`scrub`].
 
+pub mod args;
 mod cache;
 pub mod config;
 mod error;
@@ -139,6 +140,7 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     let reflection = || {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let reflection_v1 = reflection()
         .build_v1()
@@ -159,6 +161,11 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         router
             .serve_with_incoming_shutdown(incoming, async move {
                 let _ = signal.wait_for(|stop| *stop).await;
+                health
+                    .set_service_status("", ServingStatus::NotServing)
+                    .await;
+                health.set_not_serving::<IngestServer<Service>>().await;
+                health.set_not_serving::<VaultServer<Service>>().await;
             })
             .await
             .context("serve")

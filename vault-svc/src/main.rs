@@ -1,32 +1,19 @@
 //! The `vault-svc` program.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use tidemark_listen::{health::check_local, supervisor};
 use tokio::signal::unix::{SignalKind, signal};
-use vault_svc::config::{Config, Flags, Settings};
-
-/// The Tidemark vault service: receives intervals of volumes, keeps their generations, and serves them.
-///
-/// Each setting can be given in the configuration file, as VAULT_NAME in the environment, or as a flag; later ones
-/// win.
-#[derive(Debug, Parser)]
-#[command(name = "vault-svc", version)]
-struct Cli {
-    /// Configuration file (TOML).
-    #[arg(long, value_name = "FILE", env = "VAULT_CONFIG")]
-    config: Option<PathBuf>,
-    /// Print the configuration that results, and exit.
-    #[arg(long)]
-    print_config: bool,
-    #[command(flatten)]
-    flags: Flags,
-}
+use vault_svc::{
+    args::{Arguments, Command},
+    config::{Config, Settings},
+};
 
 fn main() -> ExitCode {
     tidemark_disk::heap::keep_small();
-    match run(Cli::parse()) {
+    match run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("vault-svc: {error:#}");
@@ -35,11 +22,18 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<()> {
-    let config = Config::load(cli.config.as_deref(), std::env::vars_os(), cli.flags)?;
-    if cli.print_config {
+fn run(arguments: Arguments) -> Result<()> {
+    let config = Config::load(
+        arguments.config.as_deref(),
+        std::env::vars_os(),
+        arguments.flags,
+    )?;
+    if arguments.print_config {
         print!("{}", config.to_toml());
         return Ok(());
+    }
+    if let Some(Command::Health { timeout }) = arguments.command {
+        return health(&config, timeout);
     }
     tidemark_telemetry::init("vault-svc", config.log_format, &config.log)?;
     if let Err(error) = tidemark_disk::descriptors::raise_limit() {
@@ -52,15 +46,29 @@ fn run(cli: Cli) -> Result<()> {
         .block_on(serve(config))
 }
 
+/// Asks a service that runs with this configuration.
+fn health(config: &Config, patience: Duration) -> Result<()> {
+    let at = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("start the runtime")?
+        .block_on(check_local(config.listen, patience))
+        .with_context(|| format!("ask the vault service that listens on {}", config.listen))?;
+    println!("the vault service serves at {at}");
+    Ok(())
+}
+
 async fn serve(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
     let running = vault_svc::start(config).await?;
     tracing::info!(listen = %running.listen_addr, "vault serves");
+    supervisor::ready();
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     tracing::info!("vault stops");
+    supervisor::stopping();
     running.shutdown().await
 }

@@ -83,10 +83,14 @@ pub enum Command {
     Umount(UmountArgs),
     /// Show both services and all volumes
     Status(StatusArgs),
+    /// Ask the services whether they serve, for probes and scripts
+    Health(HealthArgs),
     /// Retire and reclaim at the vault now, or show what would be done
     Maintain(MaintainArgs),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
+    /// Write the pages of the manual, for man(1)
+    Man(ManArgs),
 }
 
 /// `tidemark up`.
@@ -167,7 +171,8 @@ file itself.
 Examples:
   tidemark volume add data --file /srv/data.img --size 8GiB
   tidemark volume add disk0 --file disk0.img --block-size 64KiB
-  tidemark volume add db --file /xfs/db.img --engine reflink")]
+  tidemark volume add db --file /xfs/db.img --engine reflink
+  tidemark volume add data --file /srv/data.img --size 8GiB --if-missing          may be run at each start")]
     Add {
         /// 1 to 63 of a-z 0-9 . _ - and the first a letter or digit
         name: String,
@@ -183,6 +188,9 @@ Examples:
         /// How changes are tracked [default: as the capture service is configured]
         #[arg(long, value_enum)]
         engine: Option<Engine>,
+        /// Succeed where the volume is there already just as it is asked for
+        #[arg(long)]
+        if_missing: bool,
     },
     /// List the volumes of the capture service
     List,
@@ -476,6 +484,32 @@ pub struct StatusArgs {
     pub watch: bool,
 }
 
+/// `tidemark health`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exits with 0 where they serve, else with 5. A service that is starting or stopping does not.
+
+Examples:
+  tidemark health
+  tidemark health vault --timeout 10s")]
+pub struct HealthArgs {
+    /// Which [default: both]
+    #[arg(value_enum, value_name = "SERVICE")]
+    pub services: Vec<ServiceName>,
+    /// How long to wait for the answer of each
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = parse::duration)]
+    pub timeout: Duration,
+}
+
+/// One of the two services.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ServiceName {
+    /// The capture service
+    Capture,
+    /// The vault service
+    Vault,
+}
+
 /// `tidemark maintain`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -494,9 +528,41 @@ pub struct MaintainArgs {
 /// `tidemark completions`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Example:
-  tidemark completions bash > ~/.local/share/bash-completion/completions/tidemark")]
+Examples:
+  tidemark completions bash > ~/.local/share/bash-completion/completions/tidemark
+  tidemark completions zsh --program vault-svc > ~/.zfunc/_vault-svc")]
 pub struct CompletionsArgs {
     /// For which shell
     pub shell: clap_complete::Shell,
+    /// For which program
+    #[arg(long, value_enum, default_value_t = Program::Tidemark)]
+    pub program: Program,
+}
+
+/// The programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Program {
+    /// This command
+    Tidemark,
+    /// The capture service
+    CaptureSvc,
+    /// The vault service
+    VaultSvc,
+}
+
+impl Program {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Tidemark, Self::CaptureSvc, Self::VaultSvc];
+}
+
+/// `tidemark man`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The command and each of its subcommands are in DIR/man1, the services in DIR/man8.
+
+Example:
+  tidemark man /usr/local/share/man && man tidemark-volume-add")]
+pub struct ManArgs {
+    /// The folder of manuals; made where it does not exist
+    pub dir: PathBuf,
 }

@@ -3,7 +3,9 @@
 mod completions;
 mod find_coherent;
 mod generation;
+mod health;
 mod maintain;
+mod man;
 mod mount;
 mod restore;
 mod rollback;
@@ -53,8 +55,10 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
             Command::Mount(args) => mount::run(&global, args).await,
             Command::Umount(args) => mount::unmount(&global, args).await,
             Command::Status(args) => status::run(&global, args).await,
+            Command::Health(args) => health::run(&global, args).await,
             Command::Maintain(args) => maintain::run(&global, args).await,
             Command::Completions(args) => completions::run(&args),
+            Command::Man(args) => man::run(global.json, &args),
         }
     };
     tokio::select! {

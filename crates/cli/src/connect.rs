@@ -49,15 +49,19 @@ impl Global {
 }
 
 async fn connect(url: &str) -> Result<Channel, tonic::transport::Error> {
-    Endpoint::from_shared(url.to_owned())?
+    endpoint(url)?.connect().await
+}
+
+/// How a service is connected to.
+pub(crate) fn endpoint(url: &str) -> Result<Endpoint, tonic::transport::Error> {
+    let endpoint = Endpoint::from_shared(url.to_owned())?
         .connect_timeout(CONNECT_MAX)
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
-        .max_frame_size(FRAME_BYTES)
-        .connect()
-        .await
+        .max_frame_size(FRAME_BYTES);
+    Ok(endpoint)
 }
 
 fn unreachable(service: &str, url: &str, error: &tonic::transport::Error) -> Failure {

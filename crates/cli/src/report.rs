@@ -326,6 +326,28 @@ pub struct Service<V> {
     pub volumes: Vec<V>,
 }
 
+/// `tidemark health`; a service that was not asked for is left out.
+#[derive(Debug, Serialize)]
+pub struct Health {
+    /// The capture service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capture: Option<ServiceHealth>,
+    /// The vault service.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vault: Option<ServiceHealth>,
+}
+
+/// Whether one of the services serves.
+#[derive(Debug, Serialize)]
+pub struct ServiceHealth {
+    /// Where it was asked.
+    pub url: String,
+    /// Whether it says that it serves.
+    pub serving: bool,
+    /// Why it can't be said to serve; empty where it does.
+    pub problem: String,
+}
+
 /// `tidemark up`, once both services answer.
 #[derive(Debug, Serialize)]
 pub struct Endpoints {

@@ -4,6 +4,8 @@
 //! What is refused is closed at once, so that its client learns of it instead of waiting.
 
 mod connection;
+pub mod health;
+pub mod supervisor;
 
 use std::{
     io,

@@ -222,6 +222,60 @@ fn intervals_ship_by_themselves_by_time_and_by_changed_blocks_and_old_generation
 }
 
 #[test]
+fn a_volume_is_added_at_each_start_where_that_is_wanted_but_never_as_another_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let up = Up::start(&dir.path().join("state"), &[]);
+    let (file, other) = (dir.path().join("data.img"), dir.path().join("other.img"));
+    let add = |more: &[&'static str]| {
+        let mut args: Vec<_> = args!["volume", "add", "data", "--if-missing", "--file"].to_vec();
+        args.push(file.as_os_str());
+        args.extend(more.iter().map(|word| std::ffi::OsStr::new(*word)));
+        args
+    };
+    let first = up.cli.json(&add(&["--size", "8MiB"]));
+    for same in [
+        &["--size", "8MiB"][..],
+        &[],
+        &["--engine", "auto"],
+        &["--engine", "intercept"],
+    ] {
+        assert_eq!(up.cli.json(&add(same))["id"], first["id"], "{same:?}");
+    }
+    for (differs, told) in [
+        (&["--size", "16MiB"][..], "length"),
+        (&["--block-size", "64KiB"], "block size"),
+        (&["--engine", "reflink"], "engine"),
+    ] {
+        let error = up.cli.fails(&add(differs), 4, "VOLUME_EXISTS");
+        assert!(error.contains(told), "{error}");
+    }
+    let elsewhere = args!["volume", "add", "data", "--if-missing", "--file", other];
+    let error = up.cli.fails(elsewhere, 4, "VOLUME_EXISTS");
+    assert!(error.contains("file is"), "{error}");
+    let twice = args!["volume", "add", "twice", "--if-missing", "--file", file];
+    let error = up.cli.fails(twice, 4, "VOLUME_EXISTS");
+    assert!(error.contains("file of volume data"), "{error}");
+    let without = args!["volume", "add", "data", "--file", file];
+    up.cli.fails(without, 4, "VOLUME_EXISTS");
+}
+
+#[test]
+fn services_say_whether_they_serve() {
+    let dir = tempfile::tempdir().unwrap();
+    let up = Up::start(&dir.path().join("state"), &[]);
+    let health = up.cli.json(args!["health"]);
+    for service in ["capture", "vault"] {
+        assert_eq!(health[service]["serving"], true, "{health}");
+    }
+    let vault = up.cli.json(args!["health", "vault"]);
+    assert!(vault["capture"].is_null(), "only what was asked: {vault}");
+    let cli = up.cli.clone();
+    up.process.terminate();
+    let error = cli.fails(args!["health", "--timeout", "1m"], 5, "NOT_SERVING");
+    assert!(error.contains("capture service at") && error.contains("vault service at"));
+}
+
+#[test]
 fn volumes_are_listed_shown_and_removed_and_their_files_stay() {
     let dir = tempfile::tempdir().unwrap();
     let up = Up::start(&dir.path().join("state"), &[]);

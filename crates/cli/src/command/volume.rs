@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use tidemark_proto::capture::v1::{
-    AddVolumeRequest, GetVolumeRequest, ListVolumesRequest, ReadoptVolumeRequest,
-    RemoveVolumeRequest,
+use tidemark_proto::{
+    Reason,
+    capture::v1::{
+        AddVolumeRequest, GetVolumeRequest, ListVolumesRequest, ReadoptVolumeRequest,
+        RemoveVolumeRequest,
+    },
 };
 
 use crate::{
@@ -21,6 +24,7 @@ pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), F
             size,
             block_size,
             engine,
+            if_missing,
         } => {
             let request = AddVolumeRequest {
                 name,
@@ -36,8 +40,14 @@ pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), F
                 })?,
                 engine: named(engine),
             };
-            let volume = global.capture().await?.add_volume(request).await?;
-            show(global, &report::Volume::new(volume.into_inner())?)
+            let volume = match if_missing {
+                true => add_if_missing(global, request).await?,
+                false => {
+                    let added = global.capture().await?.add_volume(request).await?;
+                    report::Volume::new(added.into_inner())?
+                }
+            };
+            show(global, &volume)
         }
         VolumeCommand::List => list(global).await,
         VolumeCommand::Show { volume } => {
@@ -66,6 +76,63 @@ pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), F
             let volume = capture.readopt_volume(request).await?;
             show(global, &report::Volume::new(volume.into_inner())?)
         }
+    }
+}
+
+/// Adds a volume, unless it is there just as it is asked for.
+async fn add_if_missing(
+    global: &Global,
+    asked: AddVolumeRequest,
+) -> Result<report::Volume, Failure> {
+    let mut capture = global.capture().await?;
+    let refused = match capture.add_volume(asked.clone()).await {
+        Ok(added) => return report::Volume::new(added.into_inner()),
+        Err(status) => Failure::from(status),
+    };
+    if refused.reason() != Reason::VolumeExists.as_str() {
+        return Err(refused);
+    }
+    let name = GetVolumeRequest {
+        volume: asked.name.clone(),
+    };
+    match capture.get_volume(name).await {
+        Ok(found) => same(&asked, report::Volume::new(found.into_inner())?),
+        // Its file is another volume's.
+        Err(_) => Err(refused),
+    }
+}
+
+/// The volume that was found, where it is what was asked for.
+fn same(asked: &AddVolumeRequest, found: report::Volume) -> Result<report::Volume, Failure> {
+    let differs = [
+        ("file", found.file != asked.file, found.file.clone()),
+        (
+            "length in bytes",
+            asked.length != 0 && found.size != asked.length,
+            found.size.to_string(),
+        ),
+        (
+            "block size",
+            found.block_size != asked.block_size,
+            found.block_size.to_string(),
+        ),
+        (
+            "engine",
+            !["", "auto", &*found.engine].contains(&&*asked.engine),
+            found.engine.clone(),
+        ),
+    ];
+    match differs.into_iter().find(|(_, differs, _)| *differs) {
+        None => Ok(found),
+        Some((what, _, is)) => Err(Failure::new(
+            Kind::Conflict,
+            Reason::VolumeExists.as_str(),
+            format!(
+                "there is a volume {:?} already, whose {what} is {is}",
+                asked.name
+            ),
+            "ask for what it is, choose another name, or remove that volume first",
+        )),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The help texts, as they are printed: changing one is a decision, not an accident.
 
-use crate::{stdout, tidemark};
+use crate::{stderr, stdout, tidemark};
 
 /// Every subcommand, in the order of the manual.
 pub(crate) const COMMANDS: &[&[&str]] = &[
@@ -25,8 +25,10 @@ pub(crate) const COMMANDS: &[&[&str]] = &[
     &["mount"],
     &["umount"],
     &["status"],
+    &["health"],
     &["maintain"],
     &["completions"],
+    &["man"],
 ];
 
 pub(crate) fn help(command: &[&str]) -> String {
@@ -48,5 +50,30 @@ fn there_are_completions_for_every_common_shell() {
     for shell in ["bash", "zsh", "fish"] {
         let output = tidemark().args(["completions", shell]).output().unwrap();
         assert!(stdout(&output).contains("generation"), "{shell}");
+        let service = ["completions", shell, "--program", "capture-svc"];
+        let output = tidemark().args(service).output().unwrap();
+        assert!(stdout(&output).contains("interval-max"), "{shell}");
     }
+}
+
+#[test]
+fn the_manual_is_written_where_it_is_wanted() {
+    let dir = tempfile::tempdir().unwrap();
+    let pages = dir.path().join("share/man");
+    let output = tidemark().arg("man").arg(&pages).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    for page in [
+        "man1/tidemark.1",
+        "man1/tidemark-restore.1",
+        "man8/capture-svc.8",
+    ] {
+        assert!(pages.join(page).is_file(), "{page}");
+    }
+    let output = tidemark()
+        .arg("man")
+        .arg(pages.join("man1/tidemark.1"))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("cannot create"), "a file is there");
 }
