@@ -1,7 +1,7 @@
 # Tidemark: `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test soak shuttle fuzz mutants bench lint fmt fmt-check doc deny clean
+.PHONY: help setup build demo test soak shuttle fuzz mutants bench lint fmt fmt-check doc deny images clean
 
 CARGO ?= cargo
 
@@ -15,7 +15,7 @@ build: ## build the three programs for development
 	$(CARGO) build --workspace --bins
 
 demo: ## the whole round trip on real files: protect, write, kill, restore, compare (2 min after the build)
-	@integration/setup.sh
+	@integration/setup.sh --demo
 	$(CARGO) build --release --bins -p tidemark-cli -p capture-svc -p vault-svc
 	@integration/demo.sh --bin-dir "$${CARGO_TARGET_DIR:-target}/release"
 
@@ -61,6 +61,11 @@ deny: ## check licences, sources and duplicate versions of the dependencies (ins
 	@integration/setup.sh --deny
 	$(CARGO) fetch --locked
 	$(CARGO) deny --offline --workspace check bans licenses sources
+
+images: ## build the Docker images of both services and of the command
+	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile --target vault -t tidemark-vault .
+	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile --target capture -t tidemark-capture .
+	DOCKER_BUILDKIT=1 docker build -f docker/Dockerfile --target cli -t tidemark-cli .
 
 clean: ## remove everything that was built
 	$(CARGO) clean

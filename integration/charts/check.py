@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Holds the charts to a real Helm and to the schemas of Kubernetes.
+
+Each chart is linted, rendered with the values of each case, compared with the render kept in golden/, and every object of
+the render is validated, strictly, against the schemas of several releases of Kubernetes. Values that can't be meant must
+be refused with a message that names them.
+
+    check.py            says what is wrong, and ends with 1 if anything is
+    check.py --update   writes the renders to golden/ instead of comparing them
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import helm_python
+import kubernetes_validate
+import yaml
+
+HERE = Path(__file__).resolve().parent
+CHARTS = HERE.parent.parent / "charts"
+GOLDEN = HERE / "golden"
+RELEASES = ["1.29", "1.31", "1.33", "1.35", "1.37"]
+NAMESPACE = "backup"
+
+CAPTURE = "tidemark-capture"
+
+# chart, name of the case, release, values
+RENDERED = [
+    ("tidemark", "defaults", "tidemark", {}),
+    (
+        "tidemark",
+        "everything",
+        "north",
+        {
+            "image": {"repository": "registry.example/tidemark-vault", "tag": "1.2.3", "pullPolicy": "Always"},
+            "imagePullSecrets": [{"name": "registry"}],
+            "settings": {"retain": 24, "scrub_period": "3d", "volume_bytes_max": "2TiB"},
+            "service": {"type": "LoadBalancer", "port": 443, "annotations": {"a": "b"}},
+            "persistence": {"size": "2Ti", "storageClassName": "fast", "annotations": {"c": "d"}},
+            "serviceAccount": {"create": False, "name": "vaults"},
+            "networkPolicy": {"from": [{"namespaceSelector": {"matchLabels": {"tidemark": "source"}}}]},
+            "podDisruptionBudget": {"maxUnavailable": 0},
+            "podAnnotations": {"e": "f"},
+            "podLabels": {"g": "h"},
+            "nodeSelector": {"disk": "large"},
+            "tolerations": [{"key": "storage", "operator": "Exists"}],
+            "affinity": {
+                "nodeAffinity": {
+                    "requiredDuringSchedulingIgnoredDuringExecution": {
+                        "nodeSelectorTerms": [{"matchExpressions": [{"key": "zone", "operator": "In", "values": ["n"]}]}]
+                    }
+                }
+            },
+            "topologySpreadConstraints": [
+                {"maxSkew": 1, "topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway"}
+            ],
+            "priorityClassName": "storage",
+            "extraEnv": [{"name": "VAULT_LOG", "value": "debug"}],
+            "extraVolumes": [{"name": "more", "emptyDir": {}}],
+            "extraVolumeMounts": [{"name": "more", "mountPath": "/more"}],
+        },
+    ),
+    (
+        "tidemark",
+        "least",
+        "tidemark",
+        {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}, "resources": None},
+    ),
+    ("example-app", "nbd", "diary", {}),
+    (
+        "example-app",
+        "file",
+        "diary",
+        {CAPTURE: {"frontEnd": "file", "state": {"volume": "", "subPath": ""}, "settings": {"cut_stall_max": "2s"}}},
+    ),
+    ("example-app", "fuse", "diary", {CAPTURE: {"frontEnd": "fuse", "sourceName": "diary"}}),
+]
+
+# chart, values, what the refusal must name
+REFUSED = [
+    ("tidemark", {"replicas": 3}, "replicas"),
+    ("tidemark", {"service": {"port": 70000}}, "port"),
+    ("tidemark", {"service": {"type": "ExternalName"}}, "type"),
+    ("tidemark", {"persistence": {"size": "much"}}, "size"),
+    ("tidemark", {"persistence": {"accessModes": ["ReadOnlyMany"]}}, "accessModes"),
+    ("tidemark", {"settings": {"listen": "0.0.0.0:1"}}, "listen"),
+    ("tidemark", {"settings": {"retain": 0}}, "retain"),
+    ("tidemark", {"settings": {"retain": "many"}}, "retain"),
+    ("tidemark", {"image": {"repository": ""}}, "repository"),
+    ("tidemark", {"networkPolicy": {"from": [{}]}}, "from"),
+    ("tidemark", {"podDisruptionBudget": {"maxUnavailable": 2}}, "maxUnavailable"),
+    ("example-app", {CAPTURE: {"frontEnd": "iscsi"}}, "frontEnd"),
+    ("example-app", {CAPTURE: {"vault": {"url": ""}}}, "vault.url is empty"),
+    ("example-app", {CAPTURE: {"vault": {"url": "vault"}}}, "url"),
+    ("example-app", {CAPTURE: {"volumes": [{"name": "Data", "file": "d.img"}]}}, "name"),
+    ("example-app", {CAPTURE: {"volumes": [{"name": "data", "file": "/d.img"}]}}, "file"),
+    ("example-app", {CAPTURE: {"volumes": [{"name": "data"}]}}, "file"),
+    ("example-app", {CAPTURE: {"settings": {"nbd": "tcp:0.0.0.0:10809"}}}, "nbd"),
+    ("example-app", {CAPTURE: {"runAsUser": 0}}, "runAsUser"),
+]
+
+problems = []
+
+
+def charts_with_their_dependencies(work):
+    """What `helm dependency update` does for a dependency in the folder beside."""
+    shutil.copytree(CHARTS, work / "charts")
+    shutil.copytree(CHARTS / CAPTURE, work / "charts/example-app/charts" / CAPTURE)
+    return work / "charts"
+
+
+def lint(charts):
+    for chart in sorted(path.name for path in charts.iterdir()):
+        report = helm_python.lint(charts / chart, strict=True, namespace=NAMESPACE)
+        for message in report["messages"]:
+            # That there is no icon is told, too.
+            if message["severity"] >= 2:
+                problems.append(f"{chart}: lint: {message['path']}: {message['error']}")
+
+
+def render(charts, chart, release, values):
+    with helm_python.Chart.load(charts / chart) as loaded:
+        loaded.validate_schema(values)
+        manifests = loaded.render(values, name=release, namespace=NAMESPACE)
+    kept = {path: text.strip() for path, text in sorted(manifests.items()) if text.strip()}
+    return "".join(f"---\n# {path}\n{text}\n" for path, text in kept.items())
+
+
+def objects(text):
+    """Every object of a render; its notes are none."""
+    for part in text.split("---\n# ")[1:]:
+        path, body = part.split("\n", 1)
+        if not path.endswith("NOTES.txt"):
+            yield from ((path, one) for one in yaml.safe_load_all(body) if one)
+
+
+def compare(name, text, update):
+    golden = GOLDEN / f"{name}.yaml"
+    if update:
+        golden.write_text(text)
+    elif not golden.exists() or golden.read_text() != text:
+        problems.append(f"{name}: the render is another than {golden.relative_to(HERE)}; look, then check.py --update")
+
+
+def validate(name, text):
+    for path, one in objects(text):
+        for release in RELEASES:
+            try:
+                kubernetes_validate.validate(one, release, strict=True)
+            except kubernetes_validate.ValidationError as error:
+                where = ".".join(map(str, error.path))
+                problems.append(f"{name}: {path} for Kubernetes {release}: {where}: {error.message}")
+
+
+def refuse(charts, chart, values, named):
+    try:
+        render(charts, chart, "bad", values)
+    except helm_python.HelmError as error:
+        if named not in str(error):
+            problems.append(f"{chart} {values}: refused without naming {named!r}: {error}")
+    else:
+        problems.append(f"{chart} {values}: not refused")
+
+
+def main():
+    update = sys.argv[1:] == ["--update"]
+    with tempfile.TemporaryDirectory() as work:
+        charts = charts_with_their_dependencies(Path(work))
+        lint(charts)
+        for chart, case, release, values in RENDERED:
+            name = f"{chart}-{case}"
+            text = render(charts, chart, release, values)
+            compare(name, text, update)
+            validate(name, text)
+        for chart, values, named in REFUSED:
+            refuse(charts, chart, values, named)
+    for problem in problems:
+        print(problem)
+    print(f"{len(RENDERED)} renders, {len(REFUSED)} refusals, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
