@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes sure that the programs which the tests and the demo drive are there, and the Python modules of the examples.
+# Makes sure that the programs which the tests and the demo drive are there, the Python modules, and a Docker engine.
 # Needs nothing but bash; does nothing, in well under a second, where all of them are.
 #
-#   integration/setup.sh          programs for tests and demo
+#   integration/setup.sh          programs for tests and demo, and a Docker engine
+#   integration/setup.sh --demo   programs for the demo
 #   integration/setup.sh --bench  these, and the peers that figures are compared with
 #   integration/setup.sh --fuzz   these, and the C++ compiler that libFuzzer is built with
 #   integration/setup.sh --deny   cargo-deny, built from source where it is missing (some minutes)
@@ -12,8 +13,8 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 if [[ "${1:-}" == "--deny" ]]; then
     command -v cargo-deny >/dev/null || cargo install --locked cargo-deny
     exit 0
-elif [[ $# -gt 0 && "$1" != "--bench" && "$1" != "--fuzz" ]]; then
-    echo "setup: unknown argument '$1'; there are --bench, --fuzz and --deny" >&2
+elif [[ $# -gt 0 && "$1" != "--demo" && "$1" != "--bench" && "$1" != "--fuzz" ]]; then
+    echo "setup: unknown argument '$1'; there are --demo, --bench, --fuzz and --deny" >&2
     exit 2
 fi
 
@@ -38,6 +39,12 @@ needed=(
     losetup:mount
     fsfreeze:util-linux
     ip:iproute2
+)
+# What images are built with and run by, and what checks units.
+[[ $# -gt 0 ]] || needed+=(
+    dockerd:docker.io
+    strip:binutils
+    systemd-analyze:systemd
 )
 # PostgreSQL's programs are not on the path.
 postgres=(/usr/lib/postgresql/*/bin/pg_amcheck)
@@ -126,15 +133,43 @@ install_packages() {
 }
 [[ ${#missing_programs[@]} -eq 0 ]] || install_packages
 
-# The modules that the Python examples need, in an environment of their own.
-venv="$here/.venv" requirements="$here/../crates/agent/examples/python/requirements.txt"
-if ! cmp -s "$requirements" "$venv/installed.txt"; then
-    echo "setup: installing the Python modules of the examples in integration/.venv"
+# The modules that the Python examples need, and Helm, Compose and the schemas of Kubernetes, in an environment of their
+# own.
+venv="$here/.venv"
+requirements=("$here/../crates/agent/examples/python/requirements.txt" "$here/requirements.txt")
+if ! cat "${requirements[@]}" | cmp -s - "$venv/installed.txt"; then
+    echo "setup: installing the Python modules of tests and examples in integration/.venv"
     rm -rf "$venv"
     /usr/bin/python3 -m venv "$venv"
-    if ! "$venv/bin/pip" install --quiet --disable-pip-version-check --requirement "$requirements"; then
+    if ! "$venv/bin/pip" install --quiet --disable-pip-version-check "${requirements[@]/#/--requirement=}"; then
         echo "setup: pip failed: mend that, then try again" >&2
         exit 1
     fi
-    cp "$requirements" "$venv/installed.txt"
+    cat "${requirements[@]}" >"$venv/installed.txt"
+fi
+
+# A Docker engine for the tests with containers. One that answers is left as it is. Else, for root, dockerd is started
+# here and goes on after this script: its log is in /var/log/tidemark-dockerd.log, and `kill $(cat /run/docker.pid)` ends it.
+# It makes the kernel drop what is forwarded between other networks, which tests with network namespaces need.
+docker_answers() { docker info >/dev/null 2>&1; }
+start_docker() {
+    local log=/var/log/tidemark-dockerd.log
+    echo "setup: no Docker engine answers: starting dockerd, log in $log"
+    setsid nohup dockerd >"$log" 2>&1 </dev/null &
+    for _ in $(seq 120); do
+        if docker_answers; then
+            ! command -v iptables >/dev/null || iptables --policy FORWARD ACCEPT || true
+            return
+        fi
+        sleep 0.5
+    done
+    echo "setup: dockerd does not answer after a minute: $(tail -n 3 "$log")" >&2
+    exit 1
+}
+if [[ $# -eq 0 ]] && ! docker_answers; then
+    if [[ "$(id -u)" -eq 0 ]]; then
+        start_docker
+    else
+        echo "setup: no Docker engine answers, or not to you: tests with containers are skipped" >&2
+    fi
 fi

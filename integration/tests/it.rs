@@ -9,6 +9,10 @@ mod bad_input;
 mod clocks;
 #[path = "it/coherence.rs"]
 mod coherence;
+#[path = "it/compose.rs"]
+mod compose;
+#[path = "it/containers.rs"]
+mod containers;
 #[path = "it/crash.rs"]
 mod crash;
 #[path = "it/databases.rs"]
@@ -35,6 +39,8 @@ mod kills;
 mod mount;
 #[path = "it/mutants.rs"]
 mod mutants;
+#[path = "it/packaging.rs"]
+mod packaging;
 #[path = "it/peers.rs"]
 mod peers;
 #[path = "it/real_clients.rs"]

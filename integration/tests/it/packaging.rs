@@ -1,0 +1,123 @@
+//! What others run Tidemark with: charts for Kubernetes, units for systemd.
+
+use std::{fs, os::unix::net::UnixDatagram, process::Command};
+
+use crate::{
+    compose::have_python_tool,
+    docs::root,
+    programs::{Process, free_addr, have, program, wait_for},
+};
+
+#[test]
+fn charts_render_as_agreed_fit_every_kubernetes_and_refuse_what_can_not_be_meant() {
+    let python = root().join("integration/.venv/bin/python");
+    if !have_python_tool(&python.with_file_name("kubernetes-validate")) {
+        return;
+    }
+    let output = Command::new(python)
+        .arg(root().join("integration/charts/check.py"))
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}{errors}");
+}
+
+/// The units in a folder, with programs that are there.
+fn units() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    let from = root().join("packaging/systemd");
+    for service in ["vault", "capture"] {
+        let name = format!("tidemark-{service}.service");
+        let unit = fs::read_to_string(from.join(&name)).unwrap();
+        let installed = format!("ExecStart=/usr/bin/{service}-svc\n");
+        assert!(unit.contains(&installed), "{name}");
+        let unit = unit.replace(&installed, "ExecStart=/bin/true\n");
+        fs::write(dir.path().join(name), unit).unwrap();
+    }
+    dir
+}
+
+/// What systemd itself says of the units, among them nothing that it doubts.
+fn analyze(dir: &tempfile::TempDir, args: &[&str]) -> String {
+    let output = Command::new("systemd-analyze")
+        .args(args)
+        .current_dir(dir.path())
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{args:?}: {told}{errors}");
+    assert_eq!(errors, "", "{args:?}");
+    told
+}
+
+#[test]
+fn the_units_are_what_systemd_understands_and_leave_the_services_little() {
+    if !have(&["systemd-analyze"]) {
+        return;
+    }
+    let dir = units();
+    let verify = |service: &str| {
+        let unit = format!("./tidemark-{service}.service");
+        analyze(&dir, &["verify", "--man=no", &unit]);
+        unit
+    };
+    for service in ["vault", "capture"] {
+        let unit = verify(service);
+        // Of 100; a unit without any sandbox has 96.
+        analyze(
+            &dir,
+            &["security", "--offline=yes", "--threshold=20", &unit],
+        );
+    }
+    let drop_in = dir.path().join("tidemark-capture.service.d");
+    fs::create_dir(&drop_in).unwrap();
+    let fuse = root().join("packaging/systemd/fuse.conf");
+    fs::copy(fuse, drop_in.join("fuse.conf")).unwrap();
+    verify("capture");
+}
+
+#[test]
+fn a_service_tells_its_supervisor_that_it_is_up_when_it_serves_and_that_it_stops() {
+    for service in ["vault-svc", "capture-svc"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("notify.sock");
+        let supervisor = UnixDatagram::bind(&path).unwrap();
+        supervisor.set_nonblocking(true).unwrap();
+        let told = || {
+            wait_for("the word to the supervisor", || {
+                let mut bytes = [0; 256];
+                let length = supervisor.recv(&mut bytes).ok()?;
+                Some(String::from_utf8_lossy(&bytes[..length]).trim().to_owned())
+            })
+        };
+        let listen = free_addr().to_string();
+        let mut command = program(service);
+        command.env("NOTIFY_SOCKET", &path);
+        command.args(["--listen", &listen]);
+        match service {
+            "vault-svc" => {
+                command.arg("--store-dir").arg(dir.path().join("store"));
+                command.arg("--state-dir").arg(dir.path().join("state"));
+            }
+            _ => {
+                command.arg("--state").arg(dir.path().join("state"));
+            }
+        }
+        let health = || {
+            let health = program(service)
+                .args(["--listen", &listen, "health"])
+                .output()
+                .unwrap();
+            (health.status.code(), health)
+        };
+        assert_eq!(health().0, Some(1), "{service} is not there yet");
+        let process = Process::spawn(&mut command, service);
+        assert_eq!(told(), "READY=1", "{service}");
+        let (code, output) = health();
+        assert_eq!(code, Some(0), "{service}: {output:?}");
+        process.terminate();
+        assert_eq!(told(), "STOPPING=1", "{service}");
+    }
+}
