@@ -22,6 +22,8 @@ mod exact;
 mod fit;
 #[path = "reflink/service.rs"]
 mod service;
+#[path = "reflink/stalled.rs"]
+mod stalled;
 #[path = "reflink/writer.rs"]
 mod writer;
 
