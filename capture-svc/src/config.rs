@@ -60,6 +60,8 @@ kebab!(
         Intercept = "intercept",
         /// The workload writes the file itself; cuts are clones of it.
         Reflink = "reflink",
+        /// The workload writes the file itself; cuts read all of it.
+        Scan = "scan",
     }
 );
 
@@ -78,8 +80,8 @@ settings! {
     vault: String = "http://127.0.0.1:7402".to_owned();
     /// Name of this source, as the vault shows it. Empty: the host's name.
     source_name: String = String::new();
-    /// Engine of volumes that are added: auto, intercept (all writes come through NBD or FUSE) or reflink (the workload
-    /// writes the file itself, on XFS or btrfs).
+    /// Engine of volumes that are added: auto, intercept (all writes come through NBD or FUSE), reflink (the workload writes
+    /// the file itself, on XFS or btrfs) or scan (the workload writes the file itself; each cut reads all of it).
     engine: EngineSetting = EngineSetting::Auto;
     /// Longest that a cut by the engine reflink may hold writers up: a file that takes longer is refused, and one that has
     /// come to take longer is warned of. 0s: however long.

@@ -162,6 +162,9 @@ impl Ready {
             Trust::Clones { .. } => {
                 tracing::info!(volume = %record.name, "opened: its clones are whole");
             }
+            Trust::Untracked { .. } => {
+                tracing::info!(volume = %record.name, "opened: each cut compares all of it");
+            }
             Trust::PowerLoss { doubtful } => {
                 tracing::warn!(volume = %record.name, %doubtful, "opened after a power loss: snapshots are gone, doubtful blocks will be compared");
             }
@@ -177,7 +180,7 @@ impl Ready {
         }
         let stores_kept = match trust {
             Trust::Clean | Trust::ProcessCrash => true,
-            Trust::Clones { stores_kept } => stores_kept,
+            Trust::Clones { stores_kept } | Trust::Untracked { stores_kept } => stores_kept,
             Trust::PowerLoss { .. } | Trust::Everything { .. } => false,
         };
         let opened = Opened::open(dir, record.id, &engine, stores_kept)?;

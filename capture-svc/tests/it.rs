@@ -25,5 +25,9 @@ mod recovery;
 mod reflink;
 #[path = "it/rig.rs"]
 mod rig;
+#[path = "it/scan.rs"]
+mod scan;
 #[path = "it/shipping.rs"]
 mod shipping;
+#[path = "it/writer.rs"]
+mod writer;

@@ -302,6 +302,12 @@ impl Search {
         &self.parties
     }
 
+    /// Whether there is somebody to hold the workload still, and everyone does as far as is known.
+    #[must_use]
+    pub const fn is_held(&self) -> bool {
+        self.frozen_at.is_some()
+    }
+
     /// When it wants to look though nothing happens; none while it waits for a cut, and when it is over.
     #[must_use]
     pub const fn wake(&self) -> Option<Duration> {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::{
-    Engine, EngineError, IntervalCut, SnapshotInfo,
+    CutAt, Engine, EngineError, IntervalCut, SnapshotInfo,
     intercept::{Intercept, Sample, group},
 };
 
@@ -16,9 +16,10 @@ pub use super::intercept::group::GroupError;
 /// What one of them refused; none has an interval open then that had none before.
 pub fn begin_intervals(
     engines: &[Arc<Engine>],
+    at: &CutAt<'_>,
 ) -> Result<Vec<(IntervalCut, Option<Sample>)>, GroupError> {
     if let [engine] = engines {
-        let begun = engine.begin_interval();
+        let begun = engine.begin_interval(at);
         return begun.map(|begun| vec![begun]).map_err(alone);
     }
     let begun = group::begin_intervals(&able(engines)?)?;

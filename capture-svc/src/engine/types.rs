@@ -74,6 +74,11 @@ pub enum Trust {
         /// The same boot: what was written without a sync is there, too.
         stores_kept: bool,
     },
+    /// Nothing is tracked: each cut compares everything.
+    Untracked {
+        /// The same boot: what was written without a sync is there, too.
+        stores_kept: bool,
+    },
     /// Nothing is known: all blocks joined the carry, snapshots are gone.
     Everything {
         /// Why.

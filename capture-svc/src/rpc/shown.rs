@@ -9,7 +9,7 @@ use tidemark_proto::{
 
 use super::CaptureService;
 use crate::{
-    engine::EngineStats,
+    engine::{EngineKind, EngineStats},
     uplink::{UplinkState, UplinkStatus},
     volume::{Serving, Volume},
 };
@@ -87,9 +87,11 @@ impl CaptureService {
             spool_bytes_max: stats.spool_max,
             nbd_uris,
             fuse_path,
-            warning: match serving.engine.intercept() {
-                Some(_) => String::new(),
-                None => stall_warning(self.registry.config().cut_stall_max.get(), &stats),
+            warning: match serving.engine.kind() {
+                EngineKind::Intercept | EngineKind::Scan => String::new(),
+                EngineKind::Reflink => {
+                    stall_warning(self.registry.config().cut_stall_max.get(), &stats)
+                }
             },
             cut_stall_us: u64::try_from(stats.last_flip.as_micros()).unwrap_or(u64::MAX),
             extents: stats.extents,

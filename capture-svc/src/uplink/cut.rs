@@ -144,6 +144,7 @@ impl Driver {
         let member = Member {
             name: self.settings.name.clone(),
             engine: self.engine.clone(),
+            table: Arc::clone(&self.table),
             quiesce: self.quiesce.clone(),
             hints: std::mem::take(&mut self.hints),
             cutting,

@@ -15,15 +15,16 @@ use std::{
 
 use capture_core::coherence::{Effect, Event, Graded, Limits, Search, Seen, Why};
 use futures::future::select_all;
+use tidemark_block::Coherence;
 use tokio::{
     sync::{Mutex, OwnedMutexGuard, watch},
     task::JoinHandle,
 };
 
-use super::{blocking, now_ms, ship::stopped};
+use super::{BaseTable, blocking, now_ms, ship::stopped};
 use crate::{
     engine::{
-        Engine, EngineError, IntervalCut,
+        CutAt, Engine, EngineError, EngineKind, IntervalCut,
         group::{self, GroupError},
         intercept::Sample,
     },
@@ -38,6 +39,7 @@ type Begun = Result<Vec<(IntervalCut, Option<Sample>)>, GroupError>;
 pub(super) struct Member {
     pub(super) name: String,
     pub(super) engine: Arc<Engine>,
+    pub(super) table: Arc<BaseTable>,
     pub(super) quiesce: Arc<Mutex<Quiesce>>,
     pub(super) hints: Hints,
     /// Set before the flip: what is asked for from then on is not in this cut.
@@ -82,8 +84,8 @@ pub(super) enum Found {
 pub(super) async fn find(members: Vec<Member>, limits: Limits) -> Vec<Found> {
     let count = members.len();
     let same = |found: fn() -> Found| (0..count).map(|_| found()).collect();
-    let mut searching = Searching::begin(members).await;
-    match searching.look(limits).await {
+    let mut searching = Searching::begin(members, limits).await;
+    match searching.look().await {
         Ended::Cut(found) => found,
         Ended::Unchanged { cut_time_ms } => (0..count)
             .map(|_| Found::Unchanged { cut_time_ms })
@@ -109,8 +111,16 @@ enum Next {
     Skip(Why),
 }
 
+/// A cut that is being made.
+struct Cutting {
+    task: JoinHandle<Begun>,
+    /// Nobody wants it any more.
+    abandoned: Arc<AtomicBool>,
+}
+
 struct Searching {
     members: Vec<Member>,
+    limits: Limits,
     quiesces: Vec<OwnedMutexGuard<Quiesce>>,
     /// By party: the member, and its number there.
     parties: Vec<(usize, usize)>,
@@ -119,7 +129,7 @@ struct Searching {
 }
 
 impl Searching {
-    async fn begin(members: Vec<Member>) -> Self {
+    async fn begin(members: Vec<Member>, limits: Limits) -> Self {
         let mut quiesces = Vec::with_capacity(members.len());
         for member in &members {
             quiesces.push(Arc::clone(&member.quiesce).lock_owned().await);
@@ -128,6 +138,7 @@ impl Searching {
         Self {
             origin: origins.min().unwrap_or_else(Instant::now),
             members,
+            limits,
             quiesces,
             parties: Vec::new(),
         }
@@ -150,7 +161,7 @@ impl Searching {
         all
     }
 
-    async fn look(&mut self, limits: Limits) -> Ended {
+    async fn look(&mut self) -> Ended {
         let parties = self.gather().await;
         if parties.is_empty() {
             self.set_cutting(true);
@@ -160,7 +171,7 @@ impl Searching {
             self.set_cutting(false);
         }
         let (mut search, mut effects) =
-            Search::begin(self.origin.elapsed(), self.seen(), limits, parties);
+            Search::begin(self.origin.elapsed(), self.seen(), self.limits, parties);
         loop {
             match self.perform(&effects) {
                 Next::Look => {}
@@ -168,10 +179,8 @@ impl Searching {
                 Next::Skip(why) => return Ended::Skipped(why),
             }
             let wake = self.origin + search.wake().unwrap_or_default();
-            let mut stops: Vec<_> = self.members.iter().map(|m| m.stop.clone()).collect();
-            let stop = select_all(stops.iter_mut().map(|stop| Box::pin(stopped(stop))));
             let event = tokio::select! {
-                _ = stop => None,
+                () = any_stopped(&self.members) => None,
                 () = tokio::time::sleep_until(wake.into()) => Some(Event::Look),
                 (party, answer) = answered(&mut self.quiesces, &self.parties) => {
                     Some(of_answer(party, answer))
@@ -193,17 +202,19 @@ impl Searching {
             self.end(&mut search, Event::CutFailed);
             return unchanged;
         }
-        let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
-        let mut cutting = tokio::task::spawn_blocking(move || group::begin_intervals(&engines));
+        let quiesced = search.is_held();
+        let mut cutting = self.begin_cut(quiesced);
         let limits = self.members.iter().map(|member| member.quiesce_timeout);
-        let begun = match limits.min() {
-            Some(limit) if !self.parties.is_empty() => {
-                match tokio::time::timeout(limit, &mut cutting).await {
-                    Ok(begun) => begun,
-                    Err(_) => return self.cut_too_late(search, cutting, limit).await,
-                }
+        let limit = limits.min().filter(|_| !self.parties.is_empty());
+        let begun = tokio::select! {
+            begun = &mut cutting.task => begun,
+            () = elapsed(limit) => {
+                return self.cut_too_late(search, cutting, limit.unwrap_or_default()).await;
             }
-            _ => cutting.await,
+            () = any_stopped(&self.members) => {
+                cutting.abandoned.store(true, SeqCst);
+                cutting.task.await
+            }
         };
         let (error, event) = match begun {
             Ok(Ok(cuts)) => {
@@ -220,6 +231,10 @@ impl Searching {
                     Effect::Graded(graded) => Some(graded),
                     _ => None,
                 });
+                let false_start = self.is_false_start(quiesced, graded.as_ref());
+                if let Some(why) = false_start {
+                    return give_up(&self.members, cuts, why.to_owned()).await;
+                }
                 if let Some(graded) = graded {
                     let found = cuts.into_iter().map(|(cut, _)| Found::Cut {
                         cut,
@@ -231,13 +246,19 @@ impl Searching {
                 ("a cut without a grade".to_owned(), Event::CutFailed)
             }
             Ok(Err(GroupError {
-                error: EngineError::Closed,
+                error: EngineError::Closed | EngineError::Abandoned,
                 ..
             })) => {
                 self.end(&mut search, Event::Abandoned);
                 return Ended::Stopped;
             }
-            Ok(Err(error)) => (self.told(&error), Event::CutFailed),
+            Ok(Err(error)) => {
+                if let EngineError::Table(error) = &error.error {
+                    // Of a group no engine reads one.
+                    self.members[0].table.failed(error);
+                }
+                (self.told(&error), Event::CutFailed)
+            }
             Err(error) => (error.to_string(), Event::CutFailed),
         };
         self.end(&mut search, event);
@@ -248,34 +269,69 @@ impl Searching {
     async fn cut_too_late(
         &mut self,
         mut search: Search,
-        cutting: JoinHandle<Begun>,
+        cutting: Cutting,
         limit: Duration,
     ) -> Ended {
         self.end(&mut search, Event::CutFailed);
-        let cuts = match cutting.await {
+        cutting.abandoned.store(true, SeqCst);
+        let cuts = match cutting.task.await {
             Ok(Ok(cuts)) => cuts,
             Ok(Err(GroupError {
                 error: EngineError::Closed,
                 ..
             })) => return Ended::Stopped,
+            Ok(Err(GroupError {
+                error: EngineError::Abandoned,
+                ..
+            })) => Vec::new(),
             Ok(Err(error)) => return Ended::Failed(self.told(&error)),
             Err(error) => return Ended::Failed(error.to_string()),
         };
-        let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
-        let given_up = blocking(move || {
-            drop(cuts);
-            for engine in engines {
-                engine.give_up_interval()?;
-            }
-            Ok(())
-        });
-        if let Err(error) = given_up.await {
-            tracing::warn!(error = %format!("{error:#}"), "give up the interval");
-        }
-        Ended::Failed(format!(
+        let why = format!(
             "the workload was let go on before the cut was made, which took longer than quiesce_timeout ({limit:?}): \
-             freeze what is in the volume, never the filesystem that the volume file lies on, or raise quiesce_timeout"
-        ))
+             freeze what is in the volume, never the filesystem that the volume file lies on, or raise quiesce_timeout (with \
+             the engine scan the whole file is read meanwhile)"
+        );
+        give_up(&self.members, cuts, why).await
+    }
+
+    /// Sets the cut going.
+    fn begin_cut(&self, quiesced: bool) -> Cutting {
+        let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
+        // Engines of a group compare nothing.
+        let table = self.members.first().map(|member| &member.table);
+        let base = table
+            .filter(|table| table.is_sound())
+            .map(|table| table.table());
+        let abandoned = Arc::new(AtomicBool::new(false));
+        let (limits, stop) = (self.limits, Arc::clone(&abandoned));
+        let task = tokio::task::spawn_blocking(move || {
+            let at = CutAt {
+                quiesced,
+                base: base.as_deref(),
+                lull_wait_max: limits.lull_wait_max,
+                lull_min: limits.lull_min,
+                abandoned: Some(&stop),
+            };
+            group::begin_intervals(&engines, &at)
+        });
+        Cutting { task, abandoned }
+    }
+
+    /// Why a cut that compared the file with the table is none, where what it went by wasn't so.
+    fn is_false_start(&self, quiesced: bool, graded: Option<&Graded>) -> Option<&'static str> {
+        let mut members = self.members.iter();
+        let scan = members.find(|member| member.engine.kind() == EngineKind::Scan)?;
+        let holds = graded.is_some_and(|graded| graded.coherence == Coherence::Quiesced);
+        if quiesced && !holds {
+            Some("the workload was let go on while the cut was made: it is tried again")
+        } else if !scan.table.is_sound() {
+            Some(
+                "the checksum table is in doubt since the cut began: it is compared with the vault's, then there is a cut",
+            )
+        } else {
+            None
+        }
     }
 
     /// What a cut failed with, and which volume where there are several.
@@ -359,6 +415,42 @@ impl Searching {
         }
         next
     }
+}
+
+/// One of the volumes stops.
+fn any_stopped(members: &[Member]) -> impl Future<Output = ()> + 'static {
+    let mut stops: Vec<_> = members.iter().map(|member| member.stop.clone()).collect();
+    async move {
+        select_all(stops.iter_mut().map(|stop| Box::pin(stopped(stop)))).await;
+    }
+}
+
+/// So much time has passed; never without a limit.
+async fn elapsed(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Lets go of cuts that are none, and says why.
+async fn give_up(
+    members: &[Member],
+    cuts: Vec<(IntervalCut, Option<Sample>)>,
+    why: String,
+) -> Ended {
+    let engines: Vec<_> = members.iter().map(|m| Arc::clone(&m.engine)).collect();
+    let given_up = blocking(move || {
+        drop(cuts);
+        for engine in engines {
+            engine.give_up_interval()?;
+        }
+        Ok(())
+    });
+    if let Err(error) = given_up.await {
+        tracing::warn!(error = %format!("{error:#}"), "give up the interval");
+    }
+    Ended::Failed(why)
 }
 
 /// The next answer of any of them, with the number of the party.

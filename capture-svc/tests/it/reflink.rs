@@ -12,7 +12,10 @@ use capture_svc::engine::{
 };
 use tidemark_block::{BlockSet, BlockSize, Extent, Geometry, VolumeId};
 
-use crate::disk::{CLONING, Disk};
+use crate::{
+    disk::{CLONING, Disk},
+    writer::{BLOCK, BLOCKS},
+};
 
 #[path = "reflink/crash.rs"]
 mod crash;
@@ -24,11 +27,6 @@ mod fit;
 mod service;
 #[path = "reflink/stalled.rs"]
 mod stalled;
-#[path = "reflink/writer.rs"]
-mod writer;
-
-const BLOCK: usize = 4096;
-const BLOCKS: usize = 2048;
 
 struct Scene {
     // Before the disk, so that it is closed first.

@@ -134,12 +134,14 @@ pub struct UpArgs {
 /// How a volume's changes are tracked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Engine {
-    /// What fits: intercept where volumes are served by NBD or FUSE, else reflink
+    /// What fits: intercept where volumes are served by NBD or FUSE, else reflink, else scan
     Auto,
     /// All writes come through NBD or FUSE
     Intercept,
     /// The workload writes the file itself, on XFS or btrfs: cuts are clones of it
     Reflink,
+    /// The workload writes the file itself, on any local filesystem: each cut reads all of it
+    Scan,
 }
 
 impl Engine {
@@ -150,6 +152,7 @@ impl Engine {
             Self::Auto => "auto",
             Self::Intercept => "intercept",
             Self::Reflink => "reflink",
+            Self::Scan => "scan",
         }
     }
 }

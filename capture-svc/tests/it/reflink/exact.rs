@@ -13,8 +13,8 @@ use tidemark_block::{BlockCount, BlockIndex, Extent};
 
 use super::{
     BLOCK, BLOCKS, CLONING, Disk, Scene, VOLUME, apply, apply_blocks, geometry, new_file, whole,
-    writer::Writer,
 };
+use crate::writer::Writer;
 
 #[test]
 fn each_interval_makes_the_image_of_its_cut_whoever_writes_how() {

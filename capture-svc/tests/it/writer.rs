@@ -8,10 +8,11 @@ use std::{
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::{BLOCK, BLOCKS};
+pub(crate) const BLOCK: usize = 4096;
+pub(crate) const BLOCKS: usize = 2048;
 
 /// Numbers that look random and come again.
-pub(super) struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -21,30 +22,30 @@ impl Random {
         self.0
     }
 
-    pub(super) fn below(&mut self, end: usize) -> usize {
+    pub(crate) fn below(&mut self, end: usize) -> usize {
         usize::try_from(self.next() % end as u64).unwrap()
     }
 }
 
 /// Memory that O_DIRECT takes.
-fn aligned(bytes: &[u8]) -> memmap2::MmapMut {
+pub(crate) fn aligned(bytes: &[u8]) -> memmap2::MmapMut {
     let mut map = memmap2::MmapMut::map_anon(bytes.len()).unwrap();
     map.copy_from_slice(bytes);
     map
 }
 
 /// A file with each way to write to it, and what it must hold.
-pub(super) struct Writer {
+pub(crate) struct Writer {
     buffered: File,
     direct: File,
-    pub(super) map: memmap2::MmapMut,
-    pub(super) model: Vec<u8>,
-    pub(super) random: Random,
+    pub(crate) map: memmap2::MmapMut,
+    pub(crate) model: Vec<u8>,
+    pub(crate) random: Random,
 }
 
 impl Writer {
     #[allow(unsafe_code)]
-    pub(super) fn new(path: &PathBuf, seed: u64) -> Self {
+    pub(crate) fn new(path: &PathBuf, seed: u64) -> Self {
         let open = || OpenOptions::new().read(true).write(true).clone();
         let buffered = open().open(path).unwrap();
         let direct = open().custom_flags(libc::O_DIRECT).open(path).unwrap();
@@ -59,7 +60,7 @@ impl Writer {
         }
     }
 
-    pub(super) fn one(&mut self) {
+    pub(crate) fn one(&mut self) {
         let count = 1 + self.random.below(8);
         let block = self.random.below(BLOCKS - count);
         let (at, length) = (block * BLOCK, count * BLOCK);
