@@ -15,7 +15,9 @@ use std::{io, path::Path, sync::Arc};
 
 pub use capture_core::kind::EngineKind;
 use capture_core::reflink::state::Base;
-use tidemark_block::{BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use tidemark_block::{
+    BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
+};
 
 pub use cut::{IntervalCut, SnapshotReader};
 pub use error::EngineError;
@@ -313,6 +315,41 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.create_snapshot(label, now_ms),
             Self::Reflink(engine) => engine.create_snapshot(label, now_ms),
+        }
+    }
+
+    /// As [`Self::create_snapshot`]; also says what the data path had done right after the flip.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn create_observed_snapshot(
+        &self,
+        label: &str,
+        now_ms: u64,
+    ) -> Result<(SnapshotInfo, Option<Sample>), EngineError> {
+        match self {
+            Self::Intercept(engine) => {
+                let (taken, at_flip) = engine.create_observed_snapshot(label, now_ms)?;
+                Ok((taken, Some(at_flip)))
+            }
+            Self::Reflink(engine) => Ok((engine.create_snapshot(label, now_ms)?, None)),
+        }
+    }
+
+    /// Records how good the moment of a snapshot's cut was, and why no better. Until then it is graded as after a power
+    /// cut.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], or where that can't be written: the grade is as it was.
+    pub fn grade_snapshot(
+        &self,
+        id: SnapshotId,
+        coherence: Coherence,
+        reason: &CutReason,
+    ) -> Result<(), EngineError> {
+        match self {
+            Self::Intercept(engine) => engine.grade_snapshot(id, coherence, reason),
+            Self::Reflink(engine) => engine.grade_snapshot(id, coherence, reason),
         }
     }
 

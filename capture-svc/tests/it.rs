@@ -27,3 +27,5 @@ mod reflink;
 mod rig;
 #[path = "it/shipping.rs"]
 mod shipping;
+#[path = "it/snapshot_grades.rs"]
+mod snapshot_grades;
