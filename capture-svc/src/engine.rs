@@ -16,7 +16,9 @@ use std::{io, path::Path, sync::Arc};
 
 pub use capture_core::kind::EngineKind;
 use capture_core::reflink::state::Base;
-use tidemark_block::{BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use tidemark_block::{
+    BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
+};
 
 pub use cut::{CutAt, IntervalCut, SnapshotReader};
 pub use error::EngineError;
@@ -347,15 +349,41 @@ impl Engine {
         }
     }
 
-    /// Cuts, and keeps the image at the cut readable. `label` has at most 255 bytes.
+    /// Cuts, and keeps the image at the cut readable. `label` has at most 255 bytes. Also says what the data path had done
+    /// right after the flip.
     ///
     /// # Errors
-    /// [`EngineError::TooManySnapshots`], or where it can't be kept.
-    pub fn create_snapshot(&self, label: &str, now_ms: u64) -> Result<SnapshotInfo, EngineError> {
+    /// [`EngineError::TooManySnapshots`], [`EngineError::NoSnapshots`], or where it can't be kept.
+    pub fn create_snapshot(
+        &self,
+        label: &str,
+        now_ms: u64,
+    ) -> Result<(SnapshotInfo, Option<Sample>), EngineError> {
         match self {
-            Self::Intercept(engine) => engine.create_snapshot(label, now_ms),
-            Self::Reflink(engine) => engine.create_snapshot(label, now_ms),
+            Self::Intercept(engine) => {
+                let (taken, at_flip) = engine.create_observed_snapshot(label, now_ms)?;
+                Ok((taken, Some(at_flip)))
+            }
+            Self::Reflink(engine) => Ok((engine.create_snapshot(label, now_ms)?, None)),
             Self::Scan(_) => Err(EngineError::NoSnapshots),
+        }
+    }
+
+    /// Records how good the moment of a snapshot's cut was, and why no better. Until then it is graded as after a power
+    /// cut.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], or where that can't be written: the grade is as it was.
+    pub fn grade_snapshot(
+        &self,
+        id: SnapshotId,
+        coherence: Coherence,
+        reason: &CutReason,
+    ) -> Result<(), EngineError> {
+        match self {
+            Self::Intercept(engine) => engine.grade_snapshot(id, coherence, reason),
+            Self::Reflink(engine) => engine.grade_snapshot(id, coherence, reason),
+            Self::Scan(_) => Err(EngineError::NoSuchSnapshot(id)),
         }
     }
 

@@ -174,8 +174,12 @@ impl Capture for CaptureService {
         request: Request<pb::CreateSnapshotRequest>,
     ) -> Reply<pb::Snapshot> {
         self.stopping()?;
-        let pb::CreateSnapshotRequest { volume, label } = request.into_inner();
-        Ok(Response::new(self.snapshot(&volume, label).await?))
+        let pb::CreateSnapshotRequest { volume, label, now } = request.into_inner();
+        let mut taken = self.take_snapshots(&[volume], label, now).await?;
+        let taken = taken
+            .pop()
+            .ok_or_else(|| RpcError::internal("no snapshot"))?;
+        Ok(Response::new(taken))
     }
 
     async fn create_snapshots(
@@ -183,8 +187,12 @@ impl Capture for CaptureService {
         request: Request<pb::CreateSnapshotsRequest>,
     ) -> Reply<pb::CreateSnapshotsResponse> {
         self.stopping()?;
-        let pb::CreateSnapshotsRequest { volumes, label } = request.into_inner();
-        let snapshots = self.snapshots_together(&volumes, label).await?;
+        let pb::CreateSnapshotsRequest {
+            volumes,
+            label,
+            now,
+        } = request.into_inner();
+        let snapshots = self.take_snapshots(&volumes, label, now).await?;
         Ok(Response::new(pb::CreateSnapshotsResponse { snapshots }))
     }
 

@@ -20,6 +20,7 @@ mod resync;
 mod search;
 mod settle;
 mod ship;
+pub(crate) mod snapshot;
 mod status;
 mod table;
 pub(crate) mod walk;
@@ -55,6 +56,7 @@ use crate::{
 };
 use driver::Driver;
 use group::Group;
+use snapshot::Seat;
 
 /// Requests that may wait to be noticed.
 const REQUESTS_MAX: usize = 64;
@@ -98,6 +100,7 @@ pub(crate) struct Uplink {
     requests: mpsc::Sender<Request>,
     status: watch::Receiver<UplinkStatus>,
     table: Arc<BaseTable>,
+    seat: Seat,
     stop: watch::Sender<bool>,
     task: parking_lot::Mutex<Option<JoinHandle<()>>>,
 }
@@ -119,6 +122,7 @@ impl Uplink {
             requests,
             status,
             table,
+            seat: driver.seat(),
             stop,
             task: parking_lot::Mutex::new(Some(tokio::spawn(driver.run()))),
         }
@@ -158,6 +162,11 @@ impl Uplink {
     /// The checksum table of the base.
     pub(crate) const fn table(&self) -> &Arc<BaseTable> {
         &self.table
+    }
+
+    /// For a cut of the volume that is not an interval.
+    pub(crate) fn seat(&self) -> Seat {
+        self.seat.clone()
     }
 
     /// Tells it to stop, without waiting.

@@ -29,5 +29,7 @@ mod rig;
 mod scan;
 #[path = "it/shipping.rs"]
 mod shipping;
+#[path = "it/snapshot_grades.rs"]
+mod snapshot_grades;
 #[path = "it/writer.rs"]
 mod writer;

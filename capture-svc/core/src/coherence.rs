@@ -179,6 +179,8 @@ pub enum Why {
     WriteAtCut,
     /// Writes don't pass through the engine.
     WritesUnseen,
+    /// Whoever wanted the cut wanted it at once.
+    AtOnce,
 }
 
 impl fmt::Display for Why {
@@ -203,6 +205,7 @@ impl fmt::Display for Why {
                 write!(f, "writes without a pause of {lull_min:?} for {waited:?}")
             }
             Self::WritesUnseen => f.write_str("the engine does not see writes"),
+            Self::AtOnce => f.write_str("it was to be made at once"),
             Self::WriteAtCut => f.write_str("a write began just before the cut"),
         }
     }
@@ -277,16 +280,8 @@ impl Search {
         limits: Limits,
         parties: Vec<Party>,
     ) -> (Self, Vec<Effect>) {
-        let mut search = Self {
-            limits,
-            shortfall: parties.is_empty().then_some(Why::NothingQuiesces),
-            parties,
-            asked: 0,
-            thawed: false,
-            frozen_at: None,
-            state: State::Over,
-            wake: None,
-        };
+        let shortfall = parties.is_empty().then_some(Why::NothingQuiesces);
+        let mut search = Self::new(limits, parties, shortfall);
         let mut effects = Vec::new();
         if search.parties.is_empty() {
             search.seek(now, seen, &mut effects);
@@ -294,6 +289,32 @@ impl Search {
             search.freeze_next(now, seen, &mut effects);
         }
         (search, effects)
+    }
+
+    /// Looks for nothing: the cut is made at once, whoever could quiesce the workload, and graded all the same.
+    #[must_use]
+    pub fn at_once(now: Duration, seen: Seen, limits: Limits) -> (Self, Vec<Effect>) {
+        let limits = Limits {
+            lull_wait_max: Duration::ZERO,
+            ..limits
+        };
+        let mut search = Self::new(limits, Vec::new(), Some(Why::AtOnce));
+        let mut effects = Vec::new();
+        search.seek(now, seen, &mut effects);
+        (search, effects)
+    }
+
+    const fn new(limits: Limits, parties: Vec<Party>, shortfall: Option<Why>) -> Self {
+        Self {
+            limits,
+            parties,
+            asked: 0,
+            thawed: false,
+            frozen_at: None,
+            shortfall,
+            state: State::Over,
+            wake: None,
+        }
     }
 
     /// Who takes part.

@@ -34,7 +34,9 @@ use capture_core::{
     },
 };
 use parking_lot::{Mutex, MutexGuard};
-use tidemark_block::{BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use tidemark_block::{
+    BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
+};
 use tidemark_disk::{durable, lock::FileLock};
 
 pub use reader::CloneReader;
@@ -402,28 +404,39 @@ impl Reflink {
         let changing = self.changing.lock();
         let mut state = self.state();
         let id = state.keep(clone, now_ms, label);
+        let taken = state.snapshots.last().map(shown);
         if let Err(error) = self.store(&changing, state, |_| {}) {
             drop(changing);
             self.clones.remove(clone.cut);
             return Err(error);
         }
-        Ok(SnapshotInfo {
-            id: SnapshotId(id),
-            label: label.to_owned(),
-            time_ms: now_ms,
-            cut: Epoch::new(clone.cut),
-        })
+        taken.ok_or(EngineError::NoSuchSnapshot(SnapshotId(id)))
+    }
+
+    /// Records how good the moment of a snapshot's cut was, and why no better.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], or where the record can't be written: the grade is as it was.
+    pub fn grade_snapshot(
+        &self,
+        id: SnapshotId,
+        coherence: Coherence,
+        reason: &CutReason,
+    ) -> Result<(), EngineError> {
+        self.check_open()?;
+        let changing = self.changing.lock();
+        let mut state = self.state();
+        let mut snapshots = state.snapshots.iter_mut();
+        let snapshot = snapshots.find(|snapshot| snapshot.id == id.0);
+        let snapshot = snapshot.ok_or(EngineError::NoSuchSnapshot(id))?;
+        snapshot.coherence = coherence;
+        snapshot.reason = reason.clone();
+        self.store(&changing, state, |_| {})
     }
 
     /// All snapshots, oldest first.
     #[must_use]
     pub fn list_snapshots(&self) -> Vec<SnapshotInfo> {
-        let shown = |snapshot: &SnapshotClone| SnapshotInfo {
-            id: SnapshotId(snapshot.id),
-            label: snapshot.label.clone(),
-            time_ms: snapshot.time_ms,
-            cut: Epoch::new(snapshot.clone.cut),
-        };
         self.now.lock().state.snapshots.iter().map(shown).collect()
     }
 
@@ -516,6 +529,17 @@ impl Reflink {
                 Ok(())
             }
         }
+    }
+}
+
+fn shown(snapshot: &SnapshotClone) -> SnapshotInfo {
+    SnapshotInfo {
+        id: SnapshotId(snapshot.id),
+        label: snapshot.label.clone(),
+        time_ms: snapshot.time_ms,
+        cut: Epoch::new(snapshot.clone.cut),
+        coherence: snapshot.coherence,
+        reason: snapshot.reason.clone(),
     }
 }
 

@@ -25,7 +25,9 @@ use super::{
     record::UplinkRecord,
     resync::{self, Doubt, ResyncError, Target},
     ship::{ShipError, Shipment, Shipped, stopped},
-    shutting_down, walk,
+    shutting_down,
+    snapshot::Seat,
+    walk,
 };
 use crate::{
     engine::{Engine, EngineError, IntervalCut},
@@ -123,6 +125,20 @@ impl Driver {
             started: Instant::now(),
             stamping: None,
             cut_error: None,
+        }
+    }
+
+    /// What others need to look for a moment as it does.
+    pub(super) fn seat(&self) -> Seat {
+        Seat {
+            name: self.settings.name.clone(),
+            engine: Arc::clone(&self.engine),
+            table: Arc::clone(&self.table),
+            quiesce: Arc::clone(&self.quiesce),
+            stop: self.stop.clone(),
+            started: self.started.into_std(),
+            quiesce_timeout: self.settings.quiesce.time,
+            limits: self.settings.moment,
         }
     }
 

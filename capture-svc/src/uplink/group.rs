@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tidemark_block::Trigger;
 use tokio::sync::{oneshot, watch};
 
-use super::search::{Found, Member, find};
+use super::search::{Found, Member, Want, find};
 use crate::config::Groups;
 
 /// A volume that waits for the others.
@@ -122,7 +122,7 @@ impl Group {
             "all are ready to be cut"
         );
         tokio::spawn(async move {
-            let found = find(members, limits).await;
+            let found = find(members, Want::intervals(limits), std::future::pending()).await;
             for (found, answer) in found.into_iter().zip(answers) {
                 // An uplink waits for its answer to the end.
                 let _ = answer.send(found);

@@ -31,8 +31,55 @@ use crate::{
     quiesce::{Answer, Hints, Quiesce},
 };
 
-/// What the engines say to a cut: the interval of each, and what its data path had done right after the flip.
-type Begun = Result<Vec<(IntervalCut, Option<Sample>)>, GroupError>;
+/// What the engines say to a cut: what each has made, and what its data path had done right after the flip.
+pub(super) type Begun<M> = Result<Vec<(M, Option<Sample>)>, GroupError>;
+
+/// What a cut is made for.
+pub(super) trait Aim: Send + Sync + 'static {
+    /// What comes of it, for each volume.
+    type Made: Send + 'static;
+
+    /// Cuts all of them at one instant.
+    fn cut(&self, engines: &[Arc<Engine>], cut_time_ms: u64, at: &CutAt<'_>) -> Begun<Self::Made>;
+
+    /// Undoes a cut that came too late, or is none.
+    fn undo(engine: &Engine, made: Self::Made) -> Result<(), EngineError>;
+}
+
+/// An interval of each.
+pub(super) struct Intervals;
+
+impl Aim for Intervals {
+    type Made = IntervalCut;
+
+    fn cut(&self, engines: &[Arc<Engine>], _: u64, at: &CutAt<'_>) -> Begun<IntervalCut> {
+        group::begin_intervals(engines, at)
+    }
+
+    fn undo(engine: &Engine, made: IntervalCut) -> Result<(), EngineError> {
+        drop(made);
+        engine.give_up_interval()
+    }
+}
+
+/// A cut that is wanted.
+pub(super) struct Want<A> {
+    pub(super) aim: Arc<A>,
+    pub(super) limits: Limits,
+    /// Nobody is asked to freeze, and no moment is waited for.
+    pub(super) at_once: bool,
+}
+
+impl Want<Intervals> {
+    /// Of intervals, at the best moment within limits.
+    pub(super) fn intervals(limits: Limits) -> Self {
+        Self {
+            aim: Arc::new(Intervals),
+            limits,
+            at_once: false,
+        }
+    }
+}
 
 /// A volume that is to be cut.
 #[derive(Debug)]
@@ -63,10 +110,10 @@ impl Member {
 
 /// What a search came to, for one of its volumes.
 #[derive(Debug)]
-pub(super) enum Found {
+pub(super) enum Found<M = IntervalCut> {
     /// A cut, not recorded yet.
     Cut {
-        cut: IntervalCut,
+        cut: M,
         cut_time_ms: u64,
         graded: Graded,
     },
@@ -75,33 +122,54 @@ pub(super) enum Found {
     /// By policy nothing is cut.
     Skipped(Why),
     /// The cut could not be made.
-    Failed(String),
-    /// The service stops, or one of the volumes does.
+    Failed(CutError),
+    /// The service stops, or one of the volumes does; or nobody wants it any more.
     Stopped,
 }
 
-/// Finds the moment and cuts all of them, or none. One answer for each, in their order.
-pub(super) async fn find(members: Vec<Member>, limits: Limits) -> Vec<Found> {
-    let count = members.len();
-    let same = |found: fn() -> Found| (0..count).map(|_| found()).collect();
-    let mut searching = Searching::begin(members, limits).await;
-    match searching.look().await {
-        Ended::Cut(found) => found,
-        Ended::Unchanged { cut_time_ms } => (0..count)
-            .map(|_| Found::Unchanged { cut_time_ms })
-            .collect(),
-        Ended::Skipped(why) => (0..count).map(|_| Found::Skipped(why.clone())).collect(),
-        Ended::Failed(error) => (0..count).map(|_| Found::Failed(error.clone())).collect(),
-        Ended::Stopped => same(|| Found::Stopped),
+/// Why a cut could not be made.
+#[derive(Debug, Clone)]
+pub(super) struct CutError {
+    /// Of which volume, and why, as people are told.
+    pub(super) message: String,
+    /// The position of the volume whose engine refused, and what it said.
+    pub(super) refused: Option<(usize, Arc<EngineError>)>,
+}
+
+impl From<String> for CutError {
+    fn from(message: String) -> Self {
+        Self {
+            message,
+            refused: None,
+        }
     }
 }
 
+/// Finds the moment and cuts all of them, or none; not where it isn't wanted any more, once `unwanted` ends. One answer
+/// for each, in their order, which is that of their names: two searches never wait for each other.
+pub(super) async fn find<A: Aim>(
+    members: Vec<Member>,
+    want: Want<A>,
+    unwanted: impl Future<Output = ()>,
+) -> Vec<Found<A::Made>> {
+    let count = members.len();
+    let mut searching = Searching::begin(members, want).await;
+    let each: Box<dyn Fn() -> Found<A::Made> + Send> = match searching.look(unwanted).await {
+        Ended::Cut(found) => return found,
+        Ended::Unchanged { cut_time_ms } => Box::new(move || Found::Unchanged { cut_time_ms }),
+        Ended::Skipped(why) => Box::new(move || Found::Skipped(why.clone())),
+        Ended::Failed(error) => Box::new(move || Found::Failed(error.clone())),
+        Ended::Stopped => Box::new(|| Found::Stopped),
+    };
+    (0..count).map(|_| each()).collect()
+}
+
 /// How a search ended, for all.
-enum Ended {
-    Cut(Vec<Found>),
+enum Ended<M> {
+    Cut(Vec<Found<M>>),
     Unchanged { cut_time_ms: u64 },
     Skipped(Why),
-    Failed(String),
+    Failed(CutError),
     Stopped,
 }
 
@@ -112,15 +180,15 @@ enum Next {
 }
 
 /// A cut that is being made.
-struct Cutting {
-    task: JoinHandle<Begun>,
+struct Cutting<M> {
+    task: JoinHandle<Begun<M>>,
     /// Nobody wants it any more.
     abandoned: Arc<AtomicBool>,
 }
 
-struct Searching {
+struct Searching<A> {
+    want: Want<A>,
     members: Vec<Member>,
-    limits: Limits,
     quiesces: Vec<OwnedMutexGuard<Quiesce>>,
     /// By party: the member, and its number there.
     parties: Vec<(usize, usize)>,
@@ -128,17 +196,18 @@ struct Searching {
     origin: Instant,
 }
 
-impl Searching {
-    async fn begin(members: Vec<Member>, limits: Limits) -> Self {
+impl<A: Aim> Searching<A> {
+    async fn begin(members: Vec<Member>, want: Want<A>) -> Self {
         let mut quiesces = Vec::with_capacity(members.len());
-        for member in &members {
+        // At once: not even another search is waited for.
+        for member in members.iter().filter(|_| !want.at_once) {
             quiesces.push(Arc::clone(&member.quiesce).lock_owned().await);
         }
         let origins = members.iter().map(|member| member.started);
         Self {
             origin: origins.min().unwrap_or_else(Instant::now),
+            want,
             members,
-            limits,
             quiesces,
             parties: Vec::new(),
         }
@@ -161,7 +230,8 @@ impl Searching {
         all
     }
 
-    async fn look(&mut self) -> Ended {
+    async fn look(&mut self, unwanted: impl Future<Output = ()>) -> Ended<A::Made> {
+        let mut unwanted = std::pin::pin!(unwanted);
         let parties = self.gather().await;
         if parties.is_empty() {
             self.set_cutting(true);
@@ -170,8 +240,12 @@ impl Searching {
             }
             self.set_cutting(false);
         }
-        let (mut search, mut effects) =
-            Search::begin(self.origin.elapsed(), self.seen(), self.limits, parties);
+        let (now, seen, limits) = (self.origin.elapsed(), self.seen(), self.want.limits);
+        let (mut search, mut effects) = if self.want.at_once {
+            Search::at_once(now, seen, limits)
+        } else {
+            Search::begin(now, seen, limits, parties)
+        };
         loop {
             match self.perform(&effects) {
                 Next::Look => {}
@@ -181,6 +255,7 @@ impl Searching {
             let wake = self.origin + search.wake().unwrap_or_default();
             let event = tokio::select! {
                 () = any_stopped(&self.members) => None,
+                () = &mut unwanted => None,
                 () = tokio::time::sleep_until(wake.into()) => Some(Event::Look),
                 (party, answer) = answered(&mut self.quiesces, &self.parties) => {
                     Some(of_answer(party, answer))
@@ -194,7 +269,7 @@ impl Searching {
         }
     }
 
-    async fn cut(&mut self, mut search: Search) -> Ended {
+    async fn cut(&mut self, mut search: Search) -> Ended<A::Made> {
         self.set_cutting(true);
         // Before the hint: what is counted as unchanged was so at this time.
         let cut_time_ms = self.next_cut_ms();
@@ -203,7 +278,7 @@ impl Searching {
             return unchanged;
         }
         let quiesced = search.is_held();
-        let mut cutting = self.begin_cut(quiesced);
+        let mut cutting = self.begin_cut(cut_time_ms, quiesced);
         let limits = self.members.iter().map(|member| member.quiesce_timeout);
         let limit = limits.min().filter(|_| !self.parties.is_empty());
         let begun = tokio::select! {
@@ -231,9 +306,9 @@ impl Searching {
                     Effect::Graded(graded) => Some(graded),
                     _ => None,
                 });
-                let false_start = self.is_false_start(quiesced, graded.as_ref());
-                if let Some(why) = false_start {
-                    return give_up(&self.members, cuts, why.to_owned()).await;
+                if let Some(why) = self.is_false_start(quiesced, graded.as_ref()) {
+                    self.undo(cuts).await;
+                    return Ended::Failed(why.to_owned().into());
                 }
                 if let Some(graded) = graded {
                     let found = cuts.into_iter().map(|(cut, _)| Found::Cut {
@@ -243,7 +318,8 @@ impl Searching {
                     });
                     return Ended::Cut(found.collect());
                 }
-                ("a cut without a grade".to_owned(), Event::CutFailed)
+                let ungraded = "a cut without a grade".to_owned();
+                (CutError::from(ungraded), Event::CutFailed)
             }
             Ok(Err(GroupError {
                 error: EngineError::Closed | EngineError::Abandoned,
@@ -252,14 +328,8 @@ impl Searching {
                 self.end(&mut search, Event::Abandoned);
                 return Ended::Stopped;
             }
-            Ok(Err(error)) => {
-                if let EngineError::Table(error) = &error.error {
-                    // Of a group no engine reads one.
-                    self.members[0].table.failed(error);
-                }
-                (self.told(&error), Event::CutFailed)
-            }
-            Err(error) => (error.to_string(), Event::CutFailed),
+            Ok(Err(error)) => (self.told(error), Event::CutFailed),
+            Err(error) => (error.to_string().into(), Event::CutFailed),
         };
         self.end(&mut search, event);
         Ended::Failed(error)
@@ -269,9 +339,9 @@ impl Searching {
     async fn cut_too_late(
         &mut self,
         mut search: Search,
-        cutting: Cutting,
+        cutting: Cutting<A::Made>,
         limit: Duration,
-    ) -> Ended {
+    ) -> Ended<A::Made> {
         self.end(&mut search, Event::CutFailed);
         cutting.abandoned.store(true, SeqCst);
         let cuts = match cutting.task.await {
@@ -284,19 +354,20 @@ impl Searching {
                 error: EngineError::Abandoned,
                 ..
             })) => Vec::new(),
-            Ok(Err(error)) => return Ended::Failed(self.told(&error)),
-            Err(error) => return Ended::Failed(error.to_string()),
+            Ok(Err(error)) => return Ended::Failed(self.told(error)),
+            Err(error) => return Ended::Failed(error.to_string().into()),
         };
-        let why = format!(
+        self.undo(cuts).await;
+        let message = format!(
             "the workload was let go on before the cut was made, which took longer than quiesce_timeout ({limit:?}): \
              freeze what is in the volume, never the filesystem that the volume file lies on, or raise quiesce_timeout (with \
              the engine scan the whole file is read meanwhile)"
         );
-        give_up(&self.members, cuts, why).await
+        Ended::Failed(message.into())
     }
 
     /// Sets the cut going.
-    fn begin_cut(&self, quiesced: bool) -> Cutting {
+    fn begin_cut(&self, cut_time_ms: u64, quiesced: bool) -> Cutting<A::Made> {
         let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
         // Engines of a group compare nothing.
         let table = self.members.first().map(|member| &member.table);
@@ -304,7 +375,8 @@ impl Searching {
             .filter(|table| table.is_sound())
             .map(|table| table.table());
         let abandoned = Arc::new(AtomicBool::new(false));
-        let (limits, stop) = (self.limits, Arc::clone(&abandoned));
+        let (limits, stop) = (self.want.limits, Arc::clone(&abandoned));
+        let aim = Arc::clone(&self.want.aim);
         let task = tokio::task::spawn_blocking(move || {
             let at = CutAt {
                 quiesced,
@@ -313,7 +385,7 @@ impl Searching {
                 lull_min: limits.lull_min,
                 abandoned: Some(&stop),
             };
-            group::begin_intervals(&engines, &at)
+            aim.cut(&engines, cut_time_ms, &at)
         });
         Cutting { task, abandoned }
     }
@@ -334,11 +406,32 @@ impl Searching {
         }
     }
 
+    /// Lets go of what was made.
+    async fn undo(&self, cuts: Vec<(A::Made, Option<Sample>)>) {
+        let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
+        let undone = blocking(move || {
+            for (engine, (made, _)) in engines.iter().zip(cuts) {
+                A::undo(engine, made)?;
+            }
+            Ok(())
+        });
+        if let Err(error) = undone.await {
+            tracing::warn!(error = %format!("{error:#}"), "undo a cut that came too late, or is none");
+        }
+    }
+
     /// What a cut failed with, and which volume where there are several.
-    fn told(&self, failed: &GroupError) -> String {
-        match &self.members[..] {
+    fn told(&self, failed: GroupError) -> CutError {
+        if let EngineError::Table(error) = &failed.error {
+            self.members[failed.index].table.failed(error);
+        }
+        let message = match &self.members[..] {
             [_] => failed.to_string(),
             members => format!("volume {}: {failed}", members[failed.index].name),
+        };
+        CutError {
+            message,
+            refused: Some((failed.index, Arc::new(failed.error))),
         }
     }
 
@@ -354,7 +447,7 @@ impl Searching {
         now_ms().max(last.unwrap_or(0) + 1)
     }
 
-    fn unchanged_at(&self, cut_time_ms: u64) -> Option<Ended> {
+    fn unchanged_at(&self, cut_time_ms: u64) -> Option<Ended<A::Made>> {
         let unchanged = self.members.iter().all(Member::is_unchanged);
         unchanged.then_some(Ended::Unchanged { cut_time_ms })
     }
@@ -431,26 +524,6 @@ async fn elapsed(limit: Option<Duration>) {
         Some(limit) => tokio::time::sleep(limit).await,
         None => std::future::pending().await,
     }
-}
-
-/// Lets go of cuts that are none, and says why.
-async fn give_up(
-    members: &[Member],
-    cuts: Vec<(IntervalCut, Option<Sample>)>,
-    why: String,
-) -> Ended {
-    let engines: Vec<_> = members.iter().map(|m| Arc::clone(&m.engine)).collect();
-    let given_up = blocking(move || {
-        drop(cuts);
-        for engine in engines {
-            engine.give_up_interval()?;
-        }
-        Ok(())
-    });
-    if let Err(error) = given_up.await {
-        tracing::warn!(error = %format!("{error:#}"), "give up the interval");
-    }
-    Ended::Failed(why)
 }
 
 /// The next answer of any of them, with the number of the party.

@@ -228,12 +228,16 @@ Examples:
 pub enum SnapshotCommand {
     /// Take a snapshot: instant, and unchanged by whatever is written afterwards
     #[command(after_help = "\
+The service looks for the best moment, as for an interval: it asks whoever can to quiesce the workload, or waits for a
+pause, at most lull_wait_max. How good the moment was is listed with the snapshot. With --now it takes what comes.
+
 Several volumes are cut at one instant: of two writes, one after the other, the snapshots never show the second without
 the first. All of them are taken, or none.
 
 Examples:
   tidemark snapshot create data --label before-upgrade
-  tidemark snapshot create data wal")]
+  tidemark snapshot create data wal
+  tidemark snapshot create data --now")]
     Create {
         /// Names or UUIDs
         #[arg(required = true, value_name = "VOLUME")]
@@ -241,6 +245,9 @@ Examples:
         /// A note for people, at most 255 bytes
         #[arg(long, default_value = "")]
         label: String,
+        /// At once, without looking for a good moment
+        #[arg(long)]
+        now: bool,
     },
     /// List the snapshots of a volume, oldest first
     List {

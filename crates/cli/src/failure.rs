@@ -53,6 +53,18 @@ impl Kind {
         }
     }
 
+    const fn of(exit_code: u8) -> Self {
+        match exit_code {
+            2 => Self::Usage,
+            3 => Self::NotFound,
+            4 => Self::Conflict,
+            5 => Self::Unavailable,
+            6 => Self::Corrupt,
+            INTERRUPTED => Self::Interrupted,
+            _ => Self::Failed,
+        }
+    }
+
     const fn as_str(self) -> &'static str {
         match self {
             Self::Failed => "failed",
@@ -123,6 +135,16 @@ impl Failure {
         )
     }
 
+    /// Another process has told it already, and ended with this code.
+    pub(crate) const fn told(exit_code: u8) -> Self {
+        Self {
+            kind: Kind::of(exit_code),
+            reason: "TOLD",
+            message: String::new(),
+            action: String::new(),
+        }
+    }
+
     /// Decides the exit code.
     #[must_use]
     pub const fn kind(&self) -> Kind {
@@ -152,7 +174,9 @@ impl Failure {
     #[must_use]
     pub fn report(&self, json: bool) -> ExitCode {
         // Where standard error is closed nobody is left to tell.
-        let _ = if json {
+        let _ = if self.message.is_empty() {
+            Ok(())
+        } else if json {
             writeln!(std::io::stderr(), "{}", self.to_json())
         } else {
             writeln!(std::io::stderr(), "{self}")
@@ -244,6 +268,13 @@ mod tests {
             (ErrorKind::Corrupt, 6),
         ] {
             assert_eq!(Kind::from(kind).exit_code(), code, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn what_another_process_has_told_ends_with_its_code() {
+        for code in [1, 2, 3, 4, 5, 6, INTERRUPTED] {
+            assert_eq!(Failure::told(code).kind().exit_code(), code);
         }
     }
 

@@ -15,3 +15,5 @@ pub mod output;
 pub mod parse;
 pub mod progress;
 pub mod report;
+
+pub use attach::aside::read_device;

@@ -166,6 +166,8 @@ pub struct Snapshot {
     pub cut_time: Time,
     /// `crash`, `lull`, `flushed` or `quiesced`.
     pub coherence: &'static str,
+    /// Why it is no better; empty for the best one.
+    pub coherence_reason: String,
     /// Bytes.
     pub size: u64,
     /// Bytes.
@@ -502,6 +504,7 @@ impl Snapshot {
         Self {
             snapshot: s.snapshot,
             coherence: coherence(s.coherence()),
+            coherence_reason: s.coherence_reason,
             label: s.label,
             epoch: s.epoch,
             cut_time: time(s.cut_time_ms),

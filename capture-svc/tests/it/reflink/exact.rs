@@ -3,7 +3,6 @@
 use std::{
     fs::{self, File, OpenOptions},
     os::unix::fs::FileExt,
-    process::Command,
     sync::atomic::{AtomicBool, Ordering::SeqCst},
     thread,
 };

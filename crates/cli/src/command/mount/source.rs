@@ -113,7 +113,7 @@ impl Source {
             }
             tokio::time::sleep(USERS_LOOK).await;
         }
-        let mounted = blocking(Ours::list).await?;
+        let mounted = Ours::list().await?;
         let mounted = mounted
             .iter()
             .find(|one| one.alive && one.volume == self.volume && one.snapshot.is_none());
@@ -130,7 +130,10 @@ impl Source {
     }
 }
 
-async fn volume(capture: &mut CaptureClient<Channel>, volume: &str) -> Result<Volume, Failure> {
+pub(super) async fn volume(
+    capture: &mut CaptureClient<Channel>,
+    volume: &str,
+) -> Result<Volume, Failure> {
     let request = GetVolumeRequest {
         volume: volume.to_owned(),
     };
