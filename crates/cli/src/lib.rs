@@ -13,5 +13,6 @@ pub mod format;
 pub mod image;
 pub mod output;
 pub mod parse;
+pub mod pki;
 pub mod progress;
 pub mod report;
