@@ -63,14 +63,19 @@ fn run() -> Result<()> {
 async fn serve(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     let running = capture_svc::start(config).await?;
     tracing::info!(control = %running.control_addr(), "the capture service is up");
     for endpoint in running.nbd_endpoints() {
         tracing::info!(%endpoint, "NBD");
     }
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            // It logs by itself what became of it.
+            _ = hangup.recv() => drop(running.reload()),
+        }
     }
     tracing::info!("stopping");
     running.shutdown().await

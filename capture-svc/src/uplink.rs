@@ -39,6 +39,7 @@ use capture_core::{
 };
 use tidemark_block::{Geometry, Receipt, VolumeId};
 use tidemark_proto::{Reason, RpcError};
+use tidemark_tls::Dialer;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
@@ -69,6 +70,7 @@ pub(crate) struct Settings {
     pub(crate) source_name: String,
     pub(crate) geometry: Geometry,
     pub(crate) vault: String,
+    pub(crate) dialer: Dialer,
     /// The volume's state directory.
     pub(crate) dir: PathBuf,
     pub(crate) triggers: Triggers,

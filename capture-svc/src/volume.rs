@@ -222,6 +222,7 @@ fn settings(record: &VolumeRecord, dir: PathBuf, shared: &Shared) -> Settings {
         source_name: config.source_name.clone(),
         geometry: record.geometry,
         vault: config.vault.clone(),
+        dialer: config.dialer(),
         dir,
         triggers: Triggers {
             interval_max: config.interval_max.get(),

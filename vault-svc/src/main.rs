@@ -55,11 +55,16 @@ fn run(cli: Cli) -> Result<()> {
 async fn serve(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     let running = vault_svc::start(config).await?;
     tracing::info!(listen = %running.listen_addr, "vault serves");
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            // It logs by itself what became of it.
+            _ = hangup.recv() => drop(running.reload()),
+        }
     }
     tracing::info!("vault stops");
     running.shutdown().await

@@ -2,6 +2,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
+use tidemark_identity::Caller;
 use tidemark_proto::{
     capture::v1::{self as pb, UplinkState as PbState, VolumeState},
     convert::volume_id_field,
@@ -15,7 +16,7 @@ use crate::{
 };
 
 impl CaptureService {
-    pub(super) fn shown_status(&self) -> pb::CaptureStatus {
+    pub(super) fn shown_status(&self, caller: &Caller) -> pb::CaptureStatus {
         pb::CaptureStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             vault: self.registry.config().vault.clone(),
@@ -23,6 +24,9 @@ impl CaptureService {
                 .registry
                 .list()
                 .iter()
+                .filter(|volume| {
+                    caller.has(&self.registry.config().source_name, &volume.record.name)
+                })
                 .map(|volume| self.shown_volume(volume))
                 .collect(),
         }

@@ -258,9 +258,9 @@ impl Driver {
             last_term: open::last_term(&self.record),
             nonce: self.record.nonce,
         };
-        let vault = self.settings.vault.clone();
+        let (vault, dialer) = (self.settings.vault.clone(), self.settings.dialer.clone());
         let connect = async {
-            let link = Link::connect(&vault).await?;
+            let link = Link::connect(&vault, &dialer).await?;
             let grant = link.start_term(request).await?;
             Ok::<_, RpcError>((link, grant))
         };

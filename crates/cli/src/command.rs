@@ -5,6 +5,7 @@ mod find_coherent;
 mod generation;
 mod maintain;
 mod mount;
+mod pki;
 mod restore;
 mod rollback;
 mod scrub;
@@ -54,6 +55,7 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
             Command::Umount(args) => mount::unmount(&global, args).await,
             Command::Status(args) => status::run(&global, args).await,
             Command::Maintain(args) => maintain::run(&global, args).await,
+            Command::Pki(command) => pki::run(&global, command),
             Command::Completions(args) => completions::run(&args),
         }
     };

@@ -34,6 +34,8 @@ pub enum Kind {
     Unavailable,
     /// 6: bytes do not match their checksums.
     Corrupt,
+    /// 7: nobody knows who the caller is, or they may not.
+    Denied,
     /// 130: a signal.
     Interrupted,
 }
@@ -49,6 +51,7 @@ impl Kind {
             Self::Conflict | Self::Fenced => 4,
             Self::Unavailable => 5,
             Self::Corrupt => 6,
+            Self::Denied => 7,
             Self::Interrupted => INTERRUPTED,
         }
     }
@@ -74,6 +77,7 @@ impl Kind {
             Self::Fenced => "fenced",
             Self::Unavailable => "unavailable",
             Self::Corrupt => "corrupt",
+            Self::Denied => "denied",
             Self::Interrupted => "interrupted",
         }
     }
@@ -88,6 +92,7 @@ impl From<ErrorKind> for Kind {
             ErrorKind::Fenced => Self::Fenced,
             ErrorKind::Unavailable | ErrorKind::Exhausted => Self::Unavailable,
             ErrorKind::Corrupt => Self::Corrupt,
+            ErrorKind::Unauthenticated | ErrorKind::Denied => Self::Denied,
             ErrorKind::Internal => Self::Failed,
         }
     }
@@ -266,6 +271,8 @@ mod tests {
             (ErrorKind::Unavailable, 5),
             (ErrorKind::Exhausted, 5),
             (ErrorKind::Corrupt, 6),
+            (ErrorKind::Unauthenticated, 7),
+            (ErrorKind::Denied, 7),
         ] {
             assert_eq!(Kind::from(kind).exit_code(), code, "{kind:?}");
         }

@@ -13,6 +13,7 @@ pub mod format;
 pub mod image;
 pub mod output;
 pub mod parse;
+pub mod pki;
 pub mod progress;
 pub mod report;
 

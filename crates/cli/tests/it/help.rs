@@ -26,6 +26,9 @@ pub(crate) const COMMANDS: &[&[&str]] = &[
     &["umount"],
     &["status"],
     &["maintain"],
+    &["pki", "init"],
+    &["pki", "issue"],
+    &["pki", "token"],
     &["completions"],
 ];
 
