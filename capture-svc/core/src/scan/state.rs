@@ -284,6 +284,23 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::disallowed_methods, reason = "a test's own files")]
+    fn the_golden_record_keeps_decoding() {
+        let state = State {
+            proof: proof(1),
+            interval: Some(interval(8, 3, proof(2))),
+            ..state()
+        };
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/scan-v1");
+        if std::env::var("TIDEMARK_BLESS").is_ok() {
+            std::fs::write(path, state.encode()).unwrap();
+        }
+        let golden = std::fs::read(path).unwrap();
+        assert_eq!(State::decode(&golden).unwrap(), state);
+        assert!(state.encode() == golden, "it is encoded as ever");
+    }
+
+    #[test]
     fn what_no_volume_comes_to_is_refused() {
         for wrong in [
             interval(9, 3, None),

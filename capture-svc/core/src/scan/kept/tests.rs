@@ -53,6 +53,32 @@ fn a_head_says_which_blocks_changed_and_where_their_bytes_lie() {
 }
 
 #[test]
+#[allow(clippy::disallowed_methods, reason = "a test's own files")]
+fn the_golden_records_keep_decoding() {
+    let geometry = geometry(4096, 300);
+    let heads = [
+        head(0, &[1, 3, 255], &[3, 255], true),
+        head(1, &[7], &[], false),
+    ];
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/scan-records-v1");
+    if std::env::var("TIDEMARK_BLESS").is_ok() {
+        let encoded = heads.iter().map(Head::encode);
+        let header = encode_header(VOLUME, geometry, 5);
+        let all: Vec<_> = std::iter::once(header).chain(encoded).collect();
+        std::fs::write(path, all.concat()).unwrap();
+    }
+    let golden = std::fs::read(path).unwrap();
+    check_header(&golden[..HEADER_LEN], VOLUME, geometry, 5).unwrap();
+    let mut rest = &golden[HEADER_LEN..];
+    for head in heads {
+        assert_eq!(Head::decode(rest, geometry).unwrap(), head);
+        assert!(rest.starts_with(&head.encode()));
+        rest = &rest[usize::try_from(head.len()).unwrap()..];
+    }
+    assert!(rest.is_empty());
+}
+
+#[test]
 fn chunks_cover_a_volume_and_its_last_one_may_be_short() {
     for (geometry, chunks, last) in [
         (geometry(4096, 300), 2, 44),
