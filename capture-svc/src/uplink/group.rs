@@ -108,7 +108,7 @@ impl Group {
             return;
         }
         let waiting = std::mem::take(&mut state.waiting);
-        let Some(limits) = waiting.values().next().map(|first| first.limits) else {
+        let Some(limits) = Limits::together(waiting.values().map(|waiting| waiting.limits)) else {
             return;
         };
         self.wanted.send_replace(None);
