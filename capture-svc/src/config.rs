@@ -1,6 +1,7 @@
 //! What the capture service can be told: defaults → TOML file → `CAPTURE_…` environment → flags.
 
 mod groups;
+mod quiesce;
 mod values;
 
 use std::{net::SocketAddr, path::PathBuf};
@@ -11,6 +12,7 @@ use tidemark_telemetry::LogFormat;
 use tidemark_tls::{Dialer, DialerFiles, GateSettings, is_loopback_url};
 
 pub use groups::Groups;
+pub use quiesce::{Quiesces, VolumeQuiesce};
 pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
 pub use values::{CommandLine, NbdListen, NbdListens, Schedule};
 
@@ -125,6 +127,9 @@ settings! {
     quiesce_timeout: Span = Span::from_secs(5);
     /// Where the workload can't be quiesced: cut at the next best moment, or skip the cut.
     quiesce_failure: QuiesceFailure = QuiesceFailure::Cut;
+    /// What holds for single volumes instead, as { VOLUME = { pre = "COMMAND", post = "COMMAND", timeout = "5s",
+    /// failure = "cut" } }, each of the four where it is another. Empty: the same for all.
+    quiesce: Quiesces = Quiesces::default();
     /// Volumes that are cut at one instant, as NAME=VOLUME,VOLUME; NAME=VOLUME,VOLUME. Empty: each by itself.
     groups: Groups = Groups::default();
     /// Room for before-images, per volume.

@@ -145,6 +145,9 @@ impl Registry {
             .collect();
         stream::iter(failed)
             .for_each_concurrent(OPENING_AT_ONCE, |volume| async move {
+                if *self.shared.stop.borrow() {
+                    return;
+                }
                 if let Err(error) = self.try_open(&volume, false).await {
                     volume.set_problem(format!("{error:#}"));
                 }

@@ -171,10 +171,17 @@ async fn serve(
     ended
 }
 
-/// Ends the clients, then the volumes.
-async fn end(registry: &Registry, fronts: &FrontEnds, retry: JoinHandle<()>) -> Result<()> {
-    retry.abort();
-    fronts.stop(GRACE).await;
+/// Ends the clients, then the volumes. One that is just being opened is opened to the end, and closed with the others:
+/// let go of half-way it would look as after a crash.
+async fn end(registry: &Registry, fronts: &FrontEnds, mut retry: JoinHandle<()>) -> Result<()> {
+    let retried = async {
+        if timeout(GRACE, &mut retry).await.is_err() {
+            retry.abort();
+            // It is gone then, whatever it says.
+            let _ = retry.await;
+        }
+    };
+    tokio::join!(fronts.stop(GRACE), retried);
     registry.close().await
 }
 

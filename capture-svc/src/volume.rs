@@ -212,6 +212,7 @@ pub(crate) fn options(config: &Config) -> EngineOptions {
 
 fn settings(record: &VolumeRecord, dir: PathBuf, shared: &Shared) -> Settings {
     let config = &shared.config;
+    let quiescing = config.quiescing(&record.name);
     let backoff = Backoff {
         min: config.backoff_min.get(),
         max: config.backoff_max.get(),
@@ -234,16 +235,16 @@ fn settings(record: &VolumeRecord, dir: PathBuf, shared: &Shared) -> Settings {
         moment: Limits {
             lull_wait_max: config.lull_wait_max.get(),
             lull_min: config.lull_min.get(),
-            on_failure: match config.quiesce_failure {
+            on_failure: match quiescing.failure {
                 QuiesceFailure::Cut => OnFailure::Cut,
                 QuiesceFailure::Skip => OnFailure::Skip,
             },
         },
         group: shared.groups.of(&record.name),
         quiesce: QuiesceSettings {
-            pre: config.quiesce_pre.clone(),
-            post: config.quiesce_post.clone(),
-            time: config.quiesce_timeout.get(),
+            pre: quiescing.pre.clone(),
+            post: quiescing.post.clone(),
+            time: quiescing.timeout,
             agents: Arc::clone(&shared.agents),
         },
         backoff,

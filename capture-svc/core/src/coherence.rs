@@ -40,6 +40,20 @@ pub struct Limits {
     pub on_failure: OnFailure,
 }
 
+impl Limits {
+    /// What a search for several volumes keeps to: no cut is made that one of them doesn't want.
+    #[must_use]
+    pub fn together(all: impl IntoIterator<Item = Self>) -> Option<Self> {
+        all.into_iter().reduce(|one, other| Self {
+            on_failure: match (one.on_failure, other.on_failure) {
+                (OnFailure::Cut, OnFailure::Cut) => OnFailure::Cut,
+                _ => OnFailure::Skip,
+            },
+            ..one
+        })
+    }
+}
+
 /// What is done where the workload can't be quiesced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnFailure {

@@ -173,3 +173,77 @@ fn an_https_vault_takes_a_ca_and_certificates_take_their_keys() {
     let config = of(&format!("{vault}{own}vault_token_file = 't'\n")).unwrap();
     assert_eq!(config.dialer().files.certificate, None);
 }
+
+#[test]
+fn what_quiesces_one_volume_is_read_from_every_layer_and_the_rest_is_as_for_all() {
+    const FILE: &str = "quiesce_pre = \"freeze\"\nquiesce_post = \"thaw\"\n[quiesce.db]\npre = [\"/bin/pg\", \"a b\"]\n\
+                        post = \"pg-thaw\"\ntimeout = \"30s\"\n[quiesce.logs]\npre = \"\"\npost = \"\"\nfailure = \"skip\"\n";
+    const LINE: &str = "{ db = { pre = \"from line\", post = \"x\" } }";
+    let told = |config: &Config, volume: &str| {
+        let own = config.quiescing(volume);
+        let words = |command: &CommandLine| command.words().join(" ");
+        let seconds = own.timeout.as_secs();
+        (
+            words(own.pre),
+            words(own.post),
+            seconds,
+            own.failure.as_str(),
+        )
+    };
+    let as_told = |pre: &str, post: &str, seconds, failure| {
+        (pre.to_owned(), post.to_owned(), seconds, failure)
+    };
+    let config = load(FILE, &[], Flags::default()).unwrap();
+    assert_eq!(
+        told(&config, "db"),
+        as_told("/bin/pg a b", "/bin/sh -c pg-thaw", 30, "cut")
+    );
+    assert!(config.quiescing("logs").pre.is_empty());
+    assert_eq!(config.quiescing("logs").failure, QuiesceFailure::Skip);
+    let other = as_told("/bin/sh -c freeze", "/bin/sh -c thaw", 5, "cut");
+    assert_eq!(told(&config, "other"), other);
+    assert_eq!(
+        load(&config.to_toml(), &[], Flags::default()).unwrap(),
+        config
+    );
+
+    let line = [("CAPTURE_QUIESCE", LINE)];
+    let flag = Flags {
+        quiesce: Some("db.timeout = \"9s\"".into()),
+        ..Flags::default()
+    };
+    let from_line = as_told("/bin/sh -c from line", "/bin/sh -c x", 5, "cut");
+    for file in ["", FILE] {
+        let config = load(file, &line, Flags::default()).unwrap();
+        assert_eq!(told(&config, "db"), from_line);
+        let config = load(file, &line, flag.clone()).unwrap();
+        assert_eq!(config.quiescing("db").timeout.as_secs(), 9);
+    }
+}
+
+#[test]
+fn every_mistake_in_what_quiesces_a_volume_is_named_at_once() {
+    let file = "[quiesce.db]\npre = \"freeze\"\ntimeout = \"soon\"\nspeed = 3\n[quiesce.logs]\nfailure = \"never\"\ntimeout = \"0s\"\n";
+    let error = load(file, &[], Flags::default()).unwrap_err();
+    let [told] = &error.problems[..] else {
+        panic!("{error}")
+    };
+    for problem in [
+        "/capture.toml): ",
+        "db.speed = 3: no such key; there are pre, post, timeout and failure",
+        "db.timeout = \"soon\": \"soon\" is no length of time",
+        "db.pre must be given together with db.post: what freezes must be let go on",
+        "logs.failure = \"never\": unknown variant",
+        "logs.timeout must be above 0s",
+    ] {
+        assert!(told.contains(problem), "{problem}: {told}");
+    }
+    for line in ["pg", "{ db = 7 }", "{ db"] {
+        let error = load("", &[("CAPTURE_QUIESCE", line)], Flags::default()).unwrap_err();
+        let told = error.to_string();
+        assert!(
+            told.contains("(CAPTURE_QUIESCE)") && told.contains("VOLUME"),
+            "{told}"
+        );
+    }
+}

@@ -83,7 +83,7 @@ pub(crate) async fn take(
     order.sort_by(|(_, a), (_, b)| a.name.cmp(&b.name));
     let (places, seats): (Vec<_>, Vec<_>) = order.into_iter().unzip();
     let engines: Vec<_> = seats.iter().map(|seat| Arc::clone(&seat.engine)).collect();
-    let Some(limits) = seats.first().map(|seat| seat.limits) else {
+    let Some(limits) = Limits::together(seats.iter().map(|seat| seat.limits)) else {
         return Err(RpcError::invalid("no volume is named"));
     };
     let refused = |GroupError { index, error }| refused(&seats, index, &error);

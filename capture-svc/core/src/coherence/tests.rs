@@ -76,6 +76,21 @@ fn without_anyone_who_quiesces_the_first_look_already_decides() {
 }
 
 #[test]
+fn a_search_for_several_volumes_skips_where_one_of_them_would() {
+    let skipping = Limits {
+        on_failure: OnFailure::Skip,
+        ..LIMITS
+    };
+    for (all, expected) in [
+        (&[][..], None),
+        (&[LIMITS, LIMITS], Some(LIMITS)),
+        (&[LIMITS, skipping, LIMITS], Some(skipping)),
+    ] {
+        assert_eq!(Limits::together(all.iter().copied()), expected);
+    }
+}
+
+#[test]
 fn a_cut_that_is_wanted_at_once_is_made_at_the_first_look_and_graded_all_the_same() {
     const AT_ONCE: &str = "it was to be made at once";
     let cases = [

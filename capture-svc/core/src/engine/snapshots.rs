@@ -18,6 +18,29 @@ impl<M: Media> Capture<M> {
         self.table.lock().snapshots.snapshots.clone()
     }
 
+    /// Records how good the moment of a snapshot's cut was, and why no better.
+    ///
+    /// # Errors
+    /// As [`Self::delete_snapshot`]: the grade is as it was.
+    pub fn grade_snapshot(
+        &self,
+        id: u64,
+        coherence: Coherence,
+        reason: &CutReason,
+    ) -> Result<(), CaptureError> {
+        let mut table = self.table_to_change()?;
+        let cut = find(&table, id)?.cut;
+        let mut graded = table.snapshots.clone();
+        let of_cut = graded.snapshots.iter_mut().filter(|s| s.cut == cut);
+        of_cut.for_each(|snapshot| {
+            snapshot.coherence = coherence;
+            snapshot.reason = reason.clone();
+        });
+        self.put(Record::Snapshots, Some(&graded.encode(self.volume)))?;
+        table.snapshots = graded;
+        Ok(())
+    }
+
     /// Deletes a snapshot; its before-images go with its last reader.
     ///
     /// # Errors
@@ -31,29 +54,6 @@ impl<M: Media> Capture<M> {
         self.publish_cuts(&table, self.epoch());
         drop(table);
         self.sweep();
-        Ok(())
-    }
-
-    /// Records how good the moment of a snapshot's cut was, and why no better.
-    ///
-    /// # Errors
-    /// As [`Self::delete_snapshot`]: the grade is as it was.
-    pub fn grade_snapshot(
-        &self,
-        id: u64,
-        coherence: Coherence,
-        reason: &CutReason,
-    ) -> Result<(), CaptureError> {
-        let mut table = self.table_to_change()?;
-        let cut = find(&table, id)?.cut;
-        let mut snapshots = table.snapshots.clone();
-        let graded = snapshots.snapshots.iter_mut().filter(|s| s.cut == cut);
-        graded.for_each(|snapshot| {
-            snapshot.coherence = coherence;
-            snapshot.reason = reason.clone();
-        });
-        self.put(Record::Snapshots, Some(&snapshots.encode(self.volume)))?;
-        table.snapshots = snapshots;
         Ok(())
     }
 
