@@ -29,7 +29,7 @@ use std::{
 use capture_core::{
     engine::{records::FileIdentity, trust::Replacement},
     scan::{
-        moment::{Search, Step, Workload},
+        moment::{Passed, Search, Stamp, Step, Workload},
         state::{OpenInterval, Proof, State},
     },
 };
@@ -79,6 +79,8 @@ pub struct Scan {
     changing: Mutex<()>,
     now: Mutex<Now>,
     closed: AtomicBool,
+    /// A sync of the volume file failed: what was lost by that is told once.
+    failed: AtomicBool,
     _lock: FileLock,
 }
 
@@ -88,6 +90,8 @@ struct Now {
     /// As it was recorded last.
     state: State,
     interval: Option<IntervalCut>,
+    /// How often blocks came in doubt since it was opened.
+    doubts: u64,
     /// How long everyone had to hold still for the last cut.
     held: Duration,
 }
@@ -152,9 +156,12 @@ impl Scan {
     }
 
     fn check_open(&self) -> Result<(), EngineError> {
-        match self.closed.load(SeqCst) {
-            true => Err(EngineError::Closed),
-            false => Ok(()),
+        if self.closed.load(SeqCst) {
+            Err(EngineError::Closed)
+        } else if self.failed.load(SeqCst) {
+            Err(EngineError::Poisoned)
+        } else {
+            Ok(())
         }
     }
 
@@ -180,6 +187,7 @@ impl Scan {
             spool_used: interval.map_or(0, |interval| interval.kept_bytes),
             spool_max: self.options.spool_bytes_max,
             last_flip: now.held,
+            poisoned: self.failed.load(SeqCst),
             ..EngineStats::default()
         }
     }
@@ -203,7 +211,7 @@ impl Scan {
     /// Where the record can't be written.
     pub fn doubt(&self) -> Result<(), EngineError> {
         self.check_open()?;
-        self.change(|state| state.proof = None, |_| {})
+        self.change(State::doubt, |now| now.doubts += 1)
     }
 
     /// Records what is so from now on.
@@ -235,7 +243,10 @@ impl Scan {
     pub fn begin_interval(&self, at: &CutAt<'_>) -> Result<IntervalCut, EngineError> {
         let _cutting = self.cutting.lock();
         self.check_open()?;
-        let state = self.now.lock().state.clone();
+        let (state, doubts) = {
+            let now = self.now.lock();
+            (now.state.clone(), now.doubts)
+        };
         if let Some(interval) = state.interval {
             return Err(EngineError::IntervalOpen(Epoch::new(interval.cut)));
         }
@@ -271,14 +282,25 @@ impl Scan {
         } else {
             Duration::ZERO
         };
-        self.change(
-            |state| state.begin(interval),
+        let opened = self.change(
+            |state| {
+                state.begin(interval);
+                // Blocks came in doubt meanwhile: what was read is right, but the base may not be.
+                if self.now.lock().doubts != doubts {
+                    state.doubt();
+                }
+            },
             |now| {
                 now.interval = Some(begun.clone());
                 now.held = held;
             },
-        )?;
-        Ok(begun)
+        );
+        if opened.is_err() {
+            // The record may name it, or not: the number is not used again.
+            self.now.lock().state.last_cut = cut;
+            self.remove(cut);
+        }
+        opened.map(|()| begun)
     }
 
     /// What lies at the path must be what is read.
@@ -316,8 +338,10 @@ impl Scan {
         if !at.quiesced || known.is_none() {
             return Ok(None);
         }
-        let synced = self.source.sync();
-        synced.map_err(|error| EngineError::io("sync the volume file", error))?;
+        if let Err(error) = self.source.sync() {
+            self.failed.store(true, SeqCst);
+            return Err(EngineError::io("sync the volume file", error));
+        }
         Ok(self.proof()?.filter(|now| known.as_ref() == Some(now)))
     }
 
@@ -326,11 +350,15 @@ impl Scan {
         let stamp = self.source.stamp();
         let stamp = stamp
             .map_err(|error| EngineError::io("look at the times of the volume file", error))?;
-        Ok(stamp.is_settled(now_ns()).then_some(Proof {
+        Ok(self.proof_by(stamp))
+    }
+
+    fn proof_by(&self, stamp: Stamp) -> Option<Proof> {
+        stamp.is_settled(now_ns()).then_some(Proof {
             boot: self.identity.boot,
             mount: self.identity.mount,
             stamp,
-        }))
+        })
     }
 
     /// Reads the file, until what was read is the file at one moment.
@@ -363,15 +391,15 @@ impl Scan {
                         keeper: &keeper,
                     };
                     let (passed, prints) = self.pass(at, keep)?;
-                    attempt = Some((keeper, prints));
+                    attempt = Some((keeper, prints, passed.after));
                     search.passed(began.elapsed(), &passed)
                 }
                 Step::Pass { first: false } => {
-                    let prints = attempt.as_ref().map_or(&[][..], |(_, prints)| prints);
+                    let prints = attempt.as_ref().map_or(&[][..], |(_, prints, _)| prints);
                     let (passed, _) = self.pass(at, Task::Compare(prints))?;
                     search.passed(began.elapsed(), &passed)
                 }
-                Step::Accept => return self.accept(at, attempt.map(|(keeper, _)| keeper)),
+                Step::Accept => return self.accept(at, attempt),
                 Step::Refuse(why) => {
                     return Err(EngineError::Unsteady {
                         path: self.path.clone(),
@@ -392,27 +420,28 @@ impl Scan {
         })
     }
 
-    fn pass(
-        &self,
-        at: &CutAt<'_>,
-        task: Task<'_>,
-    ) -> Result<(capture_core::scan::moment::Passed, Prints), EngineError> {
+    fn pass(&self, at: &CutAt<'_>, task: Task<'_>) -> Result<(Passed, Prints), EngineError> {
         let pass = Pass {
             source: &self.source,
             geometry: self.geometry,
             task,
             in_background: !at.quiesced,
+            failed: &self.failed,
             ended: &|| self.check_wanted(at),
         };
         pass.run()
     }
 
-    fn accept(&self, at: &CutAt<'_>, keeper: Option<Keeper>) -> Result<Found, EngineError> {
-        let proof = match at.quiesced {
-            true => self.proof()?,
-            false => None,
+    fn accept(
+        &self,
+        at: &CutAt<'_>,
+        attempt: Option<(Keeper, Prints, Stamp)>,
+    ) -> Result<Found, EngineError> {
+        let Some((keeper, _, stamp)) = attempt else {
+            return Err(EngineError::Abandoned);
         };
-        let kept = keeper.map_or(Ok(None), Keeper::finish);
+        let proof = self.proof_by(stamp).filter(|_| at.quiesced);
+        let kept = keeper.finish();
         let kept = kept.map_err(|error| EngineError::io("put aside what has changed", error))?;
         Ok(Found { kept, proof })
     }

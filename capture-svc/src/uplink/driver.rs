@@ -30,7 +30,7 @@ use super::{
     walk,
 };
 use crate::{
-    engine::{Engine, EngineError, IntervalCut},
+    engine::{Engine, EngineError, EngineKind, IntervalCut},
     quiesce::{Hints, Quiesce},
 };
 
@@ -301,6 +301,10 @@ impl Driver {
 
     async fn repair_table(&mut self) -> Outcome {
         self.end_stamping().await;
+        if self.engine.kind() == EngineKind::Scan && self.record.interval.is_some() {
+            // It holds what differs from a table that is in doubt.
+            return self.drop_interval().await;
+        }
         if !self.record.table_doubtful {
             let mut record = self.record.clone();
             record.table_doubtful = true;

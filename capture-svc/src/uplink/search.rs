@@ -58,7 +58,12 @@ impl Aim for Intervals {
 
     fn undo(engine: &Engine, made: IntervalCut) -> Result<(), EngineError> {
         drop(made);
-        engine.give_up_interval()
+        engine.give_up_interval()?;
+        match engine {
+            // What it went by may not have been so.
+            Engine::Scan(engine) => engine.doubt(),
+            Engine::Intercept(_) | Engine::Reflink(_) => Ok(()),
+        }
     }
 }
 
@@ -280,7 +285,8 @@ impl<A: Aim> Searching<A> {
         let quiesced = search.is_held();
         let mut cutting = self.begin_cut(cut_time_ms, quiesced);
         let limits = self.members.iter().map(|member| member.quiesce_timeout);
-        let limit = limits.min().filter(|_| !self.parties.is_empty());
+        // Where nobody is held nobody has to be let go on.
+        let limit = limits.min().filter(|_| quiesced);
         let begun = tokio::select! {
             begun = &mut cutting.task => begun,
             () = elapsed(limit) => {

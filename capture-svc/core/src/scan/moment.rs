@@ -109,6 +109,8 @@ pub struct Passed {
     pub before: Stamp,
     /// Those after it.
     pub after: Stamp,
+    /// It wasn't ended early.
+    pub whole: bool,
     /// It read everywhere what the first one did; of a first one, true.
     pub agrees: bool,
 }
@@ -158,7 +160,7 @@ impl Search {
     /// A pass has ended.
     #[must_use]
     pub fn passed(&mut self, now: Duration, pass: &Passed) -> Step {
-        let steady = pass.before == pass.after;
+        let steady = pass.whole && pass.before == pass.after;
         if self.workload == Workload::Quiesced {
             return match steady {
                 true => Step::Accept,
@@ -199,6 +201,7 @@ mod tests {
         Passed {
             before: at(before),
             after: at(after),
+            whole: true,
             agrees,
         }
     }
@@ -213,6 +216,13 @@ mod tests {
             assert_eq!(step, FIRST);
             assert_eq!(search.passed(9 * MS, &pass(1, after, true)), verdict);
         }
+        let (mut search, _) = Search::begin(MS, Workload::Quiesced);
+        let early = Passed {
+            whole: false,
+            ..pass(1, 1, true)
+        };
+        let verdict = search.passed(9 * MS, &early);
+        assert_eq!(verdict, Step::Refuse(Unsteady::Quiesced));
     }
 
     #[test]

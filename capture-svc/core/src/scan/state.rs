@@ -95,13 +95,21 @@ impl State {
         true
     }
 
-    /// Closes the interval, which isn't the base; but where nothing had changed the base is what the file was at its cut.
+    /// Closes the interval, which isn't the base. Where nothing had changed the base is what the file was at its cut; else
+    /// the file is not the base, whatever its times say.
     pub fn give_up(&mut self) {
-        if let Some(interval) = self.interval.take()
-            && interval.changed == 0
-            && interval.proof.is_some()
-        {
-            self.proof = interval.proof;
+        match self.interval.take() {
+            Some(interval) if interval.changed > 0 => self.proof = None,
+            Some(interval) => self.proof = interval.proof.or(self.proof),
+            None => {}
+        }
+    }
+
+    /// Neither the base nor what is on its way is known by times.
+    pub const fn doubt(&mut self) {
+        self.proof = None;
+        if let Some(interval) = &mut self.interval {
+            interval.proof = None;
         }
     }
 
@@ -325,19 +333,28 @@ mod tests {
             proof: proof(1),
             ..state()
         };
-        state.begin(interval(9, 3, proof(2)));
-        state.give_up();
-        assert_eq!((state.proof, state.last_cut), (proof(1), 9));
         state.begin(interval(10, 0, None));
         state.give_up();
         assert_eq!(state.proof, proof(1));
         state.begin(interval(11, 0, proof(3)));
         state.give_up();
         assert_eq!(state.proof, proof(3));
-        state.begin(interval(12, 3, None));
+        state.begin(interval(12, 3, proof(4)));
+        state.give_up();
+        assert_eq!((state.proof, state.last_cut), (None, 12));
+        state.begin(interval(13, 3, proof(5)));
+        state.doubt();
+        assert!(state.commit(13));
+        assert_eq!(state.proof, None);
+        state.begin(interval(14, 3, proof(6)));
+        assert!(state.commit(14));
+        assert_eq!(state.proof, proof(6));
+        state.doubt();
+        assert_eq!(state.proof, None);
+        state.begin(interval(15, 3, None));
         assert!(!state.commit(11));
-        assert!(state.commit(12));
+        assert!(state.commit(15));
         assert_eq!((state.proof, state.interval), (None, None));
-        assert!(!state.commit(12));
+        assert!(!state.commit(15));
     }
 }

@@ -15,6 +15,7 @@ use capture_core::scan::kept::{
     HEAD_LEN_MAX, HEADER_LEN, Head, check_header, chunk_blocks, chunk_extent, encode_header,
 };
 use parking_lot::Mutex;
+use rustix::fs::fstatvfs;
 use tidemark_block::{
     BlockCount, BlockIndex, BlockSet, Checksum128, Epoch, Extent, Geometry, VolumeId,
     block_checksum,
@@ -70,7 +71,7 @@ pub(super) struct Keeper {
     geometry: Geometry,
     file: File,
     end: AtomicU64,
-    /// Bytes of blocks that may still be put aside.
+    /// Bytes that may still be put aside, records without blocks apart.
     room: AtomicU64,
     found: Mutex<(Vec<(u64, u64)>, BlockSet)>,
 }
@@ -97,6 +98,9 @@ impl Keeper {
             finished: false,
         };
         file.write_all_at(&encode_header(volume, geometry, cut), 0)?;
+        // Others need the disk, too.
+        let free = fstatvfs(&file)?;
+        let room = room.min(free.f_bavail * free.f_frsize / 2);
         Ok(Self {
             path,
             geometry,
@@ -111,7 +115,8 @@ impl Keeper {
     /// alone.
     pub(super) fn put(&self, mut head: Head, chunk: &[u8]) -> io::Result<()> {
         let size = self.geometry.block_size().as_usize();
-        let wanted = (head.sums.len() * size) as u64;
+        head.with_bytes = true;
+        let wanted = head.record_len(self.geometry);
         let taken = self
             .room
             .fetch_update(SeqCst, SeqCst, |room| room.checked_sub(wanted));
@@ -320,54 +325,47 @@ impl ScanReader {
         let geometry = self.geometry();
         let start = chunk_extent(geometry, head.chunk).start();
         let size = geometry.block_size().as_usize();
-        for (block, bytes) in part.iter().zip(buffer.chunks_exact_mut(size)) {
-            let at = usize::try_from(block.since(start).get()).unwrap_or(usize::MAX);
-            if !head.changed.has(at) {
-                return Err(EngineError::OutOfRange);
-            }
-            match head.find(geometry, at) {
-                None => bytes.fill(0),
-                Some((within, sum)) if head.with_bytes => {
-                    self.read_kept(offset + within, bytes, block, sum)?;
-                }
-                Some((_, sum)) => self.read_live(bytes, block, sum)?,
+        let places: Vec<_> = part
+            .iter()
+            .map(|block| usize::try_from(block.since(start).get()).unwrap_or(usize::MAX))
+            .collect();
+        if !places.iter().all(|at| head.changed.has(*at)) {
+            return Err(EngineError::OutOfRange);
+        }
+        let found = |at: &usize| head.find(geometry, *at);
+        let mut rest = buffer;
+        for run in places.chunk_by(|a, b| head.data.has(*a) == head.data.has(*b)) {
+            let here;
+            (here, rest) = rest.split_at_mut(run.len() * size);
+            let Some((within, _)) = found(&run[0]) else {
+                here.fill(0);
+                continue;
+            };
+            let first = start.plus(BlockCount::new(run[0] as u64));
+            let read = if head.with_bytes {
+                let kept = self.kept().ok_or(EngineError::OutOfRange)?;
+                kept.file.read_exact_at(here, offset + within)
+            } else {
+                self.0.source.read(here, geometry.offset_of(first).get())
+            };
+            read.map_err(|error| self.unread(head, &error))?;
+            let sums = run.iter().filter_map(found).map(|(_, sum)| sum);
+            let same = here.chunks_exact(size).map(block_checksum).eq(sums);
+            if !same && head.with_bytes {
+                let damaged = format!("what was put aside from block {first} on is damaged");
+                return Err(self.lost(&io::Error::new(io::ErrorKind::InvalidData, damaged)));
+            } else if !same {
+                // There was no room for it, and it has changed since.
+                return Err(EngineError::GivenUp(self.cut()));
             }
         }
         Ok(())
     }
 
-    fn read_kept(
-        &self,
-        offset: u64,
-        bytes: &mut [u8],
-        block: BlockIndex,
-        sum: Checksum128,
-    ) -> Result<(), EngineError> {
-        let read = self
-            .kept()
-            .map(|kept| kept.file.read_exact_at(bytes, offset));
-        match read {
-            Some(Ok(())) if block_checksum(bytes) == sum => Ok(()),
-            Some(Err(error)) => Err(self.lost(&error)),
-            Some(Ok(())) | None => {
-                let damaged = format!("what was put aside of block {block} is damaged");
-                Err(self.lost(&io::Error::new(io::ErrorKind::InvalidData, damaged)))
-            }
-        }
-    }
-
-    /// Reads what there was no room for from the volume file, which must still have it.
-    fn read_live(
-        &self,
-        bytes: &mut [u8],
-        block: BlockIndex,
-        sum: Checksum128,
-    ) -> Result<(), EngineError> {
-        let offset = self.geometry().offset_of(block).get();
-        match self.0.source.read(bytes, offset) {
-            Ok(()) if block_checksum(bytes) == sum => Ok(()),
-            Ok(()) => Err(EngineError::GivenUp(self.cut())),
-            Err(error) => Err(EngineError::io("read the volume file", error)),
+    fn unread(&self, head: &Head, error: &io::Error) -> EngineError {
+        match head.with_bytes {
+            true => self.lost(error),
+            false => EngineError::io("read the volume file", io::Error::from(error.kind())),
         }
     }
 

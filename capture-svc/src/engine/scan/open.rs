@@ -183,9 +183,11 @@ pub(super) fn open(
         now: Mutex::new(Now {
             state,
             interval,
+            doubts: 0,
             held: Duration::ZERO,
         }),
         closed: AtomicBool::new(false),
+        failed: AtomicBool::new(false),
         _lock: lock,
     };
     Ok((engine, trust))

@@ -54,6 +54,8 @@ pub(super) struct Pass<'a> {
     pub(super) task: Task<'a>,
     /// Nobody waits for it: everyone else goes first.
     pub(super) in_background: bool,
+    /// Set where a sync fails.
+    pub(super) failed: &'a AtomicBool,
     /// Whether it is to end early, and as what.
     pub(super) ended: &'a (dyn Fn() -> Result<(), EngineError> + Sync),
 }
@@ -62,6 +64,8 @@ pub(super) struct Pass<'a> {
 struct Position {
     /// The next chunk.
     next: u64,
+    /// Looks at where the threads are so far.
+    claims: u64,
     /// Up to here the file has data, as far as it matters; bytes.
     data_until: u64,
 }
@@ -84,12 +88,16 @@ impl Pass<'_> {
     /// Makes the pass. Also gives the prints of all chunks where they were put aside.
     pub(super) fn run(&self) -> Result<(Passed, Prints), EngineError> {
         let looked = |error| EngineError::io("look at the times of the volume file", error);
-        let synced = |error| EngineError::io("sync the volume file", error);
+        let synced = |error| {
+            self.failed.store(true, Relaxed);
+            EngineError::io("sync the volume file", error)
+        };
         let before = self.source.stamp().map_err(looked)?;
         self.source.sync().map_err(synced)?;
         let shared = Shared {
             at: Mutex::new(Position {
                 next: 0,
+                claims: 0,
                 data_until: self.source.whole_until().map_err(looked)?,
             }),
             before,
@@ -101,6 +109,7 @@ impl Pass<'_> {
         let passed = Passed {
             before,
             after: self.source.stamp().map_err(looked)?,
+            whole: !shared.stop.load(Relaxed),
             agrees: !shared.disagrees.load(Relaxed),
         };
         Ok((passed, read))
@@ -143,9 +152,6 @@ impl Pass<'_> {
             match work {
                 Work::Hole(chunks) => self.pass_hole(shared, chunks)?,
                 Work::Data(chunk) => {
-                    if chunk % LOOK_CHUNKS == 0 {
-                        self.look(shared)?;
-                    }
                     let print = self.read_chunk(shared, chunk, &mut buffer)?;
                     if matches!(self.task, Task::Keep { .. }) && !print.is_zero() {
                         prints.push((chunk, print));
@@ -173,6 +179,10 @@ impl Pass<'_> {
         if at.next >= count {
             return Ok(None);
         }
+        if at.claims.is_multiple_of(LOOK_CHUNKS) {
+            self.look(shared)?;
+        }
+        at.claims += 1;
         let from = at.next * CHUNK_BYTES;
         if from >= at.data_until {
             let (data, hole) = volume_file::next_data(self.source.file(), from, length)
@@ -241,6 +251,7 @@ impl Pass<'_> {
         let mut first = leaf_of(hole.start());
         while first <= last {
             let count = index(last - first + 1).min(LEAVES_AT_ONCE);
+            (self.ended)()?;
             base.leaves(first, &mut leaves[..count]).map_err(table)?;
             for (leaf, sum) in (first..).zip(&leaves[..count]) {
                 if !sum.is_zero() {
@@ -263,6 +274,9 @@ impl Pass<'_> {
         let blocks = capture_core::scan::kept::chunk_blocks(self.geometry);
         let first = part.start().get() / blocks;
         for chunk in first..part.end().get().div_ceil(blocks) {
+            if chunk.is_multiple_of(LOOK_CHUNKS) {
+                (self.ended)()?;
+            }
             let extent = chunk_extent(self.geometry, chunk);
             let was = known(base, extent)?;
             let head = compared(chunk, &vec![Checksum128::ZERO; was.len()], &was);

@@ -141,15 +141,16 @@ pub(super) fn now_ns() -> i128 {
     since.map_or(0, |since| i128::try_from(since.as_nanos()).unwrap_or(0))
 }
 
-/// Lets everyone else run and read first, from this thread on.
+/// Lets everyone else run and read first, from this thread on; but not by the idle classes: on filesystems whose reads keep
+/// writers out (XFS) somebody would wait for a reader that never gets its turn.
 #[allow(unsafe_code)]
 pub(super) fn stand_back() {
-    /// Of linux/ioprio.h: the idle class, in the upper bits.
-    const IOPRIO_IDLE: libc::c_int = 3 << 13;
+    /// Of linux/ioprio.h: the last priority of the class that is served in turn.
+    const IOPRIO_LAST: libc::c_int = (2 << 13) | 7;
     const IOPRIO_WHO_PROCESS: libc::c_int = 1;
-    let parameter = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the call reads a structure that we own; 0 is this thread. One that is refused changes nothing: it is a courtesy.
-    let _ = unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const parameter) };
-    // SAFETY: plain numbers; 0 is this thread. As above.
-    let _ = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_IDLE) };
+    const NICE_LAST: libc::c_int = 19;
+    // SAFETY: plain numbers; 0 is this thread. A call that is refused changes nothing: it is a courtesy.
+    let _ = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICE_LAST) };
+    // SAFETY: as above.
+    let _ = unsafe { libc::syscall(libc::SYS_ioprio_set, IOPRIO_WHO_PROCESS, 0, IOPRIO_LAST) };
 }

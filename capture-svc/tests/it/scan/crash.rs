@@ -154,7 +154,8 @@ fn a_full_disk_of_the_state_costs_the_cut_and_nothing_else() {
     let file = OpenOptions::new().write(true).open(scene.file()).unwrap();
     file.write_all_at(&vec![3; BLOCKS * BLOCK], 0).unwrap();
     let ballast = disk.path("ballast");
-    fs::write(&ballast, vec![1; 8 << 20]).unwrap();
+    // All of it, to the last block.
+    assert!(fs::write(&ballast, vec![1; 16 << 20]).is_err());
     let full = engine.begin_interval(&scene.live()).unwrap_err();
     assert!(
         matches!(&full, EngineError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull),
@@ -167,6 +168,12 @@ fn a_full_disk_of_the_state_costs_the_cut_and_nothing_else() {
     fs::remove_file(&ballast).unwrap();
     let cut = engine.begin_interval(&scene.live()).unwrap();
     assert_eq!(cut.changed.len().get(), BLOCKS as u64);
+    // Half of what is free is left to others: some blocks are read from the file.
+    let used = engine.stats().spool_used;
+    assert!((2 << 20..7 << 20).contains(&used), "{used}");
+    let mut image = vec![0; BLOCKS * BLOCK];
+    apply(&mut image, &cut).unwrap();
+    assert!(image == fs::read(scene.file()).unwrap());
 }
 
 #[test]

@@ -84,7 +84,7 @@ fn what_there_is_no_room_for_is_read_from_the_file_and_given_up_once_that_has_ch
     let cut = scene.engine().begin_interval(&scene.live()).unwrap();
     assert_eq!(cut.changed.len().get(), BLOCKS as u64);
     let used = scene.engine().stats().spool_used;
-    assert!((2 << 20..3 << 20).contains(&used), "{used}");
+    assert!((1 << 20..2 << 20).contains(&used), "{used}");
     let mut image = vec![0; BLOCKS * BLOCK];
     apply(&mut image, &cut).unwrap();
     assert!(image == bytes);
@@ -109,7 +109,8 @@ fn what_there_is_no_room_for_is_read_from_the_file_and_given_up_once_that_has_ch
             Err(other) => panic!("{other}"),
         }
     }
-    assert_eq!((kept, gone), (512, BLOCKS - 512));
+    // One chunk of the two has room beside its checksums.
+    assert_eq!((kept, gone), (256, BLOCKS - 256));
     scene.engine().give_up_interval().unwrap();
     let again = scene.engine().begin_interval(&scene.live()).unwrap();
     assert!(again.epoch > cut.epoch);
@@ -183,6 +184,13 @@ fn only_a_file_that_was_quiesced_twice_and_has_its_times_is_not_read() {
     scene.open_again();
     assert!(!reads(&scene, true), "the same boot and mount");
     scene.engine().doubt().unwrap();
+    assert!(reads(&scene, true));
+    // So is one whose blocks come in doubt while its interval is on its way.
+    let at = scene.quiesced();
+    let cut = scene.engine().begin_interval(&at).unwrap();
+    scene.engine().doubt().unwrap();
+    scene.commit(&cut, &image);
+    drop(cut);
     assert!(reads(&scene, true));
     assert_eq!(ship(&scene, &mut image, true), 0);
     assert!(!reads(&scene, true));

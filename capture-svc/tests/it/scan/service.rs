@@ -146,6 +146,33 @@ async fn whoever_lets_go_too_early_gets_no_cut_and_is_told_why() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn where_nobody_is_held_a_cut_may_take_longer_than_quiesce_timeout() {
+    let Some(disk) = Disk::new("ext4", 128) else {
+        return;
+    };
+    let rig = Rig::with(|config| {
+        config.quiesce_pre = "exit 1".into();
+        config.quiesce_post = "true".into();
+        config.quiesce_timeout = Span::from_millis(300);
+        config.lull_wait_max = Span::from_secs(30);
+        // The file must rest for longer than anybody may be held.
+        config.lull_min = Span::from_millis(1500);
+    })
+    .await;
+    let file = disk.path("data.img");
+    add(&rig, "data", &file, "scan").await.unwrap();
+    rig.first_generation("data").await;
+    write(&file, 1, 5000, 100_000);
+    let receipt = rig.ship("data").await;
+    assert_eq!(receipt.coherence, Coherence::Crash);
+    assert!(
+        receipt.reason.to_string().contains("quiesce_pre failed"),
+        "{receipt:?}"
+    );
+    assert!(rig.restore("data", 0).await == fs::read(&file).unwrap());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_the_engine_cannot_do_is_refused_with_what_to_do() {
     let Some(disk) = Disk::new("ext4", 128) else {
         return;
