@@ -5,6 +5,7 @@ use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 use bytes::Bytes;
 use jiff::Timestamp;
 use prost::Message;
+use rustix::process::Signal;
 use tidemark_block::{Geometry, MemoryTable, image_digest};
 use tidemark_identity::Role;
 use tidemark_integration::programs::{self, Process, program};
@@ -24,7 +25,7 @@ const STATUS: &str = "/tidemark.vault.v1.Vault/GetStatus";
 
 /// The vault service as a process of its own, so that its log can be read.
 struct Vault {
-    _process: Process,
+    process: Process,
     address: SocketAddr,
     log: PathBuf,
 }
@@ -52,7 +53,7 @@ impl Vault {
         let process = Process::spawn(&mut command, "vault-svc");
         programs::wait_for("the vault", || std::net::TcpStream::connect(address).ok());
         Self {
-            _process: process,
+            process,
             address,
             log,
         }
@@ -64,13 +65,15 @@ impl Vault {
 
     /// Waits until the log has a refusal with this reason.
     fn logs(&self, reason: &str) {
-        programs::wait_for(reason, || {
+        self.logs_of("is refused", reason);
+    }
+
+    /// Waits until the log has a line with both texts.
+    fn logs_of(&self, what: &str, more: &str) {
+        programs::wait_for(more, || {
             let log = fs::read_to_string(&self.log).unwrap();
-            let refusals = log.lines().filter(|line| line.contains("is refused"));
-            refusals
-                .into_iter()
-                .any(|line| line.contains(reason))
-                .then_some(())
+            let is_it = |line: &str| line.contains(what) && line.contains(more);
+            log.lines().any(is_it).then_some(())
         });
     }
 }
@@ -149,6 +152,18 @@ async fn certificates_that_do_not_fit_are_refused_with_the_reason_on_both_sides(
         "{error}"
     );
     old.logs("our certificate has expired");
+}
+
+#[test]
+fn sighup_reads_certificates_and_identities_at_once() {
+    let site = Site::new();
+    let vault = Vault::start(&site, "service");
+    vault.process.signal(Signal::HUP);
+    vault.logs_of("certificates and identities", "are read again");
+    fs::write(site.path("identities.toml"), "[[identity]]\n").unwrap();
+    vault.process.signal(Signal::HUP);
+    vault.logs_of("identities.toml", "what was read before still holds");
+    vault.process.terminate();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
