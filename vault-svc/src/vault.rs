@@ -224,12 +224,13 @@ impl Vault {
         }
         let mut found: Vec<_> = self.volumes();
         found.retain(|volume| volume.manifest().name == name);
-        let sources = found.iter().map(|v| v.manifest().source.clone());
-        let mut denied: Vec<_> = sources.map(|source| caller.need(&source, name)).collect();
-        if !denied.is_empty() && denied.iter().all(Result::is_err) {
-            denied.swap_remove(0)?;
+        let has = |volume: &Arc<Volume>| caller.has(&volume.manifest().source, name);
+        if let Some(volume) = found.first()
+            && !found.iter().any(has)
+        {
+            caller.need(&volume.manifest().source, name)?;
         }
-        found.retain(|volume| caller.has(&volume.manifest().source, name));
+        found.retain(has);
         if found.len() > 1 {
             let ids: Vec<_> = found.iter().map(|volume| volume.id.to_string()).collect();
             return Err(RpcError::new(

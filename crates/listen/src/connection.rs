@@ -114,8 +114,10 @@ impl Connection {
             }
             Err((error, stream)) => {
                 self.stream = Stream::Ended;
-                let why = told(&error).unwrap_or_else(|| error.to_string());
-                self.gate.log_refusal(&self.peer, &why);
+                // Who goes away, as a probe of the port does, was not refused.
+                if let Some(why) = told(&error) {
+                    self.gate.log_refusal(&self.peer, &why);
+                }
                 tokio::spawn(linger(stream));
                 Poll::Ready(Err(error))
             }

@@ -21,7 +21,7 @@ use std::{
 };
 
 use tidemark_disk::descriptors;
-use tidemark_tls::{Admission, Gate};
+use tidemark_tls::{ADMISSION_MAX, Gate};
 use tokio::{
     net::{TcpListener, TcpStream},
     time::{Instant, Sleep, sleep},
@@ -72,7 +72,7 @@ impl Incoming {
             connections_max,
             times: Times {
                 greeting_max,
-                admission_max: Admission::MAX,
+                admission_max: ADMISSION_MAX,
             },
             gate,
             open: Arc::default(),

@@ -7,14 +7,16 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use hyper_util::rt::TokioIo;
 use rustls::{ClientConfig, pki_types::ServerName, sign::SingleCertAndKey};
 use tidemark_proto::{Reason, RpcError, error::TLS_REFUSED_MARK};
 use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
     net::TcpStream,
+    time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
@@ -29,6 +31,10 @@ use crate::{
     gate::ALPN,
     reasons,
 };
+
+/// How long a service may take to speak first, as HTTP/2 has it do, and what is read of that.
+const FIRST_MAX: Duration = Duration::from_secs(3);
+const FIRST_BYTES: usize = 64;
 
 /// A connection whose calls show who makes them.
 pub type Line = InterceptedService<Channel, Bearer>;
@@ -131,9 +137,9 @@ async fn secured(
             let stream = TcpStream::connect((host.as_str(), port)).await?;
             stream.set_nodelay(true)?;
             let connected = TlsConnector::from(config).connect(name, stream).await;
-            connected
-                .map(|stream| TokioIo::new(Wire(stream)))
-                .map_err(marked)
+            Wire::open(connected.map_err(marked)?)
+                .await
+                .map(TokioIo::new)
         }
     });
     Ok(endpoint.connect_with_connector(connector).await?)
@@ -222,7 +228,25 @@ fn marked(error: io::Error) -> io::Error {
 
 /// A connection with TLS whose errors say what the other side has against it.
 #[derive(Debug)]
-struct Wire(TlsStream<TcpStream>);
+struct Wire {
+    stream: TlsStream<TcpStream>,
+    /// What the service has said first, as far as it has not been read.
+    first: Vec<u8>,
+}
+
+impl Wire {
+    /// Waits until the service speaks: TLS 1.3 ends for a client before the service has looked at its certificate, and
+    /// what fails later is no more than a connection that broke. One that says nothing is taken as it is.
+    async fn open(mut stream: TlsStream<TcpStream>) -> io::Result<Self> {
+        let mut first = vec![0; FIRST_BYTES];
+        let said = match timeout(FIRST_MAX, stream.read(&mut first)).await {
+            Ok(said) => said.map_err(marked)?,
+            Err(_) => 0,
+        };
+        first.truncate(said);
+        Ok(Self { stream, first })
+    }
+}
 
 impl AsyncRead for Wire {
     fn poll_read(
@@ -230,7 +254,15 @@ impl AsyncRead for Wire {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_read(cx, buf).map_err(marked)
+        if !self.first.is_empty() {
+            let fits = buf.remaining().min(self.first.len());
+            buf.put_slice(&self.first[..fits]);
+            self.first.drain(..fits);
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream)
+            .poll_read(cx, buf)
+            .map_err(marked)
     }
 }
 
@@ -240,7 +272,9 @@ impl AsyncWrite for Wire {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf).map_err(marked)
+        Pin::new(&mut self.stream)
+            .poll_write(cx, buf)
+            .map_err(marked)
     }
 
     fn poll_write_vectored(
@@ -248,20 +282,20 @@ impl AsyncWrite for Wire {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0)
+        Pin::new(&mut self.stream)
             .poll_write_vectored(cx, bufs)
             .map_err(marked)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.stream.is_write_vectored()
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx).map_err(marked)
+        Pin::new(&mut self.stream).poll_flush(cx).map_err(marked)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx).map_err(marked)
+        Pin::new(&mut self.stream).poll_shutdown(cx).map_err(marked)
     }
 }

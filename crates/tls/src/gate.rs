@@ -3,7 +3,7 @@
 use std::{
     fs,
     os::unix::fs::MetadataExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -291,7 +291,7 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
 }
 
 /// Whoever shows a certificate must show a good one; whoever shows none may still show a token.
-fn client_verifier(path: &PathBuf) -> Result<Arc<dyn ClientCertVerifier>, FileError> {
+fn client_verifier(path: &Path) -> Result<Arc<dyn ClientCertVerifier>, FileError> {
     let roots = Arc::new(files::roots(path)?);
     let verifier = WebPkiClientVerifier::builder_with_provider(roots, files::provider())
         .allow_unauthenticated()

@@ -22,4 +22,4 @@ pub use gate::{Gate, GateFiles, Reloaded};
 pub use peer::Peer;
 pub use reasons::{linger, told};
 pub use settings::GateSettings;
-pub use shield::{Admission, Caller, Shield, ShieldLayer, caller};
+pub use shield::{ADMISSION_MAX, Caller, Shield, ShieldLayer, caller};

@@ -1,6 +1,9 @@
 //! The settings that both services share: certificates, identities, plain text.
 
-use std::{net::SocketAddr, path::Path};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 use tidemark_config::{Rules, Span};
 
@@ -25,12 +28,12 @@ pub struct GateSettings<'a> {
     pub reload_period: Span,
 }
 
-fn given(path: &Path) -> Option<std::path::PathBuf> {
+fn given(path: &Path) -> Option<PathBuf> {
     (!path.as_os_str().is_empty()).then(|| path.to_owned())
 }
 
 /// Both, or neither.
-fn pair(cert: &Path, key: &Path) -> Option<(std::path::PathBuf, std::path::PathBuf)> {
+fn pair(cert: &Path, key: &Path) -> Option<(PathBuf, PathBuf)> {
     given(cert).zip(given(key))
 }
 

@@ -25,14 +25,9 @@ use crate::{gate::Gate, peer::Peer};
 /// How long the one message of a call may take to arrive.
 const REQUEST_MAX: Duration = Duration::from_secs(30);
 
-/// How long a connection may last before it has made a call with an identity that is known.
-#[derive(Debug, Clone, Copy)]
-pub struct Admission;
-
-impl Admission {
-    /// Enough for a slow link, and for whoever asks after the service's health.
-    pub const MAX: Duration = Duration::from_secs(30);
-}
+/// How long a connection may last before it has made a call with an identity that is known: enough for a slow link, and
+/// for whoever asks after the service's health.
+pub const ADMISSION_MAX: Duration = Duration::from_secs(30);
 
 /// Whoever makes a call. Without a shield before the service that is this process itself.
 #[must_use]

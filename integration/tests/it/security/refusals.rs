@@ -5,6 +5,7 @@ use std::{fs, net::SocketAddr, path::PathBuf, time::Duration};
 use bytes::Bytes;
 use jiff::Timestamp;
 use prost::Message;
+use rustix::process::Signal;
 use tidemark_block::{Geometry, MemoryTable, image_digest};
 use tidemark_identity::Role;
 use tidemark_integration::programs::{self, Process, program};
@@ -14,7 +15,7 @@ use tidemark_proto::{
     common::v1 as common,
     vault::v1::{self as vault, ingest_client::IngestClient},
 };
-use tidemark_tls::Dialer;
+use tidemark_tls::{Dialer, Line};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -24,7 +25,7 @@ const STATUS: &str = "/tidemark.vault.v1.Vault/GetStatus";
 
 /// The vault service as a process of its own, so that its log can be read.
 struct Vault {
-    _process: Process,
+    process: Process,
     address: SocketAddr,
     log: PathBuf,
 }
@@ -52,7 +53,7 @@ impl Vault {
         let process = Process::spawn(&mut command, "vault-svc");
         programs::wait_for("the vault", || std::net::TcpStream::connect(address).ok());
         Self {
-            _process: process,
+            process,
             address,
             log,
         }
@@ -64,13 +65,15 @@ impl Vault {
 
     /// Waits until the log has a refusal with this reason.
     fn logs(&self, reason: &str) {
-        programs::wait_for(reason, || {
+        self.logs_of("is refused", reason);
+    }
+
+    /// Waits until the log has a line with both texts.
+    fn logs_of(&self, what: &str, more: &str) {
+        programs::wait_for(more, || {
             let log = fs::read_to_string(&self.log).unwrap();
-            let refusals = log.lines().filter(|line| line.contains("is refused"));
-            refusals
-                .into_iter()
-                .any(|line| line.contains(reason))
-                .then_some(())
+            let is_it = |line: &str| line.contains(what) && line.contains(more);
+            log.lines().any(is_it).then_some(())
         });
     }
 }
@@ -149,6 +152,18 @@ async fn certificates_that_do_not_fit_are_refused_with_the_reason_on_both_sides(
         "{error}"
     );
     old.logs("our certificate has expired");
+}
+
+#[test]
+fn sighup_reads_certificates_and_identities_at_once() {
+    let site = Site::new();
+    let vault = Vault::start(&site, "service");
+    vault.process.signal(Signal::HUP);
+    vault.logs_of("certificates and identities", "are read again");
+    fs::write(site.path("identities.toml"), "[[identity]]\n").unwrap();
+    vault.process.signal(Signal::HUP);
+    vault.logs_of("identities.toml", "what was read before still holds");
+    vault.process.terminate();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -295,6 +310,52 @@ async fn what_is_replaced_holds_without_a_restart_and_an_interval_goes_on_meanwh
     running.shutdown().await.unwrap();
 }
 
+/// Adds the volume `data`.
+async fn add(site: &Site, line: &Line) {
+    let add = capture::AddVolumeRequest {
+        name: "data".to_owned(),
+        file: volume_file(&site.path(""), "data"),
+        length: 1 << 20,
+        ..capture::AddVolumeRequest::default()
+    };
+    let path = "/tidemark.capture.v1.Capture/AddVolume";
+    call(line, path, add.encode_to_vec().into()).await.unwrap();
+}
+
+/// The one volume, as the capture service shows it.
+async fn shown(line: &Line) -> capture::Volume {
+    let path = "/tidemark.capture.v1.Capture/GetStatus";
+    let answer = call(line, path, Bytes::new()).await.unwrap().unwrap();
+    CaptureStatus::decode(answer).unwrap().volumes.remove(0)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_uplink_ships_with_a_token_in_place_of_a_certificate() {
+    let site = Site::new();
+    site.knows_tokens_of(&[
+        ("me", &[Role::Operator, Role::Viewer], &["*"]),
+        ("edge-7", &[Role::Source], &["*"]),
+    ]);
+    let vault = site.vault().await;
+    let token = site.dialer_with_token("edge-7").files.token.unwrap();
+    let config = capture_svc::Config {
+        vault_cert: PathBuf::new(),
+        vault_key: PathBuf::new(),
+        vault_token_file: token,
+        ..site.capture_config(&url_of(&vault), "edge-7")
+    };
+    let running = capture_svc::start(config).await.unwrap();
+    let url = format!("https://{}", running.control_addr());
+    let me = dial(&site.dialer_with_token("me"), &url).await.unwrap();
+    add(&site, &me).await;
+    eventually("a generation", async || {
+        (shown(&me).await.base_generation == 1).then_some(())
+    })
+    .await;
+    running.shutdown().await.unwrap();
+    vault.shutdown().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_uplink_that_is_refused_shows_why_and_ships_once_it_is_let_in() {
     let site = Site::new();
@@ -313,20 +374,8 @@ async fn an_uplink_that_is_refused_shows_why_and_ships_once_it_is_let_in() {
     let running = capture_svc::start(config).await.unwrap();
     let url = format!("https://{}", running.control_addr());
     let me = dial(&site.dialer("me"), &url).await.unwrap();
-    let add = capture::AddVolumeRequest {
-        name: "data".to_owned(),
-        file: volume_file(&site.path(""), "data"),
-        length: 1 << 20,
-        ..capture::AddVolumeRequest::default()
-    };
-    let path = "/tidemark.capture.v1.Capture/AddVolume";
-    call(&me, path, add.encode_to_vec().into()).await.unwrap();
-    let uplink = async || {
-        let path = "/tidemark.capture.v1.Capture/GetStatus";
-        let answer = call(&me, path, Bytes::new()).await.unwrap().unwrap();
-        let mut status = CaptureStatus::decode(answer).unwrap();
-        status.volumes.remove(0)
-    };
+    add(&site, &me).await;
+    let uplink = async || shown(&me).await;
     let shows = async |what: &str| {
         eventually(what, async || {
             let error = uplink().await.uplink.unwrap().error;

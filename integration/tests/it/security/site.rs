@@ -88,7 +88,7 @@ impl Site {
         std::fs::write(self.path("identities.toml"), identities.to_toml()).unwrap();
     }
 
-    /// As [`Self::knows`], each with the token `TOKEN_OF(name)` too.
+    /// As [`Self::knows`], each with a token too, which is [`token`]'s.
     pub(crate) fn knows_tokens_of(&self, all: &[Who<'_>]) {
         let mut identities = Identities::default();
         for who in all {

@@ -280,6 +280,9 @@ async fn an_operator_of_some_volumes_has_no_others_at_the_capture_service() {
     let attach = "/tidemark.capture.v1.Coherence/Attach";
     denied(call(&some, attach, hello("data")).await, "attach");
     call(&some, attach, hello("db-1")).await.unwrap();
+    tidemark_agent::attach_with(&site.dialer("some"), &url, "agent", ["db-1"])
+        .await
+        .unwrap();
     // Another source is no workload of this one.
     let other = dial(&site.dialer("edge-8"), &url).await.unwrap();
     denied(
