@@ -1,6 +1,7 @@
 //! What the capture service can be told: defaults → TOML file → `CAPTURE_…` environment → flags.
 
 mod groups;
+mod quiesce;
 mod values;
 
 use std::{net::SocketAddr, path::PathBuf};
@@ -8,8 +9,10 @@ use std::{net::SocketAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 use tidemark_config::{Rules, settings};
 use tidemark_telemetry::LogFormat;
+use tidemark_tls::{Dialer, DialerFiles, GateSettings, is_loopback_url};
 
 pub use groups::Groups;
+pub use quiesce::{Quiesces, VolumeQuiesce};
 pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
 pub use values::{CommandLine, NbdListen, NbdListens, Schedule};
 
@@ -60,6 +63,8 @@ kebab!(
         Intercept = "intercept",
         /// The workload writes the file itself; cuts are clones of it.
         Reflink = "reflink",
+        /// The workload writes the file itself; cuts read all of it.
+        Scan = "scan",
     }
 );
 
@@ -68,6 +73,18 @@ settings! {
     state: PathBuf = PathBuf::from("/var/lib/tidemark/capture");
     /// Address of the control interface (gRPC).
     listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 7401));
+    /// Certificate with its chain (PEM) that the control interface shows. Empty: plain text.
+    tls_cert: PathBuf = PathBuf::new();
+    /// Its private key (PEM).
+    tls_key: PathBuf = PathBuf::new();
+    /// CAs (PEM) of the certificates that clients of the control interface show. Empty: they show tokens.
+    tls_ca: PathBuf = PathBuf::new();
+    /// File of identities: who may do what. Empty, without TLS: whoever can connect may do everything.
+    identities: PathBuf = PathBuf::new();
+    /// How often certificates and identities are looked at, and read again where they have changed. 10 ms to 1 day.
+    tls_reload_period: Span = Span::from_secs(10);
+    /// Speak plain text with other machines, too: everything can be read and changed on its way.
+    allow_plain_text: bool = false;
     /// Addresses of the NBD server, separated by commas: unix:PATH or tcp:ADDRESS:PORT. Empty: none.
     nbd: NbdListens = NbdListens::default();
     /// Directory in which volumes and snapshots appear as files (FUSE): an absolute path. Empty: none.
@@ -76,10 +93,18 @@ settings! {
     scratch_bytes_max: ByteSize = ByteSize::mib(1024);
     /// URL of the vault.
     vault: String = "http://127.0.0.1:7402".to_owned();
+    /// CAs (PEM) that the vault's certificate must be of, where its URL is https. Empty: those of tls_ca.
+    vault_ca: PathBuf = PathBuf::new();
+    /// Certificate with its chain (PEM) that is shown to the vault. Empty: that of tls_cert.
+    vault_cert: PathBuf = PathBuf::new();
+    /// Its private key (PEM).
+    vault_key: PathBuf = PathBuf::new();
+    /// File with the token that is shown to the vault, in place of a certificate. Empty: none.
+    vault_token_file: PathBuf = PathBuf::new();
     /// Name of this source, as the vault shows it. Empty: the host's name.
     source_name: String = String::new();
-    /// Engine of volumes that are added: auto, intercept (all writes come through NBD or FUSE) or reflink (the workload
-    /// writes the file itself, on XFS or btrfs).
+    /// Engine of volumes that are added: auto, intercept (all writes come through NBD or FUSE), reflink (the workload writes
+    /// the file itself, on XFS or btrfs) or scan (the workload writes the file itself; each cut reads all of it).
     engine: EngineSetting = EngineSetting::Auto;
     /// Longest that a cut by the engine reflink may hold writers up: a file that takes longer is refused, and one that has
     /// come to take longer is warned of. 0s: however long.
@@ -102,6 +127,9 @@ settings! {
     quiesce_timeout: Span = Span::from_secs(5);
     /// Where the workload can't be quiesced: cut at the next best moment, or skip the cut.
     quiesce_failure: QuiesceFailure = QuiesceFailure::Cut;
+    /// What holds for single volumes instead, as { VOLUME = { pre = "COMMAND", post = "COMMAND", timeout = "5s",
+    /// failure = "cut" } }, each of the four where it is another. Empty: the same for all.
+    quiesce: Quiesces = Quiesces::default();
     /// Volumes that are cut at one instant, as NAME=VOLUME,VOLUME; NAME=VOLUME,VOLUME. Empty: each by itself.
     groups: Groups = Groups::default();
     /// Room for before-images, per volume.
@@ -149,8 +177,8 @@ impl Settings for Config {
     }
 
     fn check(&self, rules: &mut Rules) {
-        let is_url = self.vault.starts_with("http://")
-            && self.vault.parse::<tonic::transport::Uri>().is_ok();
+        self.gate().check(rules);
+        self.check_vault(rules);
         rules.that(
             "state",
             self.state.is_absolute(),
@@ -161,7 +189,6 @@ impl Settings for Config {
             self.fuse_mount.as_os_str().is_empty() || self.fuse_mount.is_absolute(),
             "must be an absolute path",
         );
-        rules.that("vault", is_url, "must be a URL like http://HOST:PORT");
         rules.that(
             "source_name",
             self.source_name.len() <= 255,
@@ -208,6 +235,93 @@ impl Settings for Config {
         ] {
             rules.at_least(key, count, 1);
         }
+    }
+}
+
+impl Config {
+    /// The CAs by which the service can be asked on its own machine; none where it takes plain text.
+    #[must_use]
+    pub fn health_ca(&self) -> Option<PathBuf> {
+        let named = |path: &PathBuf| (!path.as_os_str().is_empty()).then(|| path.clone());
+        let cert = named(&self.tls_cert)?;
+        Some(named(&self.tls_ca).unwrap_or(cert))
+    }
+
+    /// How the control interface is reached, and by whom.
+    pub(crate) fn gate(&self) -> GateSettings<'_> {
+        GateSettings {
+            listen: self.listen,
+            cert: &self.tls_cert,
+            key: &self.tls_key,
+            ca: &self.tls_ca,
+            identities: &self.identities,
+            allow_plain_text: self.allow_plain_text,
+            reload_period: self.tls_reload_period,
+        }
+    }
+
+    /// How the vault is reached.
+    pub(crate) fn dialer(&self) -> Dialer {
+        let or = |own: &PathBuf, other: &PathBuf| {
+            let own_is_empty = own.as_os_str().is_empty();
+            if own_is_empty { other } else { own }.clone()
+        };
+        // A token says who this is; a certificate beside it is only shown where it was meant for the vault.
+        let has_token = !self.vault_token_file.as_os_str().is_empty();
+        let (cert, key) = if has_token {
+            (self.vault_cert.clone(), self.vault_key.clone())
+        } else {
+            (
+                or(&self.vault_cert, &self.tls_cert),
+                or(&self.vault_key, &self.tls_key),
+            )
+        };
+        Dialer {
+            files: DialerFiles::named(
+                &or(&self.vault_ca, &self.tls_ca),
+                &cert,
+                &key,
+                &self.vault_token_file,
+            ),
+            allow_plain_text: self.allow_plain_text,
+        }
+    }
+
+    fn check_vault(&self, rules: &mut Rules) {
+        let is_https = self.vault.starts_with("https://");
+        let is_url = (is_https || self.vault.starts_with("http://"))
+            && self.vault.parse::<tonic::transport::Uri>().is_ok();
+        rules.that(
+            "vault",
+            is_url,
+            "must be a URL like https://HOST:PORT, or http://HOST:PORT",
+        );
+        rules.that(
+            "vault",
+            !is_url || is_https || self.allow_plain_text || is_loopback_url(&self.vault),
+            "must begin with https, as it is another machine: plain text is only sent there where allow_plain_text = true \
+             allows it",
+        );
+        rules.that(
+            "vault_ca",
+            !is_https || self.dialer().files.ca.is_some(),
+            "must name the CAs that the certificate of an https vault must be of",
+        );
+        rules.that(
+            "vault_key",
+            self.vault_cert.as_os_str().is_empty() == self.vault_key.as_os_str().is_empty(),
+            "must be given together with vault_cert",
+        );
+        let nbd_is_local = self.nbd.0.iter().all(|listen| match listen {
+            NbdListen::Tcp(address) => address.ip().is_loopback(),
+            NbdListen::Unix(_) => true,
+        });
+        rules.that(
+            "nbd",
+            nbd_is_local || self.allow_plain_text,
+            "must be addresses of this machine, as NBD is plain text and asks nobody who they are: only \
+             allow_plain_text = true allows others",
+        );
     }
 }
 

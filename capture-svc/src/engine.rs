@@ -8,6 +8,7 @@ mod error;
 pub mod group;
 pub mod intercept;
 pub mod reflink;
+pub mod scan;
 mod types;
 mod volume_file;
 
@@ -15,12 +16,15 @@ use std::{io, path::Path, sync::Arc};
 
 pub use capture_core::kind::EngineKind;
 use capture_core::reflink::state::Base;
-use tidemark_block::{BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use tidemark_block::{
+    BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
+};
 
-pub use cut::{IntervalCut, SnapshotReader};
+pub use cut::{CutAt, IntervalCut, SnapshotReader};
 pub use error::EngineError;
 use intercept::{Intercept, Sample, lock_state};
 use reflink::Reflink;
+use scan::Scan;
 pub use types::{
     EngineOptions, EngineStats, FileKey, SnapshotId, SnapshotInfo, SpoolPolicy, Trust, file_key,
 };
@@ -32,6 +36,8 @@ pub enum Engine {
     Intercept(Arc<Intercept>),
     /// The workload writes the file itself; cuts are clones of it.
     Reflink(Arc<Reflink>),
+    /// The workload writes the file itself; cuts read it.
+    Scan(Arc<Scan>),
 }
 
 impl Engine {
@@ -55,6 +61,7 @@ impl Engine {
             EngineKind::Reflink => {
                 Self::Reflink(Reflink::create(dir, volume, file, geometry, options)?)
             }
+            EngineKind::Scan => Self::Scan(Scan::create(dir, volume, file, geometry, options)?),
         }))
     }
 
@@ -78,6 +85,10 @@ impl Engine {
             EngineKind::Reflink => {
                 let (engine, trust) = Reflink::open(dir, volume, file, geometry, options)?;
                 (Self::Reflink(engine), trust)
+            }
+            EngineKind::Scan => {
+                let (engine, trust) = Scan::open(dir, volume, file, geometry, options)?;
+                (Self::Scan(engine), trust)
             }
         };
         Ok((Arc::new(engine), trust))
@@ -105,6 +116,10 @@ impl Engine {
                 let (engine, trust) = Reflink::readopt(dir, volume, file, geometry, options)?;
                 (Self::Reflink(engine), trust)
             }
+            EngineKind::Scan => {
+                let (engine, trust) = Scan::readopt(dir, volume, file, geometry, options)?;
+                (Self::Scan(engine), trust)
+            }
         };
         Ok((Arc::new(engine), trust))
     }
@@ -115,6 +130,7 @@ impl Engine {
         match kind {
             EngineKind::Intercept => dir.join("identity").exists(),
             EngineKind::Reflink => reflink::has_record(dir),
+            EngineKind::Scan => scan::has_record(dir),
         }
     }
 
@@ -127,6 +143,7 @@ impl Engine {
         match kind {
             EngineKind::Intercept => intercept::remove_state(dir),
             EngineKind::Reflink => reflink::remove_state(dir, volume),
+            EngineKind::Scan => scan::remove_state(dir),
         }
     }
 
@@ -154,6 +171,7 @@ impl Engine {
             EngineKind::Reflink => {
                 reflink::prepare(dir, volume, file, geometry, options, Base::Lost)
             }
+            EngineKind::Scan => scan::prepare(dir, volume, file, geometry),
         }
     }
 
@@ -162,7 +180,17 @@ impl Engine {
     pub const fn intercept(&self) -> Option<&Arc<Intercept>> {
         match self {
             Self::Intercept(engine) => Some(engine),
-            Self::Reflink(_) => None,
+            Self::Reflink(_) | Self::Scan(_) => None,
+        }
+    }
+
+    /// Which kind it is.
+    #[must_use]
+    pub const fn kind(&self) -> EngineKind {
+        match self {
+            Self::Intercept(_) => EngineKind::Intercept,
+            Self::Reflink(_) => EngineKind::Reflink,
+            Self::Scan(_) => EngineKind::Scan,
         }
     }
 
@@ -177,6 +205,10 @@ impl Engine {
                 engine.close();
                 Ok(())
             }
+            Self::Scan(engine) => {
+                engine.close();
+                Ok(())
+            }
         }
     }
 
@@ -186,6 +218,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.geometry(),
             Self::Reflink(engine) => engine.geometry(),
+            Self::Scan(engine) => engine.geometry(),
         }
     }
 
@@ -195,6 +228,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.epoch(),
             Self::Reflink(engine) => engine.epoch(),
+            Self::Scan(engine) => engine.epoch(),
         }
     }
 
@@ -204,6 +238,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.stats(),
             Self::Reflink(engine) => engine.stats(),
+            Self::Scan(engine) => engine.stats(),
         }
     }
 
@@ -212,7 +247,7 @@ impl Engine {
     pub fn changed_hint(&self) -> Option<u64> {
         match self {
             Self::Intercept(engine) => Some(engine.changed_hint()),
-            Self::Reflink(_) => None,
+            Self::Reflink(_) | Self::Scan(_) => None,
         }
     }
 
@@ -221,7 +256,7 @@ impl Engine {
     pub fn activity(&self) -> Option<Sample> {
         match self {
             Self::Intercept(engine) => Some(engine.activity()),
-            Self::Reflink(_) => None,
+            Self::Reflink(_) | Self::Scan(_) => None,
         }
     }
 
@@ -233,6 +268,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.has_open(path),
             Self::Reflink(engine) => engine.has_open(path),
+            Self::Scan(engine) => engine.has_open(path),
         }
     }
 
@@ -256,6 +292,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.doubt(blocks),
             Self::Reflink(engine) => engine.doubt(blocks),
+            Self::Scan(engine) => engine.doubt(),
         }
     }
 
@@ -264,13 +301,17 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::IntervalOpen`] where one is open; where it can't be written the blocks go into the next one.
-    pub fn begin_interval(&self) -> Result<(IntervalCut, Option<Sample>), EngineError> {
+    pub fn begin_interval(
+        &self,
+        at: &CutAt<'_>,
+    ) -> Result<(IntervalCut, Option<Sample>), EngineError> {
         match self {
             Self::Intercept(engine) => {
                 let (cut, at_flip) = engine.begin_observed_interval()?;
                 Ok((cut.into(), Some(at_flip)))
             }
             Self::Reflink(engine) => Ok((engine.begin_interval()?.into(), None)),
+            Self::Scan(engine) => Ok((engine.begin_interval(at)?.into(), None)),
         }
     }
 
@@ -280,6 +321,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.open_interval().map(IntervalCut::from),
             Self::Reflink(engine) => engine.open_interval().map(IntervalCut::from),
+            Self::Scan(engine) => engine.open_interval().map(IntervalCut::from),
         }
     }
 
@@ -291,6 +333,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.give_up_interval(),
             Self::Reflink(engine) => engine.give_up_interval(),
+            Self::Scan(engine) => engine.give_up_interval(),
         }
     }
 
@@ -302,17 +345,45 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.commit_interval(cut),
             Self::Reflink(engine) => engine.commit_interval(cut),
+            Self::Scan(engine) => engine.commit_interval(cut),
         }
     }
 
-    /// Cuts, and keeps the image at the cut readable. `label` has at most 255 bytes.
+    /// Cuts, and keeps the image at the cut readable. `label` has at most 255 bytes. Also says what the data path had done
+    /// right after the flip.
     ///
     /// # Errors
-    /// [`EngineError::TooManySnapshots`], or where it can't be kept.
-    pub fn create_snapshot(&self, label: &str, now_ms: u64) -> Result<SnapshotInfo, EngineError> {
+    /// [`EngineError::TooManySnapshots`], [`EngineError::NoSnapshots`], or where it can't be kept.
+    pub fn create_snapshot(
+        &self,
+        label: &str,
+        now_ms: u64,
+    ) -> Result<(SnapshotInfo, Option<Sample>), EngineError> {
         match self {
-            Self::Intercept(engine) => engine.create_snapshot(label, now_ms),
-            Self::Reflink(engine) => engine.create_snapshot(label, now_ms),
+            Self::Intercept(engine) => {
+                let (taken, at_flip) = engine.create_observed_snapshot(label, now_ms)?;
+                Ok((taken, Some(at_flip)))
+            }
+            Self::Reflink(engine) => Ok((engine.create_snapshot(label, now_ms)?, None)),
+            Self::Scan(_) => Err(EngineError::NoSnapshots),
+        }
+    }
+
+    /// Records how good the moment of a snapshot's cut was, and why no better. Until then it is graded as after a power
+    /// cut.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], or where that can't be written: the grade is as it was.
+    pub fn grade_snapshot(
+        &self,
+        id: SnapshotId,
+        coherence: Coherence,
+        reason: &CutReason,
+    ) -> Result<(), EngineError> {
+        match self {
+            Self::Intercept(engine) => engine.grade_snapshot(id, coherence, reason),
+            Self::Reflink(engine) => engine.grade_snapshot(id, coherence, reason),
+            Self::Scan(_) => Err(EngineError::NoSuchSnapshot(id)),
         }
     }
 
@@ -322,6 +393,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.list_snapshots(),
             Self::Reflink(engine) => engine.list_snapshots(),
+            Self::Scan(_) => Vec::new(),
         }
     }
 
@@ -333,6 +405,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.delete_snapshot(id),
             Self::Reflink(engine) => engine.delete_snapshot(id),
+            Self::Scan(_) => Err(EngineError::NoSuchSnapshot(id)),
         }
     }
 
@@ -344,6 +417,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => Ok(engine.open_snapshot(id)?.into()),
             Self::Reflink(engine) => Ok(engine.open_snapshot(id)?.into()),
+            Self::Scan(_) => Err(EngineError::NoSuchSnapshot(id)),
         }
     }
 
@@ -359,6 +433,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.changed_between(older, newer),
             Self::Reflink(engine) => engine.changed_between(older, newer),
+            Self::Scan(_) => Err(EngineError::NoSuchSnapshot(older)),
         }
     }
 
@@ -368,6 +443,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.tracked(extent),
             Self::Reflink(engine) => engine.tracked(extent),
+            Self::Scan(engine) => engine.tracked(extent),
         }
     }
 
@@ -380,6 +456,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.next_data(from),
             Self::Reflink(engine) => engine.next_data(from),
+            Self::Scan(engine) => engine.next_data(from),
         }
     }
 
@@ -392,6 +469,7 @@ impl Engine {
         match self {
             Self::Intercept(engine) => engine.read_live(extent, buffer),
             Self::Reflink(engine) => engine.read_base(extent, buffer),
+            Self::Scan(engine) => engine.read_live(extent, buffer),
         }
     }
 }

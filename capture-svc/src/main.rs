@@ -56,7 +56,7 @@ fn health(config: &Config, patience: Duration) -> Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?
-        .block_on(check_local(config.listen, patience))
+        .block_on(check_local(config.listen, config.health_ca(), patience))
         .with_context(|| format!("ask the capture service that listens on {}", config.listen))?;
     println!("the capture service serves at {at}");
     Ok(())
@@ -65,15 +65,20 @@ fn health(config: &Config, patience: Duration) -> Result<()> {
 async fn serve(config: Config) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("listen for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listen for SIGINT")?;
+    let mut hangup = signal(SignalKind::hangup()).context("listen for SIGHUP")?;
     let running = capture_svc::start(config).await?;
     tracing::info!(control = %running.control_addr(), "the capture service is up");
     for endpoint in running.nbd_endpoints() {
         tracing::info!(%endpoint, "NBD");
     }
     supervisor::ready();
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            // It logs by itself what became of it.
+            _ = hangup.recv() => drop(running.reload()),
+        }
     }
     tracing::info!("stopping");
     supervisor::stopping();

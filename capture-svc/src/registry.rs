@@ -145,6 +145,9 @@ impl Registry {
             .collect();
         stream::iter(failed)
             .for_each_concurrent(OPENING_AT_ONCE, |volume| async move {
+                if *self.shared.stop.borrow() {
+                    return;
+                }
                 if let Err(error) = self.try_open(&volume, false).await {
                     volume.set_problem(format!("{error:#}"));
                 }
@@ -319,6 +322,8 @@ pub(crate) fn engine_error(error: &EngineError) -> RpcError {
         EngineError::NotClonable { .. }
         | EngineError::CutStalls { .. }
         | EngineError::NoClones { .. }
+        | EngineError::NotScannable { .. }
+        | EngineError::NoSnapshots
         | EngineError::NotTogether => Reason::EngineUnsupported,
         EngineError::CloneNoRoom { .. } => Reason::StoreFull,
         EngineError::VolumeLocked { .. } => Reason::VolumeFileInUse,
@@ -338,8 +343,14 @@ pub(crate) fn engine_error(error: &EngineError) -> RpcError {
         | EngineError::StateExists { .. }
         | EngineError::StateDamaged { .. }
         | EngineError::StateLost { .. } => Reason::VolumeFailed,
-        EngineError::SpoolDamaged { .. } | EngineError::Io { .. } => Reason::IoFailed,
-        EngineError::IntervalOpen(_) | EngineError::NoInterval(_) => Reason::Internal,
+        EngineError::Unsteady { .. } => Reason::NotQuiesced,
+        EngineError::NoBase => Reason::Busy,
+        EngineError::SpoolDamaged { .. } | EngineError::Table(_) | EngineError::Io { .. } => {
+            Reason::IoFailed
+        }
+        EngineError::IntervalOpen(_) | EngineError::NoInterval(_) | EngineError::Abandoned => {
+            Reason::Internal
+        }
     };
     let text = error.to_string();
     // "what happened: what to do"; what an input or output error says has no second part.

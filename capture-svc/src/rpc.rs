@@ -10,6 +10,7 @@ use std::{pin::Pin, sync::Arc, time::Duration};
 
 use futures::Stream;
 use tidemark_block::BlockSize;
+use tidemark_identity::Caller;
 use tidemark_proto::{
     Reason, RpcError,
     capture::v1::{
@@ -17,6 +18,7 @@ use tidemark_proto::{
     },
     convert::WireError,
 };
+use tidemark_tls::caller;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -26,6 +28,7 @@ use crate::{
     front::FrontEnds,
     registry::{AddVolume, Registry},
     uplink::{blocking, shutting_down, stopped},
+    volume::Volume,
 };
 
 /// How often the progress of an interval is told.
@@ -65,9 +68,21 @@ impl CaptureService {
         }
     }
 
-    async fn status(&self) -> Result<pb::CaptureStatus, RpcError> {
-        let shown = self.clone();
-        blocking(move || Ok(shown.shown_status()))
+    /// The volume of this name or UUID, where the caller's roles hold for it.
+    fn find(&self, caller: &Caller, name: &str) -> Result<Arc<Volume>, RpcError> {
+        let volume = self.registry.find(name)?;
+        self.need(caller, &volume.record.name)?;
+        Ok(volume)
+    }
+
+    fn need(&self, caller: &Caller, volume: &str) -> Result<(), RpcError> {
+        Ok(caller.need(&self.registry.config().source_name, volume)?)
+    }
+
+    /// The status, with the volumes that the caller may see.
+    async fn status(&self, caller: &Caller) -> Result<pb::CaptureStatus, RpcError> {
+        let (shown, caller) = (self.clone(), caller.clone());
+        blocking(move || Ok(shown.shown_status(&caller)))
             .await
             .map_err(|error| RpcError::internal(format!("{error:#}")))
     }
@@ -99,7 +114,9 @@ fn engine_setting(text: &str) -> Result<Option<EngineSetting>, RpcError> {
 #[tonic::async_trait]
 impl Capture for CaptureService {
     async fn add_volume(&self, request: Request<pb::AddVolumeRequest>) -> Reply<pb::Volume> {
+        let caller = caller(request.extensions());
         let request = request.into_inner();
+        self.need(&caller, &request.name)?;
         let block_size = match request.block_size {
             0 => BlockSize::MIN,
             bytes => BlockSize::new(bytes).map_err(WireError::from)?,
@@ -124,16 +141,17 @@ impl Capture for CaptureService {
 
     async fn list_volumes(
         &self,
-        _: Request<pb::ListVolumesRequest>,
+        request: Request<pb::ListVolumesRequest>,
     ) -> Reply<pb::ListVolumesResponse> {
-        let volumes = self.status().await?.volumes;
+        let caller = caller(request.extensions());
+        let volumes = self.status(&caller).await?.volumes;
         Ok(Response::new(pb::ListVolumesResponse { volumes }))
     }
 
     async fn get_volume(&self, request: Request<pb::GetVolumeRequest>) -> Reply<pb::Volume> {
-        Ok(Response::new(
-            self.volume(&request.into_inner().volume).await?,
-        ))
+        let caller = caller(request.extensions());
+        let id = self.find(&caller, &request.into_inner().volume)?.record.id;
+        Ok(Response::new(self.volume(&id.to_string()).await?))
     }
 
     async fn remove_volume(
@@ -141,7 +159,9 @@ impl Capture for CaptureService {
         request: Request<pb::RemoveVolumeRequest>,
     ) -> Reply<pb::RemoveVolumeResponse> {
         self.stopping()?;
+        let caller = caller(request.extensions());
         let pb::RemoveVolumeRequest { volume, force } = request.into_inner();
+        self.find(&caller, &volume)?;
         let (registry, fronts) = (Arc::clone(&self.registry), self.fronts.clone());
         let removed = tokio::spawn(async move { registry.remove(&volume, force, &fronts).await });
         removed
@@ -154,12 +174,13 @@ impl Capture for CaptureService {
         &self,
         request: Request<pb::ReadoptVolumeRequest>,
     ) -> Reply<pb::Volume> {
+        let caller = caller(request.extensions());
         let pb::ReadoptVolumeRequest {
             volume: name,
             engine,
         } = request.into_inner();
         let engine = engine_setting(&engine)?;
-        let id = self.registry.find(&name)?.record.id.to_string();
+        let id = self.find(&caller, &name)?.record.id.to_string();
         // On a task of its own: a caller who hangs up doesn't leave half of it.
         let (registry, readopted) = (Arc::clone(&self.registry), id.clone());
         let fronts = self.fronts.clone();
@@ -174,8 +195,14 @@ impl Capture for CaptureService {
         request: Request<pb::CreateSnapshotRequest>,
     ) -> Reply<pb::Snapshot> {
         self.stopping()?;
-        let pb::CreateSnapshotRequest { volume, label } = request.into_inner();
-        Ok(Response::new(self.snapshot(&volume, label).await?))
+        let caller = caller(request.extensions());
+        let pb::CreateSnapshotRequest { volume, label, now } = request.into_inner();
+        self.find(&caller, &volume)?;
+        let mut taken = self.take_snapshots(&[volume], label, now).await?;
+        let taken = taken
+            .pop()
+            .ok_or_else(|| RpcError::internal("no snapshot"))?;
+        Ok(Response::new(taken))
     }
 
     async fn create_snapshots(
@@ -183,8 +210,16 @@ impl Capture for CaptureService {
         request: Request<pb::CreateSnapshotsRequest>,
     ) -> Reply<pb::CreateSnapshotsResponse> {
         self.stopping()?;
-        let pb::CreateSnapshotsRequest { volumes, label } = request.into_inner();
-        let snapshots = self.snapshots_together(&volumes, label).await?;
+        let caller = caller(request.extensions());
+        let pb::CreateSnapshotsRequest {
+            volumes,
+            label,
+            now,
+        } = request.into_inner();
+        for volume in &volumes {
+            self.find(&caller, volume)?;
+        }
+        let snapshots = self.take_snapshots(&volumes, label, now).await?;
         Ok(Response::new(pb::CreateSnapshotsResponse { snapshots }))
     }
 
@@ -192,7 +227,10 @@ impl Capture for CaptureService {
         &self,
         request: Request<pb::ListSnapshotsRequest>,
     ) -> Reply<pb::ListSnapshotsResponse> {
-        let snapshots = self.snapshots(&request.into_inner().volume).await?;
+        let caller = caller(request.extensions());
+        let volume = request.into_inner().volume;
+        self.find(&caller, &volume)?;
+        let snapshots = self.snapshots(&volume).await?;
         Ok(Response::new(pb::ListSnapshotsResponse { snapshots }))
     }
 
@@ -200,7 +238,9 @@ impl Capture for CaptureService {
         &self,
         request: Request<pb::DeleteSnapshotRequest>,
     ) -> Reply<pb::DeleteSnapshotResponse> {
+        let caller = caller(request.extensions());
         let pb::DeleteSnapshotRequest { volume, snapshot } = request.into_inner();
+        self.find(&caller, &volume)?;
         self.drop_snapshot(&volume, snapshot).await?;
         Ok(Response::new(pb::DeleteSnapshotResponse {}))
     }
@@ -212,9 +252,10 @@ impl Capture for CaptureService {
         request: Request<pb::ReadSnapshotRequest>,
     ) -> Reply<Self::ReadSnapshotStream> {
         self.stopping()?;
-        Ok(Response::new(
-            self.stream_snapshot(request.into_inner()).await?,
-        ))
+        let caller = caller(request.extensions());
+        let request = request.into_inner();
+        self.find(&caller, &request.volume)?;
+        Ok(Response::new(self.stream_snapshot(request).await?))
     }
 
     type RollbackVolumeStream = Streamed<pb::RollbackVolumeResponse>;
@@ -224,7 +265,10 @@ impl Capture for CaptureService {
         request: Request<pb::RollbackVolumeRequest>,
     ) -> Reply<Self::RollbackVolumeStream> {
         self.stopping()?;
-        Ok(Response::new(self.stream_rollback(request.into_inner())?))
+        let caller = caller(request.extensions());
+        let request = request.into_inner();
+        self.find(&caller, &request.volume)?;
+        Ok(Response::new(self.stream_rollback(request)?))
     }
 
     type TriggerIntervalStream = Streamed<pb::TriggerIntervalResponse>;
@@ -233,7 +277,9 @@ impl Capture for CaptureService {
         &self,
         request: Request<pb::TriggerIntervalRequest>,
     ) -> Reply<Self::TriggerIntervalStream> {
-        let serving = self.registry.find(&request.into_inner().volume)?.need()?;
+        let caller = caller(request.extensions());
+        let volume = self.find(&caller, &request.into_inner().volume)?;
+        let serving = volume.need()?;
         let mut receipt = serving.uplink.request().await?;
         let mut status = serving.uplink.status();
         // The stream must not keep a removed volume alive.
@@ -281,12 +327,15 @@ impl Capture for CaptureService {
         request: Request<pb::ScrubVolumeRequest>,
     ) -> Reply<Self::ScrubVolumeStream> {
         self.stopping()?;
-        let serving = self.registry.find(&request.into_inner().volume)?.need()?;
+        let caller = caller(request.extensions());
+        let volume = self.find(&caller, &request.into_inner().volume)?;
+        let serving = volume.need()?;
         Ok(Response::new(scrub::stream(&serving)))
     }
 
-    async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Reply<pb::CaptureStatus> {
-        Ok(Response::new(self.status().await?))
+    async fn get_status(&self, request: Request<pb::GetStatusRequest>) -> Reply<pb::CaptureStatus> {
+        let caller = caller(request.extensions());
+        Ok(Response::new(self.status(&caller).await?))
     }
 
     type WatchStatusStream = Streamed<pb::CaptureStatus>;
@@ -295,6 +344,7 @@ impl Capture for CaptureService {
         &self,
         request: Request<pb::WatchStatusRequest>,
     ) -> Reply<Self::WatchStatusStream> {
+        let caller = caller(request.extensions());
         let period = match request.into_inner().period_min_ms {
             0 => 1000,
             ms if ms < 100 => {
@@ -308,7 +358,7 @@ impl Capture for CaptureService {
             let mut last = None;
             let mut stop = service.stop.clone();
             loop {
-                match service.status().await {
+                match service.status(&caller).await {
                     Ok(now) => {
                         if last.as_ref() != Some(&now) {
                             if sender.send(Ok(now.clone())).await.is_err() {

@@ -8,6 +8,7 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     capture::v1::{capture_server::CaptureServer, coherence_server::CoherenceServer},
 };
+use tidemark_tls::{Gate, Reloaded, ShieldLayer, is_loopback_url};
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -30,6 +31,7 @@ use crate::{
 pub struct Running {
     control_addr: SocketAddr,
     nbd: Vec<NbdListen>,
+    gate: Arc<Gate>,
     stop: watch::Sender<bool>,
     task: JoinHandle<Result<()>>,
 }
@@ -41,6 +43,8 @@ const GRACE: Duration = Duration::from_secs(2);
 const WINDOW: u32 = 4 << 20;
 const FRAME: u32 = 1 << 20;
 const MESSAGE_LEN_MAX: usize = 4 << 20;
+/// The most bytes of a call's headers.
+const HEADER_BYTES_MAX: u32 = 16 << 10;
 const KEEPALIVE: Duration = Duration::from_secs(10);
 const KEEPALIVE_MAX: Duration = Duration::from_secs(20);
 
@@ -64,6 +68,8 @@ pub async fn start(mut config: Config) -> Result<Running> {
         .await
         .with_context(|| format!("listen on {}", config.listen))?;
     let control_addr = listener.local_addr().context("read the control address")?;
+    let gate = Gate::open(config.gate().files()).context("set up who may call")?;
+    warn_of_plain_text(&config);
     let (stop, stopping) = watch::channel(false);
     let registry = Registry::open(Arc::clone(&config), stopping.clone()).await?;
     let fronts = match FrontEnds::start(&config, &registry).await {
@@ -75,22 +81,37 @@ pub async fn start(mut config: Config) -> Result<Running> {
         }
     };
     let nbd = fronts.nbd_endpoints();
-    let task = tokio::spawn(serve(listener, registry, fronts, stopping));
+    let served = serve(listener, Arc::clone(&gate), registry, fronts, stopping);
+    let task = tokio::spawn(served);
     Ok(Running {
         control_addr,
         nbd,
+        gate,
         stop,
         task,
     })
 }
 
+/// Says what others can read and change on its way.
+fn warn_of_plain_text(config: &Config) {
+    if !config.gate().is_safe() {
+        tracing::warn!(listen = %config.listen, "other machines control this service in plain text, as allow_plain_text has it");
+    }
+    if config.vault.starts_with("http://") && !is_loopback_url(&config.vault) {
+        tracing::warn!(vault = %config.vault, "intervals are shipped in plain text, as allow_plain_text has it");
+    }
+}
+
 async fn serve(
     listener: TcpListener,
+    gate: Arc<Gate>,
     registry: Arc<Registry>,
     fronts: FrontEnds,
     mut stopping: watch::Receiver<bool>,
 ) -> Result<()> {
     let retry = tokio::spawn(retry(Arc::clone(&registry), stopping.clone()));
+    let period = registry.config().tls_reload_period.get();
+    let reloading = tokio::spawn(Arc::clone(&gate).watch(period, stopping.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     let capture = CaptureService::new(Arc::clone(&registry), fronts.clone(), stopping.clone());
     let coherence = CoherenceServer::new(capture.clone())
@@ -115,15 +136,18 @@ async fn serve(
         .build_v1alpha()
         .context("build reflection")?;
     let connections_max = registry.config().connections_max as usize;
-    let incoming = Incoming::new(listener, connections_max, GREETING_MAX);
+    let incoming = Incoming::new(listener, connections_max, GREETING_MAX, Arc::clone(&gate));
     let mut stop = stopping.clone();
     let server = Server::builder()
         .concurrency_limit_per_connection(registry.config().calls_max as usize)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
         .max_frame_size(FRAME)
+        .max_concurrent_streams(registry.config().calls_max)
+        .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
+        .layer(ShieldLayer::new(gate))
         .add_service(capture)
         .add_service(coherence)
         .add_service(health_service)
@@ -155,14 +179,22 @@ async fn serve(
             .await
             .unwrap_or(Ok(())),
     };
+    reloading.await.context("join the gate's watch")?;
     served.context("serve the control interface")?;
     ended
 }
 
-/// Ends the clients, then the volumes.
-async fn end(registry: &Registry, fronts: &FrontEnds, retry: JoinHandle<()>) -> Result<()> {
-    retry.abort();
-    fronts.stop(GRACE).await;
+/// Ends the clients, then the volumes. One that is just being opened is opened to the end, and closed with the others:
+/// let go of half-way it would look as after a crash.
+async fn end(registry: &Registry, fronts: &FrontEnds, mut retry: JoinHandle<()>) -> Result<()> {
+    let retried = async {
+        if timeout(GRACE, &mut retry).await.is_err() {
+            retry.abort();
+            // It is gone then, whatever it says.
+            let _ = retry.await;
+        }
+    };
+    tokio::join!(fronts.stop(GRACE), retried);
     registry.close().await
 }
 
@@ -189,6 +221,11 @@ impl Running {
     #[must_use]
     pub fn nbd_endpoints(&self) -> &[NbdListen] {
         &self.nbd
+    }
+
+    /// Reads certificates and identities again. What can't be used changes nothing, and is logged.
+    pub fn reload(&self) -> Reloaded {
+        self.gate.reload(true)
     }
 
     /// Stops: no new calls or clients, volumes are flushed and closed cleanly. Takes at most [`SHUTDOWN_MAX`].

@@ -20,6 +20,7 @@ mod resync;
 mod search;
 mod settle;
 mod ship;
+pub(crate) mod snapshot;
 mod status;
 mod table;
 pub(crate) mod walk;
@@ -38,6 +39,7 @@ use capture_core::{
 };
 use tidemark_block::{Geometry, Receipt, VolumeId};
 use tidemark_proto::{Reason, RpcError};
+use tidemark_tls::Dialer;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
@@ -55,6 +57,7 @@ use crate::{
 };
 use driver::Driver;
 use group::Group;
+use snapshot::Seat;
 
 /// Requests that may wait to be noticed.
 const REQUESTS_MAX: usize = 64;
@@ -67,6 +70,7 @@ pub(crate) struct Settings {
     pub(crate) source_name: String,
     pub(crate) geometry: Geometry,
     pub(crate) vault: String,
+    pub(crate) dialer: Dialer,
     /// The volume's state directory.
     pub(crate) dir: PathBuf,
     pub(crate) triggers: Triggers,
@@ -98,6 +102,7 @@ pub(crate) struct Uplink {
     requests: mpsc::Sender<Request>,
     status: watch::Receiver<UplinkStatus>,
     table: Arc<BaseTable>,
+    seat: Seat,
     stop: watch::Sender<bool>,
     task: parking_lot::Mutex<Option<JoinHandle<()>>>,
 }
@@ -119,6 +124,7 @@ impl Uplink {
             requests,
             status,
             table,
+            seat: driver.seat(),
             stop,
             task: parking_lot::Mutex::new(Some(tokio::spawn(driver.run()))),
         }
@@ -158,6 +164,11 @@ impl Uplink {
     /// The checksum table of the base.
     pub(crate) const fn table(&self) -> &Arc<BaseTable> {
         &self.table
+    }
+
+    /// For a cut of the volume that is not an interval.
+    pub(crate) fn seat(&self) -> Seat {
+        self.seat.clone()
     }
 
     /// Tells it to stop, without waiting.

@@ -162,6 +162,9 @@ impl Ready {
             Trust::Clones { .. } => {
                 tracing::info!(volume = %record.name, "opened: its clones are whole");
             }
+            Trust::Untracked { .. } => {
+                tracing::info!(volume = %record.name, "opened: each cut compares all of it");
+            }
             Trust::PowerLoss { doubtful } => {
                 tracing::warn!(volume = %record.name, %doubtful, "opened after a power loss: snapshots are gone, doubtful blocks will be compared");
             }
@@ -177,7 +180,7 @@ impl Ready {
         }
         let stores_kept = match trust {
             Trust::Clean | Trust::ProcessCrash => true,
-            Trust::Clones { stores_kept } => stores_kept,
+            Trust::Clones { stores_kept } | Trust::Untracked { stores_kept } => stores_kept,
             Trust::PowerLoss { .. } | Trust::Everything { .. } => false,
         };
         let opened = Opened::open(dir, record.id, &engine, stores_kept)?;
@@ -209,6 +212,7 @@ pub(crate) fn options(config: &Config) -> EngineOptions {
 
 fn settings(record: &VolumeRecord, dir: PathBuf, shared: &Shared) -> Settings {
     let config = &shared.config;
+    let quiescing = config.quiescing(&record.name);
     let backoff = Backoff {
         min: config.backoff_min.get(),
         max: config.backoff_max.get(),
@@ -219,6 +223,7 @@ fn settings(record: &VolumeRecord, dir: PathBuf, shared: &Shared) -> Settings {
         source_name: config.source_name.clone(),
         geometry: record.geometry,
         vault: config.vault.clone(),
+        dialer: config.dialer(),
         dir,
         triggers: Triggers {
             interval_max: config.interval_max.get(),
@@ -230,16 +235,16 @@ fn settings(record: &VolumeRecord, dir: PathBuf, shared: &Shared) -> Settings {
         moment: Limits {
             lull_wait_max: config.lull_wait_max.get(),
             lull_min: config.lull_min.get(),
-            on_failure: match config.quiesce_failure {
+            on_failure: match quiescing.failure {
                 QuiesceFailure::Cut => OnFailure::Cut,
                 QuiesceFailure::Skip => OnFailure::Skip,
             },
         },
         group: shared.groups.of(&record.name),
         quiesce: QuiesceSettings {
-            pre: config.quiesce_pre.clone(),
-            post: config.quiesce_post.clone(),
-            time: config.quiesce_timeout.get(),
+            pre: quiescing.pre.clone(),
+            post: quiescing.post.clone(),
+            time: quiescing.timeout,
             agents: Arc::clone(&shared.agents),
         },
         backoff,

@@ -25,5 +25,11 @@ mod recovery;
 mod reflink;
 #[path = "it/rig.rs"]
 mod rig;
+#[path = "it/scan.rs"]
+mod scan;
 #[path = "it/shipping.rs"]
 mod shipping;
+#[path = "it/snapshot_grades.rs"]
+mod snapshot_grades;
+#[path = "it/writer.rs"]
+mod writer;

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io::{BufRead, BufReader},
     net::{SocketAddr, TcpListener, TcpStream},
-    os::unix::net::UnixStream,
+    os::unix::{fs::MetadataExt, net::UnixStream},
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
     sync::OnceLock,
@@ -14,6 +14,8 @@ use std::{
 
 use serde_json::Value;
 
+/// The inode of the directory of every FUSE mount.
+const FUSE_ROOT: u64 = 1;
 /// Whatever takes longer than this does not happen any more.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -127,10 +129,15 @@ impl Process {
         self.child.wait().unwrap();
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
     /// SIGTERM, and waits for the end, which must be a clean one.
     pub fn terminate(mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.signal(rustix::process::Signal::TERM);
         let status = wait_for("the end after SIGTERM", || self.child.try_wait().unwrap());
         assert!(status.success(), "{} ended with {status}", self.name);
     }
@@ -400,9 +407,18 @@ impl Split {
         self.capture = Some(Process::spawn(&mut command, "capture-svc"));
     }
 
-    /// Waits until it listens.
+    /// Waits until it listens, and has mounted its directory where it was given one.
     pub fn capture_is_up(&mut self) {
         let process = self.capture.as_mut().unwrap();
+        let mounts = self.capture_flags.iter();
+        for at in mounts.filter_map(|flag| flag.strip_prefix("--fuse-mount=")) {
+            wait_for("the mounted directory", || {
+                process.assert_runs();
+                // What an earlier one has left there can't be looked at.
+                let inode = fs::metadata(at).ok()?.ino();
+                (inode == FUSE_ROOT).then_some(())
+            });
+        }
         listens(self.capture_addr, process);
         wait_for("the NBD server", || {
             process.assert_runs();

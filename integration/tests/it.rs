@@ -51,6 +51,8 @@ mod scene;
 mod scratch;
 #[path = "it/scrub.rs"]
 mod scrub;
+#[path = "it/security.rs"]
+mod security;
 #[path = "it/shutdown.rs"]
 mod shutdown;
 #[path = "it/snapshots.rs"]

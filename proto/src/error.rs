@@ -30,6 +30,10 @@ pub enum ErrorKind {
     Exhausted,
     /// Bytes don't match their checksums.
     Corrupt,
+    /// Nobody knows who the caller is: show a certificate or a token that the service knows.
+    Unauthenticated,
+    /// The caller is known, and may not: ask whoever looks after the service.
+    Denied,
     /// Our own fault; a human must look.
     Internal,
 }
@@ -45,6 +49,8 @@ impl ErrorKind {
             Self::Unavailable => Code::Unavailable,
             Self::Exhausted => Code::ResourceExhausted,
             Self::Corrupt => Code::DataLoss,
+            Self::Unauthenticated => Code::Unauthenticated,
+            Self::Denied => Code::PermissionDenied,
             Self::Internal => Code::Internal,
         }
     }
@@ -55,7 +61,8 @@ impl ErrorKind {
             Code::InvalidArgument | Code::OutOfRange | Code::Unimplemented => Self::Invalid,
             Code::NotFound => Self::NotFound,
             Code::FailedPrecondition | Code::AlreadyExists => Self::Conflict,
-            Code::PermissionDenied | Code::Unauthenticated => Self::Invalid,
+            Code::Unauthenticated => Self::Unauthenticated,
+            Code::PermissionDenied => Self::Denied,
             Code::ResourceExhausted => Self::Exhausted,
             Code::DataLoss => Self::Corrupt,
             // A broken connection surfaces as any of these.
@@ -166,6 +173,16 @@ reasons! {
     ShuttingDown = "SHUTTING_DOWN", Unavailable;
     /// The workload could not be quiesced, and by its policy nothing is cut then.
     NotQuiesced = "NOT_QUIESCED", Unavailable;
+    /// Who calls is not known: no certificate or token, or none that the service knows.
+    Unauthenticated = "UNAUTHENTICATED", Unauthenticated;
+    /// The caller's roles, or its volumes, don't cover what was asked for.
+    PermissionDenied = "PERMISSION_DENIED", Denied;
+    /// One side doesn't take the certificate of the other: out of date, of another CA, for another name.
+    TlsRefused = "TLS_REFUSED", Unavailable;
+    /// Plain text would leave the machine, and is not allowed to.
+    PlainTextRefused = "PLAIN_TEXT_REFUSED", Invalid;
+    /// The request didn't arrive in time.
+    TooSlow = "TOO_SLOW", Unavailable;
     /// The peer can't be reached, or the connection broke.
     Unreachable = "UNREACHABLE", Unavailable;
     /// The failure of a disk or a file.
@@ -255,6 +272,9 @@ impl RpcError {
     }
 
     fn bare(status: &Status, message: String) -> Self {
+        if let Some(refused) = tls_refused(status) {
+            return refused;
+        }
         let kind = ErrorKind::of_bare(status.code());
         let message = if message.is_empty() {
             status.code().description().to_owned()
@@ -297,8 +317,35 @@ impl From<Status> for RpcError {
     }
 }
 
+/// What the text of an error begins with that says why TLS has failed. HTTP/2 keeps nothing of an error but its text.
+pub const TLS_REFUSED_MARK: &str = "TLS is refused: ";
+
+/// That one side refuses the certificate of the other, where that is why.
+fn tls_refused(error: &(dyn std::error::Error + 'static)) -> Option<RpcError> {
+    // The deepest text is it: those around it quote it.
+    let (mut next, mut told) = (Some(error), None);
+    while let Some(error) = next {
+        let text = error.to_string();
+        told = text
+            .find(TLS_REFUSED_MARK)
+            .map(|at| text[at..].to_owned())
+            .or(told);
+        next = error.source();
+    }
+    told.map(|told| {
+        RpcError::new(
+            Reason::TlsRefused,
+            told,
+            "give that side a certificate that is valid, of a CA that the other side trusts, and for its name: docs/SECURITY.md",
+        )
+    })
+}
+
 impl From<tonic::transport::Error> for RpcError {
     fn from(error: tonic::transport::Error) -> Self {
+        if let Some(refused) = tls_refused(&error) {
+            return refused;
+        }
         // The outermost text is only "transport error"; the cause says what.
         let mut message = error.to_string();
         let mut source = std::error::Error::source(&error);
@@ -348,6 +395,18 @@ mod tests {
             (error.kind, error.reason),
             (ErrorKind::Invalid, Reason::Unknown)
         );
+    }
+
+    #[test]
+    fn what_tls_says_is_the_reason_however_deep_it_lies() {
+        let text = format!("{TLS_REFUSED_MARK}the peer says: our certificate is no longer valid");
+        let io = std::io::Error::other(text.clone());
+        let mut status = Status::unknown("transport error");
+        status.set_source(std::sync::Arc::new(io));
+        let error = RpcError::from_status(&status);
+        assert_eq!(error.reason, Reason::TlsRefused);
+        assert_eq!(error.message, text);
+        assert!(error.kind.is_transient());
     }
 
     #[test]

@@ -4,21 +4,23 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use tidemark_config::{Rules, settings};
 use tidemark_telemetry::LogFormat;
+use tidemark_tls::GateSettings;
 
 pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
 
 /// Environment variables of Kubernetes and of the HashiCorp client, which share the prefix.
-const FOREIGN_EXACT: [&str; 8] = [
+const FOREIGN_EXACT: [&str; 9] = [
     "addr",
     "token",
     "namespace",
     "cacert",
     "capath",
     "skip_verify",
+    "tls_server_name",
     "port",
     "format",
 ];
-const FOREIGN_PREFIXES: [&str; 4] = ["port_", "service_", "client_", "tls_"];
+const FOREIGN_PREFIXES: [&str; 3] = ["port_", "service_", "client_"];
 
 /// 10 years: what is added to the present moment has to be a moment.
 const PERIOD_MAX: Span = Span::from_secs(10 * 31_557_600);
@@ -26,6 +28,18 @@ const PERIOD_MAX: Span = Span::from_secs(10 * 31_557_600);
 settings! {
     /// Address to listen on; port 0 takes any free one.
     listen: SocketAddr = SocketAddr::from(([127, 0, 0, 1], 7402));
+    /// Certificate with its chain (PEM) that the service shows. Empty: plain text.
+    tls_cert: PathBuf = PathBuf::new();
+    /// Its private key (PEM).
+    tls_key: PathBuf = PathBuf::new();
+    /// CAs (PEM) of the certificates that clients show. Empty: they show tokens.
+    tls_ca: PathBuf = PathBuf::new();
+    /// File of identities: who may do what. Empty, without TLS: whoever can connect may do everything.
+    identities: PathBuf = PathBuf::new();
+    /// How often certificates and identities are looked at, and read again where they have changed. 10 ms to 1 day.
+    tls_reload_period: Span = Span::from_secs(10);
+    /// Serve other machines in plain text, too: everything can be read and changed on its way.
+    allow_plain_text: bool = false;
     /// Directory of the object store.
     store_dir: PathBuf = PathBuf::from("/var/lib/tidemark/vault/store");
     /// Directory of local state: checksum tables, the lock. It can be rebuilt from the store.
@@ -85,6 +99,7 @@ impl Settings for Config {
     }
 
     fn check(&self, rules: &mut Rules) {
+        self.gate().check(rules);
         self.check_directories(rules);
         self.check_counts_and_sizes(rules);
         self.check_times(rules);
@@ -92,6 +107,27 @@ impl Settings for Config {
 }
 
 impl Config {
+    /// The CAs by which the service can be asked on its own machine; none where it takes plain text.
+    #[must_use]
+    pub fn health_ca(&self) -> Option<PathBuf> {
+        let named = |path: &PathBuf| (!path.as_os_str().is_empty()).then(|| path.clone());
+        let cert = named(&self.tls_cert)?;
+        Some(named(&self.tls_ca).unwrap_or(cert))
+    }
+
+    /// How the service is reached, and by whom.
+    pub(crate) fn gate(&self) -> GateSettings<'_> {
+        GateSettings {
+            listen: self.listen,
+            cert: &self.tls_cert,
+            key: &self.tls_key,
+            ca: &self.tls_ca,
+            identities: &self.identities,
+            allow_plain_text: self.allow_plain_text,
+            reload_period: self.tls_reload_period,
+        }
+    }
+
     fn check_directories(&self, rules: &mut Rules) {
         for (key, dir) in [
             ("store_dir", &self.store_dir),

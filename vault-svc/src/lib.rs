@@ -32,6 +32,7 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     vault::v1::{ingest_server::IngestServer, vault_server::VaultServer},
 };
+use tidemark_tls::{Gate, Reloaded, ShieldLayer};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, watch},
@@ -56,10 +57,12 @@ pub struct Running {
     /// Where it listens; the port is the real one.
     pub listen_addr: SocketAddr,
     vault: Arc<Vault>,
+    gate: Arc<Gate>,
     stop: watch::Sender<bool>,
     server: JoinHandle<Result<()>>,
     upkeep: JoinHandle<()>,
     scrub: JoinHandle<()>,
+    reloading: JoinHandle<()>,
 }
 
 impl Running {
@@ -81,6 +84,7 @@ impl Running {
         };
         self.upkeep.await.context("join the upkeep task")?;
         self.scrub.await.context("join the scrub")?;
+        self.reloading.await.context("join the gate's watch")?;
         self.vault.close().await?;
         // Work that was cut off ends on its own; until then it holds the locks.
         let (vault, store_in_use) = (Arc::downgrade(&self.vault), self.vault.store_in_use());
@@ -96,6 +100,11 @@ impl Running {
             );
         }
         served
+    }
+
+    /// Reads certificates and identities again. What can't be used changes nothing, and is logged.
+    pub fn reload(&self) -> Reloaded {
+        self.gate.reload(true)
     }
 
     /// The vault itself.
@@ -127,6 +136,10 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     let listen_addr = listener
         .local_addr()
         .context("read the listener's address")?;
+    let gate = Gate::open(vault.config().gate().files()).context("set up who may call")?;
+    if !vault.config().gate().is_safe() {
+        tracing::warn!(listen = %listen_addr, "other machines are served in plain text, as allow_plain_text has it");
+    }
     let (stop, stopping) = watch::channel(false);
     let service = Service {
         restores: Arc::new(Semaphore::new(vault.config().restores_max as usize)),
@@ -149,13 +162,14 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         .build_v1alpha()
         .context("build the reflection service")?;
     let router = rpc::builder(vault.config().bytes_in_flight_max.get())
+        .layer(ShieldLayer::new(Arc::clone(&gate)))
         .add_service(health_service)
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha)
         .add_service(service.ingest())
         .add_service(service.reader());
     let connections_max = vault.config().connections_max as usize;
-    let incoming = Incoming::new(listener, connections_max, GREETING_MAX);
+    let incoming = Incoming::new(listener, connections_max, GREETING_MAX, Arc::clone(&gate));
     let mut signal = stopping.clone();
     let server = tokio::spawn(async move {
         router
@@ -170,14 +184,18 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
             .await
             .context("serve")
     });
+    let period = vault.config().tls_reload_period.get();
+    let reloading = tokio::spawn(Arc::clone(&gate).watch(period, stopping.clone()));
     let upkeep = tokio::spawn(Arc::clone(&vault).look_after(stopping.clone()));
     let scrub = tokio::spawn(Arc::clone(&vault).scrub_always(stopping));
     Ok(Running {
         listen_addr,
         vault,
+        gate,
         stop,
         server,
         upkeep,
         scrub,
+        reloading,
     })
 }

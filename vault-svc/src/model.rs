@@ -147,9 +147,17 @@ impl World {
     async fn start_term(&mut self) -> Result<(), RpcError> {
         let request = self.source.term_request();
         // Asked again with the same nonce the answer is the same, whatever became of the first try.
-        let mut grant = self.vault().await.start_term(request.clone()).await;
+        let mut grant = self
+            .vault()
+            .await
+            .start_term(request.clone(), &tidemark_identity::Caller::Local)
+            .await;
         if grant.is_err() {
-            grant = self.vault().await.start_term(request).await;
+            grant = self
+                .vault()
+                .await
+                .start_term(request, &tidemark_identity::Caller::Local)
+                .await;
         }
         let grant = match grant {
             Ok(grant) => grant,
@@ -221,7 +229,10 @@ impl World {
     async fn ship(&mut self) -> Result<(), RpcError> {
         let prepared = self.cut();
         let vault = self.vault().await;
-        let mut session = match vault.ship(prepared.header.clone()).await? {
+        let mut session = match vault
+            .ship(prepared.header.clone(), &tidemark_identity::Caller::Local)
+            .await?
+        {
             Begun::Committed(receipt) => {
                 self.landed(&receipt);
                 return Ok(());
@@ -279,7 +290,12 @@ impl World {
             return Ok(());
         };
         prepared.header.term = self.source.term;
-        match self.vault().await.ship(prepared.header).await {
+        match self
+            .vault()
+            .await
+            .ship(prepared.header, &tidemark_identity::Caller::Local)
+            .await
+        {
             Ok(Begun::Committed(again)) => assert_eq!(again, receipt),
             Ok(Begun::Open(_)) => panic!("a committed interval was let in again"),
             Err(error) => {
@@ -307,7 +323,10 @@ impl World {
             prepared.header.base = self.source.base.next();
             Reason::BaseNotHead
         };
-        match vault.ship(prepared.header).await {
+        match vault
+            .ship(prepared.header, &tidemark_identity::Caller::Local)
+            .await
+        {
             Err(error) => assert_eq!(error.reason, expected),
             Ok(_) => panic!("a lie was believed"),
         }
@@ -407,7 +426,10 @@ impl World {
 
 /// Ships an interval whole, from wherever the vault has it.
 async fn deliver(vault: &Vault, prepared: &Prepared) -> Result<Receipt, RpcError> {
-    let mut session = match vault.ship(prepared.header.clone()).await? {
+    let mut session = match vault
+        .ship(prepared.header.clone(), &tidemark_identity::Caller::Local)
+        .await?
+    {
         Begun::Open(session) => session,
         Begun::Committed(receipt) => return Ok(receipt),
     };

@@ -24,6 +24,9 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(20);
 /// Calls of one connection at the same time.
 const CALLS_PER_CONNECTION_MAX: u32 = 256;
 
+/// The most bytes of a call's headers.
+const HEADER_BYTES_MAX: u32 = 16 << 10;
+
 /// Both services over one vault.
 #[derive(Debug, Clone)]
 pub(crate) struct Service {
@@ -43,6 +46,7 @@ pub(crate) fn builder(bytes_in_flight_max: u64) -> Server {
         .initial_connection_window_size(window)
         .max_frame_size(FRAME_BYTES)
         .max_concurrent_streams(CALLS_PER_CONNECTION_MAX)
+        .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
 }

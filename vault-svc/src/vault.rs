@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use parking_lot::RwLock;
 use tidemark_block::{IntervalHeader, VolumeId};
 use tidemark_disk::{durable, lock::FileLock, record};
+use tidemark_identity::Caller;
 use tidemark_proto::{
     Reason, RpcError,
     convert::{self, Head, TermGrant},
@@ -195,13 +196,41 @@ impl Vault {
             .ok_or_else(|| no_volume(&id.to_string()))
     }
 
-    /// A volume by UUID, or by name where only one has it.
-    pub(crate) fn find(&self, name: &str) -> Result<Arc<Volume>, RpcError> {
+    /// Those that the caller may see, by id.
+    pub(crate) fn volumes_of(&self, caller: &Caller) -> Vec<Arc<Volume>> {
+        let mut volumes = self.volumes();
+        volumes.retain(|volume| {
+            let manifest = volume.manifest();
+            caller.has(&manifest.source, &manifest.name)
+        });
+        volumes
+    }
+
+    /// A volume that the caller writes to as its source.
+    pub(crate) fn own(&self, id: VolumeId, caller: &Caller) -> Result<Arc<Volume>, RpcError> {
+        let volume = self.volume(id)?;
+        let manifest = volume.manifest();
+        caller.need_own(&manifest.source, &manifest.name)?;
+        Ok(volume)
+    }
+
+    /// A volume that the caller may see, by UUID, or by name where only one of those has it.
+    pub(crate) fn find(&self, name: &str, caller: &Caller) -> Result<Arc<Volume>, RpcError> {
         if let Ok(id) = name.parse::<VolumeId>() {
-            return self.volume(id);
+            let volume = self.volume(id)?;
+            let manifest = volume.manifest();
+            caller.need(&manifest.source, &manifest.name)?;
+            return Ok(volume);
         }
         let mut found: Vec<_> = self.volumes();
         found.retain(|volume| volume.manifest().name == name);
+        let has = |volume: &Arc<Volume>| caller.has(&volume.manifest().source, name);
+        if let Some(volume) = found.first()
+            && !found.iter().any(has)
+        {
+            caller.need(&volume.manifest().source, name)?;
+        }
+        found.retain(has);
         if found.len() > 1 {
             let ids: Vec<_> = found.iter().map(|volume| volume.id.to_string()).collect();
             return Err(RpcError::new(
@@ -213,11 +242,14 @@ impl Vault {
         found.pop().ok_or_else(|| no_volume(name))
     }
 
-    /// Grants the next writer term.
+    /// Grants the next writer term. The source that the volume is recorded under is one that the caller may be.
     pub(crate) async fn start_term(
         &self,
-        asked: convert::TermRequest,
+        mut asked: convert::TermRequest,
+        caller: &Caller,
     ) -> Result<TermGrant, RpcError> {
+        asked.source_name = caller.source_of(asked.source_name, &asked.volume_name);
+        caller.need_own(&asked.source_name, &asked.volume_name)?;
         let request = TermRequest {
             volume: asked.volume,
             name: asked.volume_name,
@@ -243,6 +275,8 @@ impl Vault {
             Err(error) if error.reason == Reason::VolumeNotFound => self.create(&request).await?,
             Err(error) => return Err(error),
         };
+        let known = volume.manifest();
+        caller.need_own(&known.source, &known.name)?;
         let manifest = volume
             .edit(|manifest| {
                 grant_term(Some(manifest), &request, now_ms())
@@ -306,8 +340,12 @@ impl Vault {
     }
 
     /// Begins to receive an interval.
-    pub(crate) async fn ship(&self, header: IntervalHeader) -> Result<Begun, RpcError> {
-        let volume = self.volume(header.volume)?;
+    pub(crate) async fn ship(
+        &self,
+        header: IntervalHeader,
+        caller: &Caller,
+    ) -> Result<Begun, RpcError> {
+        let volume = self.own(header.volume, caller)?;
         ship::begin(volume, Arc::clone(&self.limits), header).await
     }
 

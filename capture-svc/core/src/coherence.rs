@@ -40,6 +40,20 @@ pub struct Limits {
     pub on_failure: OnFailure,
 }
 
+impl Limits {
+    /// What a search for several volumes keeps to: no cut is made that one of them doesn't want.
+    #[must_use]
+    pub fn together(all: impl IntoIterator<Item = Self>) -> Option<Self> {
+        all.into_iter().reduce(|one, other| Self {
+            on_failure: match (one.on_failure, other.on_failure) {
+                (OnFailure::Cut, OnFailure::Cut) => OnFailure::Cut,
+                _ => OnFailure::Skip,
+            },
+            ..one
+        })
+    }
+}
+
 /// What is done where the workload can't be quiesced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnFailure {
@@ -179,6 +193,8 @@ pub enum Why {
     WriteAtCut,
     /// Writes don't pass through the engine.
     WritesUnseen,
+    /// Whoever wanted the cut wanted it at once.
+    AtOnce,
 }
 
 impl fmt::Display for Why {
@@ -203,6 +219,7 @@ impl fmt::Display for Why {
                 write!(f, "writes without a pause of {lull_min:?} for {waited:?}")
             }
             Self::WritesUnseen => f.write_str("the engine does not see writes"),
+            Self::AtOnce => f.write_str("it was to be made at once"),
             Self::WriteAtCut => f.write_str("a write began just before the cut"),
         }
     }
@@ -277,16 +294,8 @@ impl Search {
         limits: Limits,
         parties: Vec<Party>,
     ) -> (Self, Vec<Effect>) {
-        let mut search = Self {
-            limits,
-            shortfall: parties.is_empty().then_some(Why::NothingQuiesces),
-            parties,
-            asked: 0,
-            thawed: false,
-            frozen_at: None,
-            state: State::Over,
-            wake: None,
-        };
+        let shortfall = parties.is_empty().then_some(Why::NothingQuiesces);
+        let mut search = Self::new(limits, parties, shortfall);
         let mut effects = Vec::new();
         if search.parties.is_empty() {
             search.seek(now, seen, &mut effects);
@@ -296,10 +305,42 @@ impl Search {
         (search, effects)
     }
 
+    /// Looks for nothing: the cut is made at once, whoever could quiesce the workload, and graded all the same.
+    #[must_use]
+    pub fn at_once(now: Duration, seen: Seen, limits: Limits) -> (Self, Vec<Effect>) {
+        let limits = Limits {
+            lull_wait_max: Duration::ZERO,
+            ..limits
+        };
+        let mut search = Self::new(limits, Vec::new(), Some(Why::AtOnce));
+        let mut effects = Vec::new();
+        search.seek(now, seen, &mut effects);
+        (search, effects)
+    }
+
+    const fn new(limits: Limits, parties: Vec<Party>, shortfall: Option<Why>) -> Self {
+        Self {
+            limits,
+            parties,
+            asked: 0,
+            thawed: false,
+            frozen_at: None,
+            shortfall,
+            state: State::Over,
+            wake: None,
+        }
+    }
+
     /// Who takes part.
     #[must_use]
     pub fn parties(&self) -> &[Party] {
         &self.parties
+    }
+
+    /// Whether there is somebody to hold the workload still, and everyone does as far as is known.
+    #[must_use]
+    pub const fn is_held(&self) -> bool {
+        self.frozen_at.is_some()
     }
 
     /// When it wants to look though nothing happens; none while it waits for a cut, and when it is over.

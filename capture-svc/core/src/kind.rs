@@ -9,11 +9,13 @@ pub enum EngineKind {
     Intercept,
     /// The workload writes the file itself; cuts are clones of it.
     Reflink,
+    /// The workload writes the file itself; a cut reads it, at a moment at which it doesn't change.
+    Scan,
 }
 
 impl EngineKind {
     /// Every kind.
-    pub const ALL: [Self; 2] = [Self::Intercept, Self::Reflink];
+    pub const ALL: [Self; 3] = [Self::Intercept, Self::Reflink, Self::Scan];
 
     /// Its name.
     #[must_use]
@@ -21,6 +23,7 @@ impl EngineKind {
         match self {
             Self::Intercept => "intercept",
             Self::Reflink => "reflink",
+            Self::Scan => "scan",
         }
     }
 }

@@ -7,5 +7,6 @@ pub mod interval;
 pub mod kind;
 pub mod reflink;
 pub mod rollback;
+pub mod scan;
 mod sync;
 pub mod uplink;

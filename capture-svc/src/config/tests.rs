@@ -10,10 +10,10 @@ fn load(toml: &str, environment: &[(&str, &str)], flags: Flags) -> Result<Config
 
 #[test]
 fn every_kind_of_value_is_read_from_every_layer() {
-    let toml = "interval_max = \"1m\"\nvault = \"http://toml:1\"\nspool_bytes_max = \"2GiB\"\nvolumes_max = 3\n";
+    let toml = "interval_max = \"1m\"\nvault = \"http://localhost:1\"\nspool_bytes_max = \"2GiB\"\nvolumes_max = 3\n";
     let environment = [
         ("CAPTURE_INTERVAL_MAX", "2m"),
-        ("CAPTURE_VAULT", "http://env:1"),
+        ("CAPTURE_VAULT", "http://localhost:2"),
         ("CAPTURE_SNAPSHOTS_MAX", "5"),
         ("CAPTURE_SPOOL_FULL", "stall"),
         ("PATH", "/bin"),
@@ -27,7 +27,7 @@ fn every_kind_of_value_is_read_from_every_layer() {
     let config = load(toml, &environment, flags).unwrap();
     let expected = Config {
         interval_max: Span::from_secs(180),
-        vault: "http://env:1".to_owned(),
+        vault: "http://localhost:2".to_owned(),
         spool_bytes_max: ByteSize::mib(2048),
         volumes_max: 3,
         snapshots_max: 5,
@@ -133,4 +133,117 @@ fn a_schedule_has_a_time_zone_and_keeps_to_its_clock_changes() {
         Some(noon - 11 * hour)
     );
     assert_eq!(Schedule::default().next_after(noon), None);
+}
+
+#[test]
+fn plain_text_leaves_the_machine_only_where_that_is_allowed() {
+    for (key, value) in [
+        ("listen", "'0.0.0.0:7401'"),
+        ("vault", "'http://vault.example.com:7402'"),
+        ("nbd", "'tcp:10.0.0.1:10809'"),
+    ] {
+        let toml = format!("{key} = {value}\n");
+        let error = load(&toml, &[], Flags::default()).unwrap_err();
+        assert_eq!(error.problems.len(), 1, "{error}");
+        assert!(error.problems[0].starts_with(key), "{error}");
+        assert!(error.problems[0].contains("allow_plain_text"), "{error}");
+        let toml = format!("{toml}allow_plain_text = true\n");
+        load(&toml, &[], Flags::default()).unwrap();
+    }
+    for vault in ["http://127.0.0.1:1", "http://[::1]:1", "http://localhost:1"] {
+        load(&format!("vault = '{vault}'\n"), &[], Flags::default()).unwrap();
+    }
+}
+
+#[test]
+fn an_https_vault_takes_a_ca_and_certificates_take_their_keys() {
+    let of = |toml: &str| load(toml, &[], Flags::default());
+    let told = |toml: &str| of(toml).unwrap_err().problems.join("\n");
+    let vault = "vault = 'https://vault.example.com:7402'\n";
+    assert!(told(vault).starts_with("vault_ca"));
+    assert!(told("tls_cert = 'a'\nidentities = 'i'\n").starts_with("tls_key"));
+    assert!(told("tls_cert = 'a'\ntls_key = 'k'\n").starts_with("identities"));
+    assert!(told("vault_key = 'k'\n").starts_with("vault_key"));
+    assert!(told("tls_ca = 'c'\n").starts_with("tls_ca"));
+    let own = "tls_cert = 'a'\ntls_key = 'k'\ntls_ca = 'c'\nidentities = 'i'\n";
+    let config = of(&format!("{vault}{own}listen = '0.0.0.0:7401'\n")).unwrap();
+    let files = config.dialer().files;
+    assert_eq!(files.ca, Some("c".into()));
+    assert_eq!(files.certificate, Some(("a".into(), "k".into())));
+    let config = of(&format!("{vault}{own}vault_token_file = 't'\n")).unwrap();
+    assert_eq!(config.dialer().files.certificate, None);
+}
+
+#[test]
+fn what_quiesces_one_volume_is_read_from_every_layer_and_the_rest_is_as_for_all() {
+    const FILE: &str = "quiesce_pre = \"freeze\"\nquiesce_post = \"thaw\"\n[quiesce.db]\npre = [\"/bin/pg\", \"a b\"]\n\
+                        post = \"pg-thaw\"\ntimeout = \"30s\"\n[quiesce.logs]\npre = \"\"\npost = \"\"\nfailure = \"skip\"\n";
+    const LINE: &str = "{ db = { pre = \"from line\", post = \"x\" } }";
+    let told = |config: &Config, volume: &str| {
+        let own = config.quiescing(volume);
+        let words = |command: &CommandLine| command.words().join(" ");
+        let seconds = own.timeout.as_secs();
+        (
+            words(own.pre),
+            words(own.post),
+            seconds,
+            own.failure.as_str(),
+        )
+    };
+    let as_told = |pre: &str, post: &str, seconds, failure| {
+        (pre.to_owned(), post.to_owned(), seconds, failure)
+    };
+    let config = load(FILE, &[], Flags::default()).unwrap();
+    assert_eq!(
+        told(&config, "db"),
+        as_told("/bin/pg a b", "/bin/sh -c pg-thaw", 30, "cut")
+    );
+    assert!(config.quiescing("logs").pre.is_empty());
+    assert_eq!(config.quiescing("logs").failure, QuiesceFailure::Skip);
+    let other = as_told("/bin/sh -c freeze", "/bin/sh -c thaw", 5, "cut");
+    assert_eq!(told(&config, "other"), other);
+    assert_eq!(
+        load(&config.to_toml(), &[], Flags::default()).unwrap(),
+        config
+    );
+
+    let line = [("CAPTURE_QUIESCE", LINE)];
+    let flag = Flags {
+        quiesce: Some("db.timeout = \"9s\"".into()),
+        ..Flags::default()
+    };
+    let from_line = as_told("/bin/sh -c from line", "/bin/sh -c x", 5, "cut");
+    for file in ["", FILE] {
+        let config = load(file, &line, Flags::default()).unwrap();
+        assert_eq!(told(&config, "db"), from_line);
+        let config = load(file, &line, flag.clone()).unwrap();
+        assert_eq!(config.quiescing("db").timeout.as_secs(), 9);
+    }
+}
+
+#[test]
+fn every_mistake_in_what_quiesces_a_volume_is_named_at_once() {
+    let file = "[quiesce.db]\npre = \"freeze\"\ntimeout = \"soon\"\nspeed = 3\n[quiesce.logs]\nfailure = \"never\"\ntimeout = \"0s\"\n";
+    let error = load(file, &[], Flags::default()).unwrap_err();
+    let [told] = &error.problems[..] else {
+        panic!("{error}")
+    };
+    for problem in [
+        "/capture.toml): ",
+        "db.speed = 3: no such key; there are pre, post, timeout and failure",
+        "db.timeout = \"soon\": \"soon\" is no length of time",
+        "db.pre must be given together with db.post: what freezes must be let go on",
+        "logs.failure = \"never\": unknown variant",
+        "logs.timeout must be above 0s",
+    ] {
+        assert!(told.contains(problem), "{problem}: {told}");
+    }
+    for line in ["pg", "{ db = 7 }", "{ db"] {
+        let error = load("", &[("CAPTURE_QUIESCE", line)], Flags::default()).unwrap_err();
+        let told = error.to_string();
+        assert!(
+            told.contains("(CAPTURE_QUIESCE)") && told.contains("VOLUME"),
+            "{told}"
+        );
+    }
 }

@@ -1,10 +1,40 @@
 //! What every engine gives for a cut: the blocks that changed, and a reader of what was there.
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use tidemark_block::{BlockSet, Epoch, Extent, Geometry};
+use tidemark_disk::ChecksumTable;
 
-use super::{EngineError, intercept, reflink};
+use super::{EngineError, intercept, reflink, scan};
+
+/// What a cut may go by; only `scan` needs it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CutAt<'a> {
+    /// Everyone who was asked says that the workload holds still.
+    pub quiesced: bool,
+    /// The checksums of the base; none while they are not known.
+    pub base: Option<&'a ChecksumTable>,
+    /// The longest wait for a moment at which the file is not written.
+    pub lull_wait_max: Duration,
+    /// So long without a write is one.
+    pub lull_min: Duration,
+    /// Set where nobody wants the cut any more.
+    pub abandoned: Option<&'a AtomicBool>,
+}
+
+impl CutAt<'_> {
+    /// Whether nobody wants the cut any more.
+    #[must_use]
+    pub fn is_abandoned(&self) -> bool {
+        self.abandoned.is_some_and(|flag| flag.load(Relaxed))
+    }
+}
 
 /// An open interval: what changed up to a cut, and the volume as it was at the cut.
 #[derive(Debug, Clone)]
@@ -37,6 +67,16 @@ impl From<reflink::IntervalCut> for IntervalCut {
     }
 }
 
+impl From<scan::IntervalCut> for IntervalCut {
+    fn from(cut: scan::IntervalCut) -> Self {
+        Self {
+            epoch: cut.epoch,
+            changed: cut.changed,
+            reader: SnapshotReader::Scan(cut.reader),
+        }
+    }
+}
+
 /// Reads the volume as it was at an open cut. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub enum SnapshotReader {
@@ -44,6 +84,8 @@ pub enum SnapshotReader {
     Intercept(intercept::SnapshotReader),
     /// From a clone.
     Reflink(reflink::CloneReader),
+    /// From what was put aside; only the blocks that differ from the base.
+    Scan(scan::ScanReader),
 }
 
 impl From<intercept::SnapshotReader> for SnapshotReader {
@@ -65,6 +107,7 @@ impl SnapshotReader {
         match self {
             Self::Intercept(reader) => reader.cut(),
             Self::Reflink(reader) => reader.cut(),
+            Self::Scan(reader) => reader.cut(),
         }
     }
 
@@ -74,6 +117,7 @@ impl SnapshotReader {
         match self {
             Self::Intercept(reader) => reader.geometry(),
             Self::Reflink(reader) => reader.geometry(),
+            Self::Scan(reader) => reader.geometry(),
         }
     }
 
@@ -85,6 +129,7 @@ impl SnapshotReader {
         match self {
             Self::Intercept(reader) => reader.read_blocks(extent, buffer),
             Self::Reflink(reader) => reader.read_blocks(extent, buffer),
+            Self::Scan(reader) => reader.read_blocks(extent, buffer),
         }
     }
 
@@ -96,6 +141,7 @@ impl SnapshotReader {
         match self {
             Self::Intercept(reader) => reader.data_extents(extent),
             Self::Reflink(reader) => reader.data_extents(extent),
+            Self::Scan(reader) => reader.data_extents(extent),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{io, path::PathBuf, time::Duration};
 
-use capture_core::engine::trust::Replacement;
+use capture_core::{engine::trust::Replacement, scan::moment::Unsteady};
 use thiserror::Error;
 use tidemark_block::{Epoch, Geometry, VolumeId};
 
@@ -114,6 +114,42 @@ pub enum EngineError {
         /// What the system says.
         source: io::Error,
     },
+    /// The volume file lies where its times say nothing.
+    #[error(
+        "volume file {path} can't be scanned, because it lies on {filesystem}: put it on ext4, XFS, btrfs, F2FS or bcachefs of \
+         this machine, or use the engine intercept"
+    )]
+    NotScannable {
+        /// The file.
+        path: PathBuf,
+        /// The filesystem's name or number.
+        filesystem: String,
+    },
+    /// The volume file was never still.
+    #[error("volume file {path} can't be cut: {why}")]
+    Unsteady {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        why: Unsteady,
+    },
+    /// There is nothing to compare the volume file with.
+    #[error(
+        "the checksum table is not that of the base yet: it is compared with the vault's, then there will be a cut"
+    )]
+    NoBase,
+    /// The checksum table can't be read.
+    #[error("read the checksum table: {0}")]
+    Table(io::Error),
+    /// Nobody wants the cut any more.
+    #[error("the cut was abandoned")]
+    Abandoned,
+    /// The engine `scan` keeps no snapshots.
+    #[error(
+        "a volume with the engine scan has no snapshots: give it the engine reflink or intercept with `tidemark volume readopt \
+         --engine`"
+    )]
+    NoSnapshots,
     /// Somebody else has the volume file locked.
     #[error("volume file {path} is in use by another process: stop that one first")]
     VolumeLocked {

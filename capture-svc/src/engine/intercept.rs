@@ -44,7 +44,9 @@ use open::Taken;
 pub(super) use open::{lock_state, remove_state};
 use parking_lot::{Condvar, Mutex};
 pub use reader::SnapshotReader;
-use tidemark_block::{BlockCount, BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use tidemark_block::{
+    BlockCount, BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
+};
 use tidemark_disk::lock::FileLock;
 
 /// Somebody waits until something has changed; a time limit makes up for a signal that comes too early.
@@ -382,14 +384,42 @@ impl Intercept {
     /// [`EngineError::TooManySnapshots`], [`EngineError::GivenUp`] where the spool was full at once, or where the
     /// table can't be written.
     pub fn create_snapshot(&self, label: &str, now_ms: u64) -> Result<SnapshotInfo, EngineError> {
+        let (taken, _) = self.create_observed_snapshot(label, now_ms)?;
+        Ok(taken)
+    }
+
+    /// As [`Self::create_snapshot`]; also says what the data path had done right after the flip.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn create_observed_snapshot(
+        &self,
+        label: &str,
+        now_ms: u64,
+    ) -> Result<(SnapshotInfo, Sample), EngineError> {
         if label.len() > LABEL_MAX {
             return Err(EngineError::LabelTooLong(label.len()));
         }
-        let (cut, _) = self.cut(Purpose::Snapshot {
+        let (cut, at_flip) = self.cut(Purpose::Snapshot {
             label: label.to_owned(),
             time_ms: now_ms,
         })?;
-        self.snapshot_of(cut)
+        Ok((self.snapshot_of(cut)?, at_flip))
+    }
+
+    /// Records how good the moment of a snapshot's cut was, and why no better.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], or where the table can't be written: the grade is as it was.
+    pub fn grade_snapshot(
+        &self,
+        id: SnapshotId,
+        coherence: Coherence,
+        reason: &CutReason,
+    ) -> Result<(), EngineError> {
+        self.check_open()?;
+        let graded = self.capture.grade_snapshot(id.0, coherence, reason);
+        graded.map_err(|error| self.explain(error))
     }
 
     fn snapshot_of(&self, cut: Epoch) -> Result<SnapshotInfo, EngineError> {
@@ -523,6 +553,8 @@ impl From<Snapshot> for SnapshotInfo {
             label: snapshot.label,
             time_ms: snapshot.time_ms,
             cut: Epoch::new(snapshot.cut),
+            coherence: snapshot.coherence,
+            reason: snapshot.reason,
         }
     }
 }

@@ -33,8 +33,10 @@ use capture_core::{
         state::{Base, CloneFile, SnapshotClone, State},
     },
 };
-use parking_lot::Mutex;
-use tidemark_block::{BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
+use parking_lot::{Mutex, MutexGuard};
+use tidemark_block::{
+    BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
+};
 use tidemark_disk::{durable, lock::FileLock};
 
 pub use reader::CloneReader;
@@ -73,8 +75,11 @@ pub struct Reflink {
     record: PathBuf,
     clones: Clones,
     options: EngineOptions,
-    /// One cut after the other.
+    /// One cut after the other. A cut may take seconds; commits don't wait for it.
     cutting: Mutex<()>,
+    /// One change of the record after the other, for as long as the disk takes. Taken inside `cutting`.
+    changing: Mutex<()>,
+    /// Locked to look and to swap, never over input or output: figures are asked for on async workers, too. Taken last.
     now: Mutex<Now>,
     closed: AtomicBool,
     failed: AtomicBool,
@@ -201,17 +206,28 @@ impl Reflink {
     /// Where the record can't be written.
     pub fn doubt(&self, blocks: &BlockSet) -> Result<(), EngineError> {
         self.check_open()?;
-        let mut now = self.now.lock();
-        let mut state = now.state.clone();
+        let changing = self.changing.lock();
+        let mut state = self.state();
         state.carry.union_with(blocks);
-        self.store(&mut now, state)
+        self.store(&changing, state, |_| {})
     }
 
-    /// Records what is so from now on.
-    fn store(&self, now: &mut Now, state: State) -> Result<(), EngineError> {
+    fn state(&self) -> State {
+        self.now.lock().state.clone()
+    }
+
+    /// Records what is so from now on; once that is durable it is seen, together with what `show` sets.
+    fn store(
+        &self,
+        _changing: &MutexGuard<'_, ()>,
+        state: State,
+        show: impl FnOnce(&mut Now),
+    ) -> Result<(), EngineError> {
         durable::write_file(&self.record, &state.encode())
             .map_err(|error| EngineError::io(format!("write {}", self.record.display()), error))?;
+        let mut now = self.now.lock();
         now.state = state;
+        show(&mut now);
         Ok(())
     }
 
@@ -246,20 +262,22 @@ impl Reflink {
         reader: CloneReader,
         difference: Difference,
     ) -> Result<IntervalCut, EngineError> {
-        let mut now = self.now.lock();
-        let mut state = now.state.clone();
+        let changing = self.changing.lock();
+        let mut state = self.state();
         let mut changed = difference.changed;
         changed.union_with(&state.carry);
         state.begin(clone);
-        self.store(&mut now, state)?;
-        reader.read_ahead(&changed);
         let interval = IntervalCut {
             epoch: Epoch::new(clone.cut),
             changed: Arc::new(changed),
             reader,
         };
-        now.extents = difference.runs;
-        now.interval = Some(interval.clone());
+        self.store(&changing, state, |now| {
+            now.extents = difference.runs;
+            now.interval = Some(interval.clone());
+        })?;
+        drop(changing);
+        interval.reader.read_ahead(&interval.changed);
         Ok(interval)
     }
 
@@ -333,15 +351,14 @@ impl Reflink {
     /// Where the record can't be written: the interval is still open.
     pub fn give_up_interval(&self) -> Result<(), EngineError> {
         self.check_open()?;
-        let mut now = self.now.lock();
-        let Some(interval) = now.interval.clone() else {
+        let changing = self.changing.lock();
+        let Some(interval) = self.open_interval() else {
             return Ok(());
         };
-        let mut state = now.state.clone();
+        let mut state = self.state();
         state.give_up(&interval.changed);
-        self.store(&mut now, state)?;
-        now.interval = None;
-        drop(now);
+        self.store(&changing, state, |now| now.interval = None)?;
+        drop(changing);
         self.clones.remove(interval.epoch.get());
         Ok(())
     }
@@ -353,15 +370,16 @@ impl Reflink {
     /// [`EngineError::NoInterval`] where another one or none is open, or where the record can't be written.
     pub fn commit_interval(&self, cut: Epoch) -> Result<(), EngineError> {
         self.check_open()?;
-        let mut now = self.now.lock();
-        let mut state = now.state.clone();
+        let changing = self.changing.lock();
+        let mut state = self.state();
+        let before = state.base;
         if !state.commit(cut.get()) {
             return Err(EngineError::NoInterval(cut));
         }
-        let before = now.state.base;
-        self.store(&mut now, state)?;
-        now.base = now.interval.take().map(|interval| interval.reader);
-        drop(now);
+        self.store(&changing, state, |now| {
+            now.base = now.interval.take().map(|interval| interval.reader);
+        })?;
+        drop(changing);
         if let Base::Clone(clone) = before {
             self.clones.remove(clone.cut);
         }
@@ -383,31 +401,42 @@ impl Reflink {
             return Err(EngineError::TooManySnapshots(most));
         }
         let clone = self.clone_now()?.clone;
-        let mut now = self.now.lock();
-        let mut state = now.state.clone();
+        let changing = self.changing.lock();
+        let mut state = self.state();
         let id = state.keep(clone, now_ms, label);
-        if let Err(error) = self.store(&mut now, state) {
-            drop(now);
+        let taken = state.snapshots.last().map(shown);
+        if let Err(error) = self.store(&changing, state, |_| {}) {
+            drop(changing);
             self.clones.remove(clone.cut);
             return Err(error);
         }
-        Ok(SnapshotInfo {
-            id: SnapshotId(id),
-            label: label.to_owned(),
-            time_ms: now_ms,
-            cut: Epoch::new(clone.cut),
-        })
+        taken.ok_or(EngineError::NoSuchSnapshot(SnapshotId(id)))
+    }
+
+    /// Records how good the moment of a snapshot's cut was, and why no better.
+    ///
+    /// # Errors
+    /// [`EngineError::NoSuchSnapshot`], or where the record can't be written: the grade is as it was.
+    pub fn grade_snapshot(
+        &self,
+        id: SnapshotId,
+        coherence: Coherence,
+        reason: &CutReason,
+    ) -> Result<(), EngineError> {
+        self.check_open()?;
+        let changing = self.changing.lock();
+        let mut state = self.state();
+        let mut snapshots = state.snapshots.iter_mut();
+        let snapshot = snapshots.find(|snapshot| snapshot.id == id.0);
+        let snapshot = snapshot.ok_or(EngineError::NoSuchSnapshot(id))?;
+        snapshot.coherence = coherence;
+        snapshot.reason = reason.clone();
+        self.store(&changing, state, |_| {})
     }
 
     /// All snapshots, oldest first.
     #[must_use]
     pub fn list_snapshots(&self) -> Vec<SnapshotInfo> {
-        let shown = |snapshot: &SnapshotClone| SnapshotInfo {
-            id: SnapshotId(snapshot.id),
-            label: snapshot.label.clone(),
-            time_ms: snapshot.time_ms,
-            cut: Epoch::new(snapshot.clone.cut),
-        };
         self.now.lock().state.snapshots.iter().map(shown).collect()
     }
 
@@ -417,12 +446,12 @@ impl Reflink {
     /// [`EngineError::NoSuchSnapshot`], or where the record can't be written.
     pub fn delete_snapshot(&self, id: SnapshotId) -> Result<(), EngineError> {
         self.check_open()?;
-        let mut now = self.now.lock();
-        let clone = find(&now.state, id)?;
-        let mut state = now.state.clone();
+        let changing = self.changing.lock();
+        let mut state = self.state();
+        let clone = find(&state, id)?;
         state.snapshots.retain(|snapshot| snapshot.id != id.0);
-        self.store(&mut now, state)?;
-        drop(now);
+        self.store(&changing, state, |_| {})?;
+        drop(changing);
         self.clones.remove(clone.cut);
         Ok(())
     }
@@ -500,6 +529,17 @@ impl Reflink {
                 Ok(())
             }
         }
+    }
+}
+
+fn shown(snapshot: &SnapshotClone) -> SnapshotInfo {
+    SnapshotInfo {
+        id: SnapshotId(snapshot.id),
+        label: snapshot.label.clone(),
+        time_ms: snapshot.time_ms,
+        cut: Epoch::new(snapshot.clone.cut),
+        coherence: snapshot.coherence,
+        reason: snapshot.reason.clone(),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{io, path::Path, time::Duration};
 
-use tidemark_block::{BlockCount, Epoch};
+use tidemark_block::{BlockCount, Coherence, CutReason, Epoch};
 
 use super::EngineError;
 
@@ -74,6 +74,11 @@ pub enum Trust {
         /// The same boot: what was written without a sync is there, too.
         stores_kept: bool,
     },
+    /// Nothing is tracked: each cut compares everything.
+    Untracked {
+        /// The same boot: what was written without a sync is there, too.
+        stores_kept: bool,
+    },
     /// Nothing is known: all blocks joined the carry, snapshots are gone.
     Everything {
         /// Why.
@@ -121,6 +126,10 @@ pub struct SnapshotInfo {
     pub time_ms: u64,
     /// Its cut: the last epoch it shows.
     pub cut: Epoch,
+    /// How good the moment of its cut was.
+    pub coherence: Coherence,
+    /// Why it was no better.
+    pub reason: CutReason,
 }
 
 /// What identifies a file on this machine: no two volumes may share it.

@@ -15,6 +15,8 @@ pub(super) type Candidate = (EngineKind, &'static str);
 const ASKED: &str = "it was asked for";
 const FRONT_END: &str = "auto: a front end, NBD or FUSE, is configured";
 const CLONES: &str = "auto: no front end is configured, and the file's filesystem clones files";
+const READS: &str =
+    "auto: no front end is configured, and the file can't be cloned, or not in time";
 
 /// The engines to try, in this order.
 pub(super) fn candidates(setting: EngineSetting, config: &Config) -> Vec<Candidate> {
@@ -22,40 +24,41 @@ pub(super) fn candidates(setting: EngineSetting, config: &Config) -> Vec<Candida
     match setting {
         EngineSetting::Intercept => vec![(EngineKind::Intercept, ASKED)],
         EngineSetting::Reflink => vec![(EngineKind::Reflink, ASKED)],
+        EngineSetting::Scan => vec![(EngineKind::Scan, ASKED)],
         EngineSetting::Auto if front_end => vec![(EngineKind::Intercept, FRONT_END)],
-        EngineSetting::Auto => vec![(EngineKind::Reflink, CLONES)],
+        EngineSetting::Auto => vec![(EngineKind::Reflink, CLONES), (EngineKind::Scan, READS)],
     }
 }
 
 /// Tries one engine after the other.
 ///
 /// # Errors
-/// Why the last one doesn't fit, or the first failure that has another reason.
+/// Why none of them fits, or the first failure that has another reason.
 pub(super) fn first_that_fits<T>(
     setting: EngineSetting,
     config: &Config,
     file: &Path,
     mut attempt: impl FnMut(Candidate) -> Result<T, RpcError>,
 ) -> Result<T, RpcError> {
-    let mut refused = None;
+    let mut refused = Vec::new();
     for candidate in candidates(setting, config) {
         match attempt(candidate) {
-            Err(error) if error.reason == Reason::EngineUnsupported => refused = Some(error),
+            Err(error) if error.reason == Reason::EngineUnsupported => refused.push(error),
             other => return other,
         }
     }
-    let refused = refused.unwrap_or_else(|| RpcError::internal("there is no engine to try"));
-    if setting != EngineSetting::Auto {
-        return Err(refused);
+    if refused.len() == 1 {
+        return Err(refused.remove(0));
     }
+    let messages: Vec<_> = refused.iter().map(|error| &*error.message).collect();
     Err(RpcError::new(
         Reason::EngineUnsupported,
         format!(
-            "no engine fits {}: no front end is configured through which it could be written, and {}",
+            "no engine fits {}: no front end is configured through which it could be written; {}",
             file.display(),
-            refused.message
+            messages.join("; ")
         ),
-        format!("set nbd or fuse_mount, or {}", refused.action),
+        "set nbd or fuse_mount, or put the file on XFS, btrfs or ext4 of this machine",
     ))
 }
 
@@ -74,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn auto_takes_what_a_front_end_writes_through_and_clones_without_one() {
+    fn auto_takes_what_a_front_end_writes_through_and_without_one_clones_before_scans() {
         for (nbd, fuse, kind) in [
             (true, false, EngineKind::Intercept),
             (false, true, EngineKind::Intercept),
@@ -86,20 +89,25 @@ mod tests {
             for (asked, kind) in [
                 (EngineSetting::Intercept, EngineKind::Intercept),
                 (EngineSetting::Reflink, EngineKind::Reflink),
+                (EngineSetting::Scan, EngineKind::Scan),
             ] {
                 assert_eq!(candidates(asked, &config(nbd, fuse)), [(kind, ASKED)]);
             }
         }
+        let both = candidates(EngineSetting::Auto, &config(false, false));
+        let kinds: Vec<_> = both.iter().map(|(kind, _)| *kind).collect();
+        assert_eq!(kinds, [EngineKind::Reflink, EngineKind::Scan]);
     }
 
     #[test]
     fn where_none_fits_it_says_why_and_what_to_do() {
-        let unfit = |_| {
-            Err::<(), _>(RpcError::new(
-                Reason::EngineUnsupported,
-                "it can't be cloned",
-                "put it on XFS",
-            ))
+        let unfit = |(kind, _): Candidate| {
+            let what = match kind {
+                EngineKind::Scan => "it can't be scanned",
+                _ => "it can't be cloned",
+            };
+            let action = "put it on XFS";
+            Err::<(), _>(RpcError::new(Reason::EngineUnsupported, what, action))
         };
         let path = Path::new("/srv/data.img");
         let config = config(false, false);

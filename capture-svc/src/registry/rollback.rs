@@ -7,7 +7,7 @@ use tidemark_proto::{Reason, RpcError};
 
 use super::{Registry, local};
 use crate::{
-    engine::{SnapshotId, intercept::Intercept},
+    engine::{EngineKind, SnapshotId, intercept::Intercept},
     front::FrontEnds,
     rollback::{self, Plan, RollbackError},
     uplink::{blocking, shutting_down},
@@ -86,13 +86,20 @@ impl Registry {
 /// Whoever writes the file itself isn't known here: blocks must not change beneath them.
 fn not_ours(volume: &Volume) -> RpcError {
     let name = &volume.record.name;
+    let source = match volume.record.engine {
+        EngineKind::Intercept | EngineKind::Reflink => {
+            format!(
+                "the snapshot over the file: `tidemark snapshot read {name} SNAPSHOT --output FILE`"
+            )
+        }
+        EngineKind::Scan => {
+            format!("a generation over the file: `tidemark restore {name}@N FILE`")
+        }
+    };
     RpcError::new(
         Reason::EngineUnsupported,
         format!("volume {name} is written by its workload itself, not through this service"),
-        format!(
-            "stop the workload, then write the snapshot over the file: `tidemark snapshot read {name} SNAPSHOT --output \
-             FILE` gives its content"
-        ),
+        format!("stop the workload, then write {source} gives its content"),
     )
 }
 

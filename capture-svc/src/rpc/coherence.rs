@@ -7,6 +7,7 @@ use std::{
 };
 
 use capture_core::coherence::Failure;
+use tidemark_identity::Caller;
 use tidemark_proto::{
     Reason, RpcError,
     capture::v1::{
@@ -14,6 +15,7 @@ use tidemark_proto::{
         coherence_server::Coherence,
     },
 };
+use tidemark_tls::caller;
 use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -40,13 +42,14 @@ impl Coherence for CaptureService {
         request: Request<Streaming<pb::AttachRequest>>,
     ) -> Reply<Self::AttachStream> {
         self.stopping()?;
+        let caller = caller(request.extensions());
         let mut from = request.into_inner();
         let first = timeout(HELLO_MAX, from.message()).await;
         let first = first.map_err(|_| RpcError::invalid("no hello came within 10 s"))??;
         let Some(Some(FromAgent::Hello(hello))) = first.map(|first| first.message) else {
             return Err(RpcError::invalid("the first message is no hello").into());
         };
-        let (agent, orders) = self.take_in(hello)?;
+        let (agent, orders) = self.take_in(hello, &caller)?;
         let (to, answers) = mpsc::channel(AHEAD);
         let session = Session {
             service: self.clone(),
@@ -63,6 +66,7 @@ impl CaptureService {
     fn take_in(
         &self,
         hello: pb::Hello,
+        caller: &Caller,
     ) -> Result<(Arc<Agent>, mpsc::UnboundedReceiver<Order>), RpcError> {
         let is_name = (1..=NAME_LEN_MAX).contains(&hello.name.len());
         if !is_name || hello.name.chars().any(char::is_control) {
@@ -75,7 +79,10 @@ impl CaptureService {
         }
         let mut volumes = BTreeMap::new();
         for name in hello.volumes {
-            volumes.insert(self.registry.find(&name)?.record.id, name);
+            let volume = self.registry.find(&name)?;
+            let source = &self.registry.config().source_name;
+            caller.need_workload(source, &volume.record.name)?;
+            volumes.insert(volume.record.id, name);
         }
         let taken = self.registry.agents().attach(hello.name, volumes);
         taken.ok_or_else(|| {

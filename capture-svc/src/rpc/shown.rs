@@ -2,6 +2,7 @@
 
 use std::{sync::atomic::Ordering, time::Duration};
 
+use tidemark_identity::Caller;
 use tidemark_proto::{
     capture::v1::{self as pb, UplinkState as PbState, VolumeState},
     convert::volume_id_field,
@@ -9,13 +10,13 @@ use tidemark_proto::{
 
 use super::CaptureService;
 use crate::{
-    engine::EngineStats,
+    engine::{EngineKind, EngineStats},
     uplink::{UplinkState, UplinkStatus},
     volume::{Serving, Volume},
 };
 
 impl CaptureService {
-    pub(super) fn shown_status(&self) -> pb::CaptureStatus {
+    pub(super) fn shown_status(&self, caller: &Caller) -> pb::CaptureStatus {
         pb::CaptureStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             vault: self.registry.config().vault.clone(),
@@ -23,6 +24,9 @@ impl CaptureService {
                 .registry
                 .list()
                 .iter()
+                .filter(|volume| {
+                    caller.has(&self.registry.config().source_name, &volume.record.name)
+                })
                 .map(|volume| self.shown_volume(volume))
                 .collect(),
         }
@@ -87,9 +91,11 @@ impl CaptureService {
             spool_bytes_max: stats.spool_max,
             nbd_uris,
             fuse_path,
-            warning: match serving.engine.intercept() {
-                Some(_) => String::new(),
-                None => stall_warning(self.registry.config().cut_stall_max.get(), &stats),
+            warning: match serving.engine.kind() {
+                EngineKind::Intercept | EngineKind::Scan => String::new(),
+                EngineKind::Reflink => {
+                    stall_warning(self.registry.config().cut_stall_max.get(), &stats)
+                }
             },
             cut_stall_us: u64::try_from(stats.last_flip.as_micros()).unwrap_or(u64::MAX),
             extents: stats.extents,

@@ -7,7 +7,6 @@ use tidemark_block::{BlockCount, BlockIndex, BlockSet, frame::CodecChoice};
 use tidemark_proto::{
     RpcError,
     capture::v1::{self as pb, read_snapshot_response::Message},
-    common::v1::Coherence,
     convert::image_digest_field,
 };
 use tokio::sync::mpsc;
@@ -16,13 +15,10 @@ use tonic::Status;
 
 use super::{AHEAD, CaptureService, Streamed};
 use crate::{
-    engine::{
-        Engine, EngineError, SnapshotId, SnapshotInfo, SnapshotReader,
-        group::{self, GroupError},
-    },
+    engine::{Engine, EngineError, SnapshotId, SnapshotInfo, SnapshotReader},
     registry::engine_error,
     uplink::{
-        now_ms,
+        snapshot,
         walk::{Assembler, Batch, Emit, Total, WalkError, ZeroBase, walk, walk_whole},
     },
 };
@@ -45,53 +41,30 @@ impl CaptureService {
             .map_err(|error| engine_error(&error))
     }
 
-    pub(super) async fn snapshot(
-        &self,
-        volume: &str,
-        label: String,
-    ) -> Result<pb::Snapshot, RpcError> {
-        check_label(&label)?;
-        self.with_engine(volume, move |engine| {
-            let info = engine.create_snapshot(&label, now_ms())?;
-            Ok(shown(engine, &info))
-        })
-        .await
-    }
-
-    pub(super) async fn snapshots_together(
+    /// Of all of them at one instant; in their order.
+    pub(super) async fn take_snapshots(
         &self,
         volumes: &[String],
         label: String,
+        now: bool,
     ) -> Result<Vec<pb::Snapshot>, RpcError> {
         check_label(&label)?;
-        if volumes.is_empty() {
-            return Err(RpcError::invalid("no volume is named"));
-        }
-        let mut found = Vec::with_capacity(volumes.len());
+        let mut serving = Vec::with_capacity(volumes.len());
         let mut ids = HashSet::new();
         for volume in volumes {
             let volume = self.registry.find(volume)?;
-            let name = volume.record.name.clone();
             if !ids.insert(volume.record.id) {
-                let message = format!("volume {name} is named twice");
+                let message = format!("volume {} is named twice", volume.record.name);
                 return Err(RpcError::invalid(message));
             }
-            found.push((name, Arc::clone(&volume.need()?.engine)));
+            serving.push(volume.need()?);
         }
-        let (names, engines): (Vec<_>, Vec<_>) = found.into_iter().unzip();
-        let taken = tokio::task::spawn_blocking(move || {
-            let taken = group::create_snapshots(&engines, &label, now_ms())?;
-            let each = engines.iter().zip(&taken);
-            Ok(each.map(|(engine, info)| shown(engine, info)).collect())
-        });
-        let taken: Result<_, GroupError> = taken
-            .await
-            .map_err(|error| RpcError::internal(format!("join the engines' work: {error}")))?;
-        taken.map_err(|GroupError { index, error }| {
-            let mut error = engine_error(&error);
-            error.message = format!("volume {}: {}", names[index], error.message);
-            error
-        })
+        let seats = serving.iter().map(|serving| serving.uplink.seat());
+        let taken = snapshot::take(seats.collect(), label, now).await?;
+        let each = serving.iter().zip(&taken);
+        Ok(each
+            .map(|(serving, info)| shown(&serving.engine, info))
+            .collect())
     }
 
     pub(super) async fn snapshots(&self, volume: &str) -> Result<Vec<pb::Snapshot>, RpcError> {
@@ -207,7 +180,8 @@ fn shown(engine: &Engine, info: &SnapshotInfo) -> pb::Snapshot {
         label: info.label.clone(),
         epoch: info.cut.get(),
         cut_time_ms: info.time_ms,
-        coherence: Coherence::Crash.into(),
+        coherence: i32::from(info.coherence.code()),
+        coherence_reason: info.reason.to_string(),
         geometry: Some(engine.geometry().into()),
     }
 }

@@ -26,7 +26,7 @@ use super::{
     group::Waiting,
     now_ms, open, random_id,
     record::IntervalRecord,
-    search::{Found, Member, find},
+    search::{Found, Member, Want, find},
     ship::stopped,
 };
 use crate::engine::IntervalCut;
@@ -101,7 +101,7 @@ impl Driver {
                 self.mark_current(id, cut_time_ms).await
             }
             Found::Skipped(why) => self.skipped(&why),
-            Found::Failed(error) => self.cut_failed(error),
+            Found::Failed(error) => self.cut_failed(error.message),
             Found::Stopped => self.not_cut(),
         }
     }
@@ -144,6 +144,7 @@ impl Driver {
         let member = Member {
             name: self.settings.name.clone(),
             engine: self.engine.clone(),
+            table: Arc::clone(&self.table),
             quiesce: self.quiesce.clone(),
             hints: std::mem::take(&mut self.hints),
             cutting,
@@ -162,7 +163,12 @@ impl Driver {
             group.join(&self.settings.name, trigger, waiting);
         } else {
             let search = async move {
-                if let Some(found) = find(vec![member], limits).await.pop() {
+                let found = find(
+                    vec![member],
+                    Want::intervals(limits),
+                    std::future::pending(),
+                );
+                if let Some(found) = found.await.pop() {
                     let _ = answer.send(found);
                 }
             };

@@ -25,10 +25,12 @@ use super::{
     record::UplinkRecord,
     resync::{self, Doubt, ResyncError, Target},
     ship::{ShipError, Shipment, Shipped, stopped},
-    shutting_down, walk,
+    shutting_down,
+    snapshot::Seat,
+    walk,
 };
 use crate::{
-    engine::{Engine, EngineError, IntervalCut},
+    engine::{Engine, EngineError, EngineKind, IntervalCut},
     quiesce::{Hints, Quiesce},
 };
 
@@ -123,6 +125,20 @@ impl Driver {
             started: Instant::now(),
             stamping: None,
             cut_error: None,
+        }
+    }
+
+    /// What others need to look for a moment as it does.
+    pub(super) fn seat(&self) -> Seat {
+        Seat {
+            name: self.settings.name.clone(),
+            engine: Arc::clone(&self.engine),
+            table: Arc::clone(&self.table),
+            quiesce: Arc::clone(&self.quiesce),
+            stop: self.stop.clone(),
+            started: self.started.into_std(),
+            quiesce_timeout: self.settings.quiesce.time,
+            limits: self.settings.moment,
         }
     }
 
@@ -242,9 +258,9 @@ impl Driver {
             last_term: open::last_term(&self.record),
             nonce: self.record.nonce,
         };
-        let vault = self.settings.vault.clone();
+        let (vault, dialer) = (self.settings.vault.clone(), self.settings.dialer.clone());
         let connect = async {
-            let link = Link::connect(&vault).await?;
+            let link = Link::connect(&vault, &dialer).await?;
             let grant = link.start_term(request).await?;
             Ok::<_, RpcError>((link, grant))
         };
@@ -285,6 +301,10 @@ impl Driver {
 
     async fn repair_table(&mut self) -> Outcome {
         self.end_stamping().await;
+        if self.engine.kind() == EngineKind::Scan && self.record.interval.is_some() {
+            // It holds what differs from a table that is in doubt.
+            return self.drop_interval().await;
+        }
         if !self.record.table_doubtful {
             let mut record = self.record.clone();
             record.table_doubtful = true;

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use tidemark_block::Trigger;
 use tokio::sync::{oneshot, watch};
 
-use super::search::{Found, Member, find};
+use super::search::{Found, Member, Want, find};
 use crate::config::Groups;
 
 /// A volume that waits for the others.
@@ -108,7 +108,7 @@ impl Group {
             return;
         }
         let waiting = std::mem::take(&mut state.waiting);
-        let Some(limits) = waiting.values().next().map(|first| first.limits) else {
+        let Some(limits) = Limits::together(waiting.values().map(|waiting| waiting.limits)) else {
             return;
         };
         self.wanted.send_replace(None);
@@ -116,18 +116,17 @@ impl Group {
             .into_values()
             .map(|waiting| (waiting.member, waiting.answer))
             .unzip();
-        tracing::debug!(
-            group = self.name,
-            volumes = members.len(),
-            "all are ready to be cut"
-        );
-        tokio::spawn(async move {
-            let found = find(members, limits).await;
+        let names: Vec<_> = members.iter().map(|member| &*member.name).collect();
+        let span = tracing::info_span!("group", group = self.name, volumes = names.join(","));
+        tracing::debug!(parent: &span, "all are ready to be cut");
+        let search = async move {
+            let found = find(members, Want::intervals(limits), std::future::pending()).await;
             for (found, answer) in found.into_iter().zip(answers) {
                 // An uplink waits for its answer to the end.
                 let _ = answer.send(found);
             }
-        });
+        };
+        tokio::spawn(tracing::Instrument::instrument(search, span));
     }
 }
 

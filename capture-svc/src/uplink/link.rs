@@ -9,7 +9,8 @@ use tidemark_proto::{
     convert::{CurrentMark, TermGrant, TermRequest, WireError},
     vault::v1::ingest_client::IngestClient,
 };
-use tonic::transport::{Channel, Endpoint};
+use tidemark_tls::{Dialer, Line};
+use tonic::transport::Endpoint;
 
 /// The most bytes of a message, decoded.
 const MESSAGE_LEN_MAX: usize = 4 << 20;
@@ -24,37 +25,35 @@ const CALL_MAX: Duration = Duration::from_secs(60);
 /// A client of the vault's Ingest service.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
-    client: IngestClient<Channel>,
+    client: IngestClient<Line>,
 }
 
 impl Link {
     /// Connects.
-    pub(crate) async fn connect(vault: &str) -> Result<Self, RpcError> {
-        let endpoint = Endpoint::from_shared(vault.to_owned())
-            .map_err(RpcError::from)?
-            .connect_timeout(CONNECT_MAX)
-            .tcp_nodelay(true)
-            .http2_keep_alive_interval(KEEPALIVE)
-            .keep_alive_timeout(KEEPALIVE_MAX)
-            .keep_alive_while_idle(true)
-            .initial_stream_window_size(WINDOW_MIN)
-            .initial_connection_window_size(WINDOW_MIN);
-        let channel = endpoint.connect().await.map_err(|error| {
-            let error = RpcError::from(error);
-            RpcError {
-                message: format!("vault {vault}: {}", error.message),
-                ..error
-            }
+    pub(crate) async fn connect(vault: &str, dialer: &Dialer) -> Result<Self, RpcError> {
+        let tune = |endpoint: Endpoint| {
+            endpoint
+                .connect_timeout(CONNECT_MAX)
+                .tcp_nodelay(true)
+                .http2_keep_alive_interval(KEEPALIVE)
+                .keep_alive_timeout(KEEPALIVE_MAX)
+                .keep_alive_while_idle(true)
+                .initial_stream_window_size(WINDOW_MIN)
+                .initial_connection_window_size(WINDOW_MIN)
+        };
+        let line = dialer.dial(vault, tune).await.map_err(|error| RpcError {
+            message: format!("vault {vault}: {}", error.message),
+            ..error
         })?;
         Ok(Self {
-            client: IngestClient::new(channel)
+            client: IngestClient::new(line)
                 .max_decoding_message_size(MESSAGE_LEN_MAX)
                 .max_encoding_message_size(MESSAGE_LEN_MAX),
         })
     }
 
     /// The generated client, for streams.
-    pub(crate) fn client(&self) -> IngestClient<Channel> {
+    pub(crate) fn client(&self) -> IngestClient<Line> {
         self.client.clone()
     }
 
@@ -108,7 +107,14 @@ pub(crate) fn failure_of(error: &RpcError) -> Failure {
     match (error.kind, error.reason) {
         (_, Reason::DigestMismatch | Reason::FrameCorrupt) => Failure::Mismatch,
         (_, Reason::BaseNotHead) => Failure::HeadMoved,
-        (ErrorKind::Unavailable | ErrorKind::Exhausted | ErrorKind::Fenced, _)
+        (
+            ErrorKind::Unavailable
+            | ErrorKind::Exhausted
+            | ErrorKind::Fenced
+            | ErrorKind::Unauthenticated
+            | ErrorKind::Denied,
+            _,
+        )
         | (_, Reason::StoreCorrupt | Reason::GeometryMismatch | Reason::IoFailed) => {
             Failure::Transient
         }
@@ -136,6 +142,9 @@ mod tests {
             Reason::ShuttingDown,
             Reason::LimitReached,
             Reason::Fenced,
+            Reason::Unauthenticated,
+            Reason::PermissionDenied,
+            Reason::TlsRefused,
         ] {
             assert_eq!(meaning(reason), Failure::Transient, "{reason}");
         }

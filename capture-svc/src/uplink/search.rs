@@ -15,29 +15,83 @@ use std::{
 
 use capture_core::coherence::{Effect, Event, Graded, Limits, Search, Seen, Why};
 use futures::future::select_all;
+use tidemark_block::Coherence;
 use tokio::{
     sync::{Mutex, OwnedMutexGuard, watch},
     task::JoinHandle,
 };
 
-use super::{blocking, now_ms, ship::stopped};
+use super::{BaseTable, blocking, now_ms, ship::stopped};
 use crate::{
     engine::{
-        Engine, EngineError, IntervalCut,
+        CutAt, Engine, EngineError, EngineKind, IntervalCut,
         group::{self, GroupError},
         intercept::Sample,
     },
     quiesce::{Answer, Hints, Quiesce},
 };
 
-/// What the engines say to a cut: the interval of each, and what its data path had done right after the flip.
-type Begun = Result<Vec<(IntervalCut, Option<Sample>)>, GroupError>;
+/// What the engines say to a cut: what each has made, and what its data path had done right after the flip.
+pub(super) type Begun<M> = Result<Vec<(M, Option<Sample>)>, GroupError>;
+
+/// What a cut is made for.
+pub(super) trait Aim: Send + Sync + 'static {
+    /// What comes of it, for each volume.
+    type Made: Send + 'static;
+
+    /// Cuts all of them at one instant.
+    fn cut(&self, engines: &[Arc<Engine>], cut_time_ms: u64, at: &CutAt<'_>) -> Begun<Self::Made>;
+
+    /// Undoes a cut that came too late, or is none.
+    fn undo(engine: &Engine, made: Self::Made) -> Result<(), EngineError>;
+}
+
+/// An interval of each.
+pub(super) struct Intervals;
+
+impl Aim for Intervals {
+    type Made = IntervalCut;
+
+    fn cut(&self, engines: &[Arc<Engine>], _: u64, at: &CutAt<'_>) -> Begun<IntervalCut> {
+        group::begin_intervals(engines, at)
+    }
+
+    fn undo(engine: &Engine, made: IntervalCut) -> Result<(), EngineError> {
+        drop(made);
+        engine.give_up_interval()?;
+        match engine {
+            // What it went by may not have been so.
+            Engine::Scan(engine) => engine.doubt(),
+            Engine::Intercept(_) | Engine::Reflink(_) => Ok(()),
+        }
+    }
+}
+
+/// A cut that is wanted.
+pub(super) struct Want<A> {
+    pub(super) aim: Arc<A>,
+    pub(super) limits: Limits,
+    /// Nobody is asked to freeze, and no moment is waited for.
+    pub(super) at_once: bool,
+}
+
+impl Want<Intervals> {
+    /// Of intervals, at the best moment within limits.
+    pub(super) fn intervals(limits: Limits) -> Self {
+        Self {
+            aim: Arc::new(Intervals),
+            limits,
+            at_once: false,
+        }
+    }
+}
 
 /// A volume that is to be cut.
 #[derive(Debug)]
 pub(super) struct Member {
     pub(super) name: String,
     pub(super) engine: Arc<Engine>,
+    pub(super) table: Arc<BaseTable>,
     pub(super) quiesce: Arc<Mutex<Quiesce>>,
     pub(super) hints: Hints,
     /// Set before the flip: what is asked for from then on is not in this cut.
@@ -61,10 +115,10 @@ impl Member {
 
 /// What a search came to, for one of its volumes.
 #[derive(Debug)]
-pub(super) enum Found {
+pub(super) enum Found<M = IntervalCut> {
     /// A cut, not recorded yet.
     Cut {
-        cut: IntervalCut,
+        cut: M,
         cut_time_ms: u64,
         graded: Graded,
     },
@@ -73,33 +127,54 @@ pub(super) enum Found {
     /// By policy nothing is cut.
     Skipped(Why),
     /// The cut could not be made.
-    Failed(String),
-    /// The service stops, or one of the volumes does.
+    Failed(CutError),
+    /// The service stops, or one of the volumes does; or nobody wants it any more.
     Stopped,
 }
 
-/// Finds the moment and cuts all of them, or none. One answer for each, in their order.
-pub(super) async fn find(members: Vec<Member>, limits: Limits) -> Vec<Found> {
-    let count = members.len();
-    let same = |found: fn() -> Found| (0..count).map(|_| found()).collect();
-    let mut searching = Searching::begin(members).await;
-    match searching.look(limits).await {
-        Ended::Cut(found) => found,
-        Ended::Unchanged { cut_time_ms } => (0..count)
-            .map(|_| Found::Unchanged { cut_time_ms })
-            .collect(),
-        Ended::Skipped(why) => (0..count).map(|_| Found::Skipped(why.clone())).collect(),
-        Ended::Failed(error) => (0..count).map(|_| Found::Failed(error.clone())).collect(),
-        Ended::Stopped => same(|| Found::Stopped),
+/// Why a cut could not be made.
+#[derive(Debug, Clone)]
+pub(super) struct CutError {
+    /// Of which volume, and why, as people are told.
+    pub(super) message: String,
+    /// The position of the volume whose engine refused, and what it said.
+    pub(super) refused: Option<(usize, Arc<EngineError>)>,
+}
+
+impl From<String> for CutError {
+    fn from(message: String) -> Self {
+        Self {
+            message,
+            refused: None,
+        }
     }
 }
 
+/// Finds the moment and cuts all of them, or none; not where it isn't wanted any more, once `unwanted` ends. One answer
+/// for each, in their order, which is that of their names: two searches never wait for each other.
+pub(super) async fn find<A: Aim>(
+    members: Vec<Member>,
+    want: Want<A>,
+    unwanted: impl Future<Output = ()>,
+) -> Vec<Found<A::Made>> {
+    let count = members.len();
+    let mut searching = Searching::begin(members, want).await;
+    let each: Box<dyn Fn() -> Found<A::Made> + Send> = match searching.look(unwanted).await {
+        Ended::Cut(found) => return found,
+        Ended::Unchanged { cut_time_ms } => Box::new(move || Found::Unchanged { cut_time_ms }),
+        Ended::Skipped(why) => Box::new(move || Found::Skipped(why.clone())),
+        Ended::Failed(error) => Box::new(move || Found::Failed(error.clone())),
+        Ended::Stopped => Box::new(|| Found::Stopped),
+    };
+    (0..count).map(|_| each()).collect()
+}
+
 /// How a search ended, for all.
-enum Ended {
-    Cut(Vec<Found>),
+enum Ended<M> {
+    Cut(Vec<Found<M>>),
     Unchanged { cut_time_ms: u64 },
     Skipped(Why),
-    Failed(String),
+    Failed(CutError),
     Stopped,
 }
 
@@ -109,7 +184,15 @@ enum Next {
     Skip(Why),
 }
 
-struct Searching {
+/// A cut that is being made.
+struct Cutting<M> {
+    task: JoinHandle<Begun<M>>,
+    /// Nobody wants it any more.
+    abandoned: Arc<AtomicBool>,
+}
+
+struct Searching<A> {
+    want: Want<A>,
     members: Vec<Member>,
     quiesces: Vec<OwnedMutexGuard<Quiesce>>,
     /// By party: the member, and its number there.
@@ -118,15 +201,17 @@ struct Searching {
     origin: Instant,
 }
 
-impl Searching {
-    async fn begin(members: Vec<Member>) -> Self {
+impl<A: Aim> Searching<A> {
+    async fn begin(members: Vec<Member>, want: Want<A>) -> Self {
         let mut quiesces = Vec::with_capacity(members.len());
-        for member in &members {
+        // At once: not even another search is waited for.
+        for member in members.iter().filter(|_| !want.at_once) {
             quiesces.push(Arc::clone(&member.quiesce).lock_owned().await);
         }
         let origins = members.iter().map(|member| member.started);
         Self {
             origin: origins.min().unwrap_or_else(Instant::now),
+            want,
             members,
             quiesces,
             parties: Vec::new(),
@@ -150,7 +235,8 @@ impl Searching {
         all
     }
 
-    async fn look(&mut self, limits: Limits) -> Ended {
+    async fn look(&mut self, unwanted: impl Future<Output = ()>) -> Ended<A::Made> {
+        let mut unwanted = std::pin::pin!(unwanted);
         let parties = self.gather().await;
         if parties.is_empty() {
             self.set_cutting(true);
@@ -159,8 +245,12 @@ impl Searching {
             }
             self.set_cutting(false);
         }
-        let (mut search, mut effects) =
-            Search::begin(self.origin.elapsed(), self.seen(), limits, parties);
+        let (now, seen, limits) = (self.origin.elapsed(), self.seen(), self.want.limits);
+        let (mut search, mut effects) = if self.want.at_once {
+            Search::at_once(now, seen, limits)
+        } else {
+            Search::begin(now, seen, limits, parties)
+        };
         loop {
             match self.perform(&effects) {
                 Next::Look => {}
@@ -168,10 +258,9 @@ impl Searching {
                 Next::Skip(why) => return Ended::Skipped(why),
             }
             let wake = self.origin + search.wake().unwrap_or_default();
-            let mut stops: Vec<_> = self.members.iter().map(|m| m.stop.clone()).collect();
-            let stop = select_all(stops.iter_mut().map(|stop| Box::pin(stopped(stop))));
             let event = tokio::select! {
-                _ = stop => None,
+                () = any_stopped(&self.members) => None,
+                () = &mut unwanted => None,
                 () = tokio::time::sleep_until(wake.into()) => Some(Event::Look),
                 (party, answer) = answered(&mut self.quiesces, &self.parties) => {
                     Some(of_answer(party, answer))
@@ -185,7 +274,7 @@ impl Searching {
         }
     }
 
-    async fn cut(&mut self, mut search: Search) -> Ended {
+    async fn cut(&mut self, mut search: Search) -> Ended<A::Made> {
         self.set_cutting(true);
         // Before the hint: what is counted as unchanged was so at this time.
         let cut_time_ms = self.next_cut_ms();
@@ -193,17 +282,20 @@ impl Searching {
             self.end(&mut search, Event::CutFailed);
             return unchanged;
         }
-        let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
-        let mut cutting = tokio::task::spawn_blocking(move || group::begin_intervals(&engines));
+        let quiesced = search.is_held();
+        let mut cutting = self.begin_cut(cut_time_ms, quiesced);
         let limits = self.members.iter().map(|member| member.quiesce_timeout);
-        let begun = match limits.min() {
-            Some(limit) if !self.parties.is_empty() => {
-                match tokio::time::timeout(limit, &mut cutting).await {
-                    Ok(begun) => begun,
-                    Err(_) => return self.cut_too_late(search, cutting, limit).await,
-                }
+        // Where nobody is held nobody has to be let go on.
+        let limit = limits.min().filter(|_| quiesced);
+        let begun = tokio::select! {
+            begun = &mut cutting.task => begun,
+            () = elapsed(limit) => {
+                return self.cut_too_late(search, cutting, limit.unwrap_or_default()).await;
             }
-            _ => cutting.await,
+            () = any_stopped(&self.members) => {
+                cutting.abandoned.store(true, SeqCst);
+                cutting.task.await
+            }
         };
         let (error, event) = match begun {
             Ok(Ok(cuts)) => {
@@ -220,6 +312,10 @@ impl Searching {
                     Effect::Graded(graded) => Some(graded),
                     _ => None,
                 });
+                if let Some(why) = self.is_false_start(quiesced, graded.as_ref()) {
+                    self.undo(cuts).await;
+                    return Ended::Failed(why.to_owned().into());
+                }
                 if let Some(graded) = graded {
                     let found = cuts.into_iter().map(|(cut, _)| Found::Cut {
                         cut,
@@ -228,17 +324,18 @@ impl Searching {
                     });
                     return Ended::Cut(found.collect());
                 }
-                ("a cut without a grade".to_owned(), Event::CutFailed)
+                let ungraded = "a cut without a grade".to_owned();
+                (CutError::from(ungraded), Event::CutFailed)
             }
             Ok(Err(GroupError {
-                error: EngineError::Closed,
+                error: EngineError::Closed | EngineError::Abandoned,
                 ..
             })) => {
                 self.end(&mut search, Event::Abandoned);
                 return Ended::Stopped;
             }
-            Ok(Err(error)) => (self.told(&error), Event::CutFailed),
-            Err(error) => (error.to_string(), Event::CutFailed),
+            Ok(Err(error)) => (self.told(error), Event::CutFailed),
+            Err(error) => (error.to_string().into(), Event::CutFailed),
         };
         self.end(&mut search, event);
         Ended::Failed(error)
@@ -248,41 +345,99 @@ impl Searching {
     async fn cut_too_late(
         &mut self,
         mut search: Search,
-        cutting: JoinHandle<Begun>,
+        cutting: Cutting<A::Made>,
         limit: Duration,
-    ) -> Ended {
+    ) -> Ended<A::Made> {
         self.end(&mut search, Event::CutFailed);
-        let cuts = match cutting.await {
+        cutting.abandoned.store(true, SeqCst);
+        let cuts = match cutting.task.await {
             Ok(Ok(cuts)) => cuts,
             Ok(Err(GroupError {
                 error: EngineError::Closed,
                 ..
             })) => return Ended::Stopped,
-            Ok(Err(error)) => return Ended::Failed(self.told(&error)),
-            Err(error) => return Ended::Failed(error.to_string()),
+            Ok(Err(GroupError {
+                error: EngineError::Abandoned,
+                ..
+            })) => Vec::new(),
+            Ok(Err(error)) => return Ended::Failed(self.told(error)),
+            Err(error) => return Ended::Failed(error.to_string().into()),
         };
+        self.undo(cuts).await;
+        let message = format!(
+            "the workload was let go on before the cut was made, which took longer than quiesce_timeout ({limit:?}): \
+             freeze what is in the volume, never the filesystem that the volume file lies on, or raise quiesce_timeout (with \
+             the engine scan the whole file is read meanwhile)"
+        );
+        Ended::Failed(message.into())
+    }
+
+    /// Sets the cut going.
+    fn begin_cut(&self, cut_time_ms: u64, quiesced: bool) -> Cutting<A::Made> {
         let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
-        let given_up = blocking(move || {
-            drop(cuts);
-            for engine in engines {
-                engine.give_up_interval()?;
+        // Engines of a group compare nothing.
+        let table = self.members.first().map(|member| &member.table);
+        let base = table
+            .filter(|table| table.is_sound())
+            .map(|table| table.table());
+        let abandoned = Arc::new(AtomicBool::new(false));
+        let (limits, stop) = (self.want.limits, Arc::clone(&abandoned));
+        let aim = Arc::clone(&self.want.aim);
+        let task = tokio::task::spawn_blocking(move || {
+            let at = CutAt {
+                quiesced,
+                base: base.as_deref(),
+                lull_wait_max: limits.lull_wait_max,
+                lull_min: limits.lull_min,
+                abandoned: Some(&stop),
+            };
+            aim.cut(&engines, cut_time_ms, &at)
+        });
+        Cutting { task, abandoned }
+    }
+
+    /// Why a cut that compared the file with the table is none, where what it went by wasn't so.
+    fn is_false_start(&self, quiesced: bool, graded: Option<&Graded>) -> Option<&'static str> {
+        let mut members = self.members.iter();
+        let scan = members.find(|member| member.engine.kind() == EngineKind::Scan)?;
+        let holds = graded.is_some_and(|graded| graded.coherence == Coherence::Quiesced);
+        if quiesced && !holds {
+            Some("the workload was let go on while the cut was made: it is tried again")
+        } else if !scan.table.is_sound() {
+            Some(
+                "the checksum table is in doubt since the cut began: it is compared with the vault's, then there is a cut",
+            )
+        } else {
+            None
+        }
+    }
+
+    /// Lets go of what was made.
+    async fn undo(&self, cuts: Vec<(A::Made, Option<Sample>)>) {
+        let engines: Vec<_> = self.members.iter().map(|m| Arc::clone(&m.engine)).collect();
+        let undone = blocking(move || {
+            for (engine, (made, _)) in engines.iter().zip(cuts) {
+                A::undo(engine, made)?;
             }
             Ok(())
         });
-        if let Err(error) = given_up.await {
-            tracing::warn!(error = %format!("{error:#}"), "give up the interval");
+        if let Err(error) = undone.await {
+            tracing::warn!(error = %format!("{error:#}"), "undo a cut that came too late, or is none");
         }
-        Ended::Failed(format!(
-            "the workload was let go on before the cut was made, which took longer than quiesce_timeout ({limit:?}): \
-             freeze what is in the volume, never the filesystem that the volume file lies on, or raise quiesce_timeout"
-        ))
     }
 
     /// What a cut failed with, and which volume where there are several.
-    fn told(&self, failed: &GroupError) -> String {
-        match &self.members[..] {
+    fn told(&self, failed: GroupError) -> CutError {
+        if let EngineError::Table(error) = &failed.error {
+            self.members[failed.index].table.failed(error);
+        }
+        let message = match &self.members[..] {
             [_] => failed.to_string(),
             members => format!("volume {}: {failed}", members[failed.index].name),
+        };
+        CutError {
+            message,
+            refused: Some((failed.index, Arc::new(failed.error))),
         }
     }
 
@@ -298,7 +453,7 @@ impl Searching {
         now_ms().max(last.unwrap_or(0) + 1)
     }
 
-    fn unchanged_at(&self, cut_time_ms: u64) -> Option<Ended> {
+    fn unchanged_at(&self, cut_time_ms: u64) -> Option<Ended<A::Made>> {
         let unchanged = self.members.iter().all(Member::is_unchanged);
         unchanged.then_some(Ended::Unchanged { cut_time_ms })
     }
@@ -358,6 +513,22 @@ impl Searching {
             }
         }
         next
+    }
+}
+
+/// One of the volumes stops.
+fn any_stopped(members: &[Member]) -> impl Future<Output = ()> + 'static {
+    let mut stops: Vec<_> = members.iter().map(|member| member.stop.clone()).collect();
+    async move {
+        select_all(stops.iter_mut().map(|stop| Box::pin(stopped(stop)))).await;
+    }
+}
+
+/// So much time has passed; never without a limit.
+async fn elapsed(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => tokio::time::sleep(limit).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -133,7 +133,7 @@ impl Driver {
     /// The engine gave the cut up: its blocks are in the next one.
     pub(super) async fn given_up(&mut self) -> Outcome {
         tracing::warn!(
-            "the interval in flight was given up: the spool was full; its blocks are in the next one"
+            "the interval in flight was given up: there was no room in the spool for all of it, or what was there can't be read; its blocks are in the next one"
         );
         match self.forget_interval().await {
             Ok(()) => Outcome::Event(Event::GivenUp),

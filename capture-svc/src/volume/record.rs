@@ -72,6 +72,7 @@ impl VolumeRecord {
         out.push(match self.engine {
             EngineKind::Intercept => 1,
             EngineKind::Reflink => 2,
+            EngineKind::Scan => 3,
         });
         let why = self.engine_why.floor_char_boundary(WHY_BYTES_MAX);
         let why = &self.engine_why.as_bytes()[..why];
@@ -98,6 +99,7 @@ impl VolumeRecord {
             let engine = match r.u8()? {
                 1 => EngineKind::Intercept,
                 2 => EngineKind::Reflink,
+                3 => EngineKind::Scan,
                 _ => return Err(WireError::Range("engine")),
             };
             let why_len = usize::from(r.u16()?);

@@ -197,6 +197,7 @@ async fn an_unknown_volume_is_named_in_every_call() {
             .create_snapshot(pb::CreateSnapshotRequest {
                 volume: volume.clone(),
                 label: String::new(),
+                now: false,
             })
             .await
             .unwrap_err(),

@@ -176,3 +176,47 @@ async fn neither_a_shutdown_nor_an_earlier_crash_leaves_the_workload_frozen() {
         .await
         .unwrap();
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_volume_is_quiesced_by_its_own_commands_and_what_is_not_given_is_as_for_all() {
+    let rig = Rig::with(|config| {
+        commands(config, "true", "true");
+        let own = config.state.with_file_name("own");
+        let own = own.display();
+        let note = format!("echo $TIDEMARK_PHASE $TIDEMARK_VOLUME >> {own}");
+        config.quiesce = format!(
+            "{{ db = {{ pre = \"{note}; test ! -e {own}.fails\", post = \"{note}\", failure = \"skip\" }}, \
+             plain = {{ pre = \"\", post = \"\" }} }}"
+        )
+        .parse()
+        .unwrap();
+        config.groups = "all=db,plain,data".parse().unwrap();
+    })
+    .await;
+    for name in ["db", "plain", "data"] {
+        let file = rig.path(&format!("{name}.img"));
+        rig.try_add(name, &file, 64 * 4096, 0).await.unwrap();
+    }
+    rig.ship("plain").await;
+    rig.nbd("data").write(0, &[1; 4096]).unwrap();
+    let receipt = rig.ship("data").await;
+    assert_eq!(receipt.coherence, Coherence::Quiesced);
+    let own = std::fs::read_to_string(rig.path("own")).unwrap();
+    assert!(own.starts_with("freeze db\n"), "{own}");
+    assert!(own.lines().all(|line| line.ends_with(" db")), "{own}");
+    let of_all = logged(&rig);
+    assert!(
+        !of_all.is_empty() && of_all.iter().all(|line| line.contains(" data ")),
+        "{of_all:?}"
+    );
+
+    // The policy of one holds for its group.
+    std::fs::write(rig.path("own.fails"), "").unwrap();
+    rig.nbd("data").write(0, &[2; 4096]).unwrap();
+    let error = rig.try_ship("data").await.unwrap_err();
+    assert_eq!(error.reason, Reason::NotQuiesced);
+    assert!(
+        error.message.contains("quiesce_pre of db failed"),
+        "{error}"
+    );
+}

@@ -195,6 +195,7 @@ async fn overlapping_snapshots_show_their_cuts_while_writes_go_on() {
     let long = pb::CreateSnapshotRequest {
         volume: "data".into(),
         label: "x".repeat(256),
+        now: false,
     };
     let error = RpcError::from(client.create_snapshot(long).await.unwrap_err());
     assert_eq!(error.reason, Reason::RequestInvalid);

@@ -12,7 +12,10 @@ use capture_svc::{Config, config::Span};
 use tidemark_block::{Coherence, Receipt};
 use tidemark_proto::{Reason, capture::v1 as pb};
 
-use crate::rig::{Rig, eventually};
+use crate::{
+    disk::Disk,
+    rig::{Rig, eventually},
+};
 
 const BLOCK: usize = 4096;
 const BLOCKS: usize = 64;
@@ -232,4 +235,48 @@ async fn snapshots_of_several_volumes_are_all_taken_or_none() {
     assert_eq!(rig.volume("data").await.snapshots, 0);
     // Nothing of it is left in the way.
     assert_eq!(rig.snapshots_together(&["data"]).await.unwrap(), [1]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_with_a_volume_that_its_workload_writes_itself_is_not_cut_and_says_what_to_do() {
+    let Some(disk) = Disk::new("xfs", 512) else {
+        return;
+    };
+    let rig = Rig::with(grouped).await;
+    rig.add("data", BLOCKS as u64).await;
+    let request = pb::AddVolumeRequest {
+        name: "log".to_owned(),
+        file: disk.path("log.img").display().to_string(),
+        length: (BLOCKS * BLOCK) as u64,
+        engine: "reflink".to_owned(),
+        ..pb::AddVolumeRequest::default()
+    };
+    rig.client().await.add_volume(request).await.unwrap();
+    let told = "volume log: it is written by its workload itself, and can't be cut at one instant with others";
+    let action = "take it out of the group, or give it the engine intercept with `tidemark volume readopt --engine \
+                  intercept`";
+
+    let refused = rig.snapshots_together(&["data", "log"]).await.unwrap_err();
+    assert_eq!(refused.reason, Reason::EngineUnsupported);
+    assert_eq!((&*refused.message, &*refused.action), (told, action));
+    assert_eq!(rig.volume("data").await.snapshots, 0);
+
+    // The first interval of the new volume is due, and with it one of the others.
+    rig.nbd("data").write(0, &[1; BLOCK]).unwrap();
+    for name in ["log", "data"] {
+        let error = eventually("why the group is not cut", || async {
+            let error = rig.volume(name).await.uplink?.error;
+            (!error.is_empty()).then_some(error)
+        });
+        assert_eq!(error.await, format!("{told}: {action}"), "{name}");
+    }
+    assert_eq!(rig.volume("data").await.base_generation, 1);
+
+    let request = pb::ReadoptVolumeRequest {
+        volume: "log".to_owned(),
+        engine: "intercept".to_owned(),
+    };
+    rig.client().await.readopt_volume(request).await.unwrap();
+    assert!(rig.ship("data").await.generation.get() > 1);
+    rig.snapshots_together(&["data", "log"]).await.unwrap();
 }

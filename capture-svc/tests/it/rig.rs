@@ -320,6 +320,7 @@ impl Rig {
         let request = pb::CreateSnapshotRequest {
             volume: name.to_owned(),
             label: label.to_owned(),
+            now: false,
         };
         self.client()
             .await
@@ -334,6 +335,7 @@ impl Rig {
         let request = pb::CreateSnapshotsRequest {
             volumes: names.iter().map(|&name| name.to_owned()).collect(),
             label: String::new(),
+            now: false,
         };
         let taken = self.client().await.create_snapshots(request).await?;
         let taken = taken.into_inner().snapshots;

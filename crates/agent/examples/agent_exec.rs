@@ -1,5 +1,6 @@
 //! An agent that freezes and thaws by commands, for workloads that can't link the crate: it attaches again whenever the
-//! service was away. The commands find the volume's name in `TIDEMARK_VOLUME`.
+//! service was away. The commands find the volume's name in `TIDEMARK_VOLUME`. It thaws first: what it had frozen when it was
+//! killed would stay so.
 //!
 //! `cargo run --example agent_exec -- --volume data --freeze 'redis-cli SAVE' --thaw true`
 
@@ -28,7 +29,7 @@ struct Arguments {
     /// A line for the shell that returns when the workload holds still.
     #[arg(long)]
     freeze: String,
-    /// A line for the shell that lets it go on.
+    /// A line for the shell that lets it go on. It runs at the start, too, and must do no harm where nothing is frozen.
     #[arg(long)]
     thaw: String,
     /// After attaching, say once that the moment is good, print what came of it, and go on.
@@ -93,6 +94,9 @@ async fn main() -> Result<()> {
         freeze: arguments.freeze,
         thaw: arguments.thaw,
     };
+    for volume in &arguments.volume {
+        commands.thaw(volume).await;
+    }
     let mut hint = arguments.hint;
     loop {
         match attach(

@@ -34,7 +34,7 @@ use std::{
 
 use thiserror::Error;
 use tidemark_proto::{
-    RpcError,
+    Reason, RpcError,
     capture::v1::{
         AttachRequest, AttachResponse, Freeze, Frozen, Hello, Hint, Refused,
         attach_request::Message as ToService, attach_response::Message as FromService,
@@ -42,15 +42,13 @@ use tidemark_proto::{
     },
     common::v1::Coherence,
 };
+pub use tidemark_tls::{Dialer, DialerFiles};
 use tokio::{
     sync::{mpsc, oneshot},
     time::{sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Streaming,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Streaming, transport::Endpoint};
 
 /// Messages that wait to be sent.
 const AHEAD: usize = 16;
@@ -148,20 +146,42 @@ pub async fn attach(
     name: &str,
     volumes: impl IntoIterator<Item = impl Into<String>>,
 ) -> Result<(Session, Hinter), Error> {
-    let endpoint = Endpoint::from_shared(address.to_owned())
-        .map_err(|_| Error::Address(address.to_owned()))?
-        .connect_timeout(KEEPALIVE)
-        .http2_keep_alive_interval(KEEPALIVE)
-        .keep_alive_timeout(KEEPALIVE)
-        .keep_alive_while_idle(true);
-    let channel: Channel = endpoint.connect().await.map_err(|_| Error::Gone)?;
+    attach_with(&Dialer::default(), address, name, volumes).await
+}
+
+/// As [`attach`], with TLS and a certificate or a token, as the capture service has them (`docs/SECURITY.md`): its role is
+/// `source`, under the name of the capture service's source, or `operator`.
+///
+/// # Errors
+/// As [`attach`]; [`Error::Service`] where one side refuses the other.
+pub async fn attach_with(
+    dialer: &Dialer,
+    address: &str,
+    name: &str,
+    volumes: impl IntoIterator<Item = impl Into<String>>,
+) -> Result<(Session, Hinter), Error> {
+    let tune = |endpoint: Endpoint| {
+        endpoint
+            .connect_timeout(KEEPALIVE)
+            .http2_keep_alive_interval(KEEPALIVE)
+            .keep_alive_timeout(KEEPALIVE)
+            .keep_alive_while_idle(true)
+    };
+    let line = dialer
+        .dial(address, tune)
+        .await
+        .map_err(|error| match error.reason {
+            Reason::Unreachable => Error::Gone,
+            Reason::RequestInvalid => Error::Address(address.to_owned()),
+            _ => Error::Service(error),
+        })?;
     let (to, messages) = mpsc::channel(AHEAD);
     let hello = Hello {
         name: name.to_owned(),
         volumes: volumes.into_iter().map(Into::into).collect(),
     };
     send(&to, ToService::Hello(hello)).await?;
-    let answers = CoherenceClient::new(channel)
+    let answers = CoherenceClient::new(line)
         .attach(ReceiverStream::new(messages))
         .await
         .map_err(RpcError::from)?;

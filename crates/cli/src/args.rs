@@ -4,6 +4,8 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use tidemark_identity::{Pattern, Role};
+
 use crate::parse;
 
 /// Where the capture service listens unless told otherwise.
@@ -19,6 +21,7 @@ const EXIT_CODES: &str = r#"Exit codes:
   4    it does not fit the present state, or another writer owns the volume
   5    a service cannot be reached, or cannot do it now: try again later
   6    bytes do not match their checksums
+  7    not allowed: nobody knows who you are, or your roles do not cover it
   130  interrupted
 
 Start here:
@@ -50,6 +53,30 @@ pub struct Global {
     #[arg(long, global = true, value_name = "URL", env = "TIDEMARK_VAULT", default_value = VAULT_DEFAULT)]
     #[arg(value_parser = parse::url, help_heading = "Global options")]
     pub vault: String,
+    /// CAs (PEM) that the certificates of services must be of; an https URL needs it
+    #[arg(long, global = true, value_name = "FILE", env = "TIDEMARK_TLS_CA")]
+    #[arg(help_heading = "Global options")]
+    pub tls_ca: Option<PathBuf>,
+    /// Certificate with its chain (PEM) that says who you are
+    #[arg(long, global = true, value_name = "FILE", env = "TIDEMARK_TLS_CERT")]
+    #[arg(requires = "tls_key", help_heading = "Global options")]
+    pub tls_cert: Option<PathBuf>,
+    /// Private key (PEM) of the certificate
+    #[arg(long, global = true, value_name = "FILE", env = "TIDEMARK_TLS_KEY")]
+    #[arg(requires = "tls_cert", help_heading = "Global options")]
+    pub tls_key: Option<PathBuf>,
+    /// File with the token that says who you are, in place of a certificate
+    #[arg(long, global = true, value_name = "FILE", env = "TIDEMARK_TOKEN_FILE")]
+    #[arg(help_heading = "Global options")]
+    pub token_file: Option<PathBuf>,
+    /// Speak plain text (http) with other machines, too: everything can be read and changed on its way
+    #[arg(
+        long,
+        global = true,
+        env = "TIDEMARK_ALLOW_PLAIN_TEXT",
+        help_heading = "Global options"
+    )]
+    pub allow_plain_text: bool,
     /// Print JSON, for programs; errors too, on standard error
     #[arg(long, global = true, help_heading = "Global options")]
     pub json: bool,
@@ -87,6 +114,9 @@ pub enum Command {
     Health(HealthArgs),
     /// Retire and reclaim at the vault now, or show what would be done
     Maintain(MaintainArgs),
+    /// A CA for a small site: certificates, tokens, and who may do what
+    #[command(subcommand)]
+    Pki(PkiCommand),
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
     /// Write the pages of the manual, for man(1)
@@ -138,12 +168,14 @@ pub struct UpArgs {
 /// How a volume's changes are tracked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Engine {
-    /// What fits: intercept where volumes are served by NBD or FUSE, else reflink
+    /// What fits: intercept where volumes are served by NBD or FUSE, else reflink, else scan
     Auto,
     /// All writes come through NBD or FUSE
     Intercept,
     /// The workload writes the file itself, on XFS or btrfs: cuts are clones of it
     Reflink,
+    /// The workload writes the file itself, on any local filesystem: each cut reads all of it
+    Scan,
 }
 
 impl Engine {
@@ -154,6 +186,7 @@ impl Engine {
             Self::Auto => "auto",
             Self::Intercept => "intercept",
             Self::Reflink => "reflink",
+            Self::Scan => "scan",
         }
     }
 }
@@ -233,12 +266,16 @@ Examples:
 pub enum SnapshotCommand {
     /// Take a snapshot: instant, and unchanged by whatever is written afterwards
     #[command(after_help = "\
+The service looks for the best moment, as for an interval: it asks whoever can to quiesce the workload, or waits for a
+pause, at most lull_wait_max. How good the moment was is listed with the snapshot. With --now it takes what comes.
+
 Several volumes are cut at one instant: of two writes, one after the other, the snapshots never show the second without
 the first. All of them are taken, or none.
 
 Examples:
   tidemark snapshot create data --label before-upgrade
-  tidemark snapshot create data wal")]
+  tidemark snapshot create data wal
+  tidemark snapshot create data --now")]
     Create {
         /// Names or UUIDs
         #[arg(required = true, value_name = "VOLUME")]
@@ -246,6 +283,9 @@ Examples:
         /// A note for people, at most 255 bytes
         #[arg(long, default_value = "")]
         label: String,
+        /// At once, without looking for a good moment
+        #[arg(long)]
+        now: bool,
     },
     /// List the snapshots of a volume, oldest first
     List {
@@ -523,6 +563,85 @@ pub struct MaintainArgs {
     /// Only show what would be done
     #[arg(long)]
     pub dry_run: bool,
+}
+
+/// `tidemark pki …`.
+#[derive(Debug, Subcommand)]
+pub enum PkiCommand {
+    /// Make a CA: a folder with its certificate and its key
+    #[command(after_help = "\
+Nothing is overwritten: a folder that has a CA is refused.
+
+Example:
+  tidemark pki init /root/tidemark-pki")]
+    Init {
+        /// The folder; made where it does not exist
+        dir: PathBuf,
+    },
+    /// Give somebody a certificate, and say what they may do
+    #[command(after_help = "\
+Writes NAME.crt and NAME.key to the CA's folder, and NAME with its roles to identities.toml there; prints what to copy
+where. A service that others connect to gets the names and addresses under which they do with --host; without a role it
+is a service only, and nobody's client.
+
+Roles: source (ships its own volumes, and nothing else), restorer (reads content), operator (looks after volumes, reads no
+content), viewer (sees what there is). Volumes: VOLUME or SOURCE/VOLUME, with * for any number of characters.
+
+Examples:
+  tidemark pki issue vault --host vault.example.com --host 10.0.0.5
+  tidemark pki issue edge-7 --role source --volume '*'
+  tidemark pki issue desk --role restorer --role viewer --volume 'edge-7/*'
+  tidemark pki issue edge-7 --renew                       a new certificate for the same key")]
+    Issue(PkiIssueArgs),
+    /// Give somebody a token, and say what they may do
+    #[command(after_help = "\
+Writes the token to NAME.token in the CA's folder, and NAME with its roles and the token's SHA-256 to identities.toml
+there. Whoever has the token is NAME.
+
+Example:
+  tidemark pki token dashboard --role viewer --volume '*'")]
+    Token(PkiTokenArgs),
+}
+
+/// Who somebody is, and what they may do.
+#[derive(Debug, Args)]
+pub struct PkiGrant {
+    /// Who it is for; a certificate has it as its first DNS name
+    pub name: String,
+    /// The CA's folder
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    /// What they are: source, restorer, operator or viewer; may be given several times
+    #[arg(long, value_name = "ROLE", value_parser = parse::role)]
+    pub role: Vec<Role>,
+    /// For which volumes: VOLUME or SOURCE/VOLUME, * is any text; may be given several times
+    #[arg(long, value_name = "PATTERN")]
+    pub volume: Vec<Pattern>,
+}
+
+/// `tidemark pki issue`.
+#[derive(Debug, Args)]
+pub struct PkiIssueArgs {
+    /// Who, and what they may do
+    #[command(flatten)]
+    pub grant: PkiGrant,
+    /// A name or address under which others connect to it; may be given several times
+    #[arg(long, value_name = "HOST")]
+    pub host: Vec<String>,
+    /// How long it is valid, from now on; whole days
+    #[arg(long, value_name = "TIME", default_value = "365d", value_parser = parse::duration)]
+    pub valid: Duration,
+    /// Replace the certificate of NAME by a new one for the same key
+    #[arg(long)]
+    pub renew: bool,
+}
+
+/// `tidemark pki token`.
+#[derive(Debug, Args)]
+pub struct PkiTokenArgs {
+    /// Who, and what they may do
+    #[command(flatten)]
+    pub grant: PkiGrant,
 }
 
 /// `tidemark completions`.

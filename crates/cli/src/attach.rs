@@ -6,8 +6,10 @@
 //! is whole. Devices carry a mark, by which the mounts that are ours are told from everybody else's.
 //!
 //! In the order in which they are used: [`point`] (the directory), [`filesystem`] (what is in the file),
-//! [`loop_device`], [`mount`], and for what is there already [`mounted`].
+//! [`loop_device`], [`mount`], and for what is there already [`mounted`]. What the kernel may not come back from is done
+//! [`aside`].
 
+pub(crate) mod aside;
 pub(crate) mod filesystem;
 pub(crate) mod loop_device;
 pub(crate) mod mount;

@@ -7,6 +7,7 @@ mod health;
 mod maintain;
 mod man;
 mod mount;
+mod pki;
 mod restore;
 mod rollback;
 mod scrub;
@@ -57,6 +58,7 @@ pub async fn run(cli: Cli) -> Result<(), Failure> {
             Command::Status(args) => status::run(&global, args).await,
             Command::Health(args) => health::run(&global, args).await,
             Command::Maintain(args) => maintain::run(&global, args).await,
+            Command::Pki(command) => pki::run(&global, command),
             Command::Completions(args) => completions::run(&args),
             Command::Man(args) => man::run(global.json, &args),
         }

@@ -3,9 +3,11 @@
 use std::time::Duration;
 
 use tidemark_proto::{
-    capture::v1::capture_client::CaptureClient, vault::v1::vault_client::VaultClient,
+    Reason, RpcError, capture::v1::capture_client::CaptureClient,
+    vault::v1::vault_client::VaultClient,
 };
-use tonic::transport::{Channel, Endpoint};
+use tidemark_tls::{Dialer, DialerFiles, Line, is_loopback_url};
+use tonic::transport::Endpoint;
 
 use crate::{
     args::Global,
@@ -20,58 +22,79 @@ const WINDOW: u32 = 64 << 20;
 const FRAME_BYTES: u32 = 1 << 20;
 
 /// The capture service's control interface.
-pub type Capture = CaptureClient<Channel>;
+pub type Capture = CaptureClient<Line>;
 /// The vault service's interface for readers.
-pub type Vault = VaultClient<Channel>;
+pub type Vault = VaultClient<Line>;
 
 impl Global {
     /// Connects to the capture service.
     ///
     /// # Errors
-    /// It cannot be reached.
+    /// It cannot be reached, or one side refuses the other.
     pub async fn capture(&self) -> Result<Capture, Failure> {
-        let channel = connect(&self.capture)
-            .await
-            .map_err(|error| unreachable("capture", &self.capture, &error))?;
-        Ok(CaptureClient::new(channel))
+        let line = self.dial("capture", &self.capture).await?;
+        Ok(CaptureClient::new(line))
     }
 
     /// Connects to the vault service.
     ///
     /// # Errors
-    /// It cannot be reached.
+    /// It cannot be reached, or one side refuses the other.
     pub async fn vault(&self) -> Result<Vault, Failure> {
-        let channel = connect(&self.vault)
+        let line = self.dial("vault", &self.vault).await?;
+        Ok(VaultClient::new(line))
+    }
+
+    /// What is shown to services, and whom is trusted.
+    pub(crate) fn dialer(&self) -> Dialer {
+        Dialer {
+            files: DialerFiles {
+                ca: self.tls_ca.clone(),
+                certificate: self.tls_cert.clone().zip(self.tls_key.clone()),
+                token: self.token_file.clone(),
+            },
+            allow_plain_text: self.allow_plain_text,
+        }
+    }
+
+    async fn dial(&self, service: &str, url: &str) -> Result<Line, Failure> {
+        if self.allow_plain_text
+            && url.starts_with("http://")
+            && !is_loopback_url(url)
+            && !self.json
+        {
+            eprintln!("warning: {url} is another machine, and is spoken to in plain text");
+        }
+        self.dialer()
+            .dial(url, tuned)
             .await
-            .map_err(|error| unreachable("vault", &self.vault, &error))?;
-        Ok(VaultClient::new(channel))
+            .map_err(|error| failed(service, url, error))
     }
 }
 
-async fn connect(url: &str) -> Result<Channel, tonic::transport::Error> {
-    endpoint(url)?.connect().await
-}
-
-/// How a service is connected to.
-pub(crate) fn endpoint(url: &str) -> Result<Endpoint, tonic::transport::Error> {
-    let endpoint = Endpoint::from_shared(url.to_owned())?
+/// How a connection to a service is used.
+pub(crate) fn tuned(endpoint: Endpoint) -> Endpoint {
+    endpoint
         .connect_timeout(CONNECT_MAX)
         .http2_keep_alive_interval(KEEPALIVE)
         .keep_alive_timeout(KEEPALIVE)
         .initial_stream_window_size(WINDOW)
         .initial_connection_window_size(WINDOW)
-        .max_frame_size(FRAME_BYTES);
-    Ok(endpoint)
+        .max_frame_size(FRAME_BYTES)
 }
 
-fn unreachable(service: &str, url: &str, error: &tonic::transport::Error) -> Failure {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
+fn failed(service: &str, url: &str, error: RpcError) -> Failure {
+    if error.reason != Reason::Unreachable {
+        return RpcError {
+            message: format!("the {service} service at {url}: {}", error.message),
+            ..error
+        }
+        .into();
     }
+    let cause = error.message.trim_start_matches(UNREACHABLE);
     Failure::new(
         Kind::Unavailable,
-        tidemark_proto::Reason::Unreachable.as_str(),
+        Reason::Unreachable.as_str(),
         format!("the {service} service cannot be reached at {url}: {cause}"),
         format!(
             "start it (`tidemark up` runs both), or say where it is with --{service} or TIDEMARK_{}",
@@ -79,3 +102,6 @@ fn unreachable(service: &str, url: &str, error: &tonic::transport::Error) -> Fai
         ),
     )
 }
+
+/// What the message of an error of a connection begins with, and need not be said twice.
+const UNREACHABLE: &str = "the peer can't be reached: ";

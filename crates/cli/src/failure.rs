@@ -34,6 +34,8 @@ pub enum Kind {
     Unavailable,
     /// 6: bytes do not match their checksums.
     Corrupt,
+    /// 7: nobody knows who the caller is, or they may not.
+    Denied,
     /// 130: a signal.
     Interrupted,
 }
@@ -49,7 +51,20 @@ impl Kind {
             Self::Conflict | Self::Fenced => 4,
             Self::Unavailable => 5,
             Self::Corrupt => 6,
+            Self::Denied => 7,
             Self::Interrupted => INTERRUPTED,
+        }
+    }
+
+    const fn of(exit_code: u8) -> Self {
+        match exit_code {
+            2 => Self::Usage,
+            3 => Self::NotFound,
+            4 => Self::Conflict,
+            5 => Self::Unavailable,
+            6 => Self::Corrupt,
+            INTERRUPTED => Self::Interrupted,
+            _ => Self::Failed,
         }
     }
 
@@ -62,6 +77,7 @@ impl Kind {
             Self::Fenced => "fenced",
             Self::Unavailable => "unavailable",
             Self::Corrupt => "corrupt",
+            Self::Denied => "denied",
             Self::Interrupted => "interrupted",
         }
     }
@@ -76,6 +92,7 @@ impl From<ErrorKind> for Kind {
             ErrorKind::Fenced => Self::Fenced,
             ErrorKind::Unavailable | ErrorKind::Exhausted => Self::Unavailable,
             ErrorKind::Corrupt => Self::Corrupt,
+            ErrorKind::Unauthenticated | ErrorKind::Denied => Self::Denied,
             ErrorKind::Internal => Self::Failed,
         }
     }
@@ -123,6 +140,16 @@ impl Failure {
         )
     }
 
+    /// Another process has told it already, and ended with this code.
+    pub(crate) const fn told(exit_code: u8) -> Self {
+        Self {
+            kind: Kind::of(exit_code),
+            reason: "TOLD",
+            message: String::new(),
+            action: String::new(),
+        }
+    }
+
     /// Decides the exit code.
     #[must_use]
     pub const fn kind(&self) -> Kind {
@@ -152,7 +179,9 @@ impl Failure {
     #[must_use]
     pub fn report(&self, json: bool) -> ExitCode {
         // Where standard error is closed nobody is left to tell.
-        let _ = if json {
+        let _ = if self.message.is_empty() {
+            Ok(())
+        } else if json {
             writeln!(std::io::stderr(), "{}", self.to_json())
         } else {
             writeln!(std::io::stderr(), "{self}")
@@ -242,8 +271,17 @@ mod tests {
             (ErrorKind::Unavailable, 5),
             (ErrorKind::Exhausted, 5),
             (ErrorKind::Corrupt, 6),
+            (ErrorKind::Unauthenticated, 7),
+            (ErrorKind::Denied, 7),
         ] {
             assert_eq!(Kind::from(kind).exit_code(), code, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn what_another_process_has_told_ends_with_its_code() {
+        for code in [1, 2, 3, 4, 5, 6, INTERRUPTED] {
+            assert_eq!(Failure::told(code).kind().exit_code(), code);
         }
     }
 

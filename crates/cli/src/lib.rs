@@ -13,5 +13,8 @@ pub mod format;
 pub mod image;
 pub mod output;
 pub mod parse;
+pub mod pki;
 pub mod progress;
 pub mod report;
+
+pub use attach::aside::read_device;

@@ -7,6 +7,9 @@ use tidemark_cli::{args::Cli, command, failure::Failure};
 
 fn main() -> ExitCode {
     tidemark_disk::heap::keep_small();
+    if let Some(code) = tidemark_cli::read_device() {
+        return code;
+    }
     let cli = Cli::parse();
     let json = cli.global.json;
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -1,6 +1,9 @@
 //! Standard output: one place decides between text for people and JSON for programs.
 
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    process::Output,
+};
 
 use serde::Serialize;
 
@@ -27,5 +30,24 @@ pub fn print(json: bool, object: &impl Serialize, text: &str) -> Result<(), Fail
             "",
         )),
         _ => Ok(()),
+    }
+}
+
+/// Prints what another process of ours has printed, and ends as it did.
+pub(crate) fn relay(output: &Output) -> Result<(), Failure> {
+    // Where standard error is closed nobody is left to tell.
+    let _ = io::stderr().write_all(&output.stderr);
+    let mut out = io::stdout().lock();
+    match out.write_all(&output.stdout).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            return Err(Failure::io("write to standard output", &error));
+        }
+        _ => {}
+    }
+    match output.status.code().map(u8::try_from) {
+        Some(Ok(0)) => Ok(()),
+        Some(Ok(code)) => Err(Failure::told(code)),
+        // It was killed.
+        _ => Err(Failure::interrupted()),
     }
 }

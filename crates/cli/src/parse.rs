@@ -4,6 +4,7 @@ use std::{str::FromStr, time::Duration};
 
 use thiserror::Error;
 use tidemark_config::Span;
+use tidemark_identity::Role;
 
 const UNITS: [(&str, u32); 10] = [
     ("K", 10),
@@ -77,10 +78,18 @@ pub fn url(text: &str) -> Result<String, String> {
     };
     let wrong = || "use a URL such as http://127.0.0.1:7401".to_owned();
     let uri: tonic::transport::Uri = url.parse().map_err(|_| wrong())?;
-    if uri.scheme_str() != Some("http") || uri.port_u16().is_none() {
+    if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.port_u16().is_none() {
         return Err(wrong());
     }
     Ok(url)
+}
+
+/// A role by its name.
+///
+/// # Errors
+/// There is none of this name.
+pub fn role(text: &str) -> Result<Role, String> {
+    Role::named(text).ok_or_else(|| "use source, restorer, operator or viewer".to_owned())
 }
 
 /// A generation of a volume as people name it: `VOLUME@N`, or `VOLUME` for the newest.

@@ -7,6 +7,8 @@ mod docs;
 mod fake;
 #[path = "it/help.rs"]
 mod help;
+#[path = "it/pki.rs"]
+mod pki;
 #[path = "it/restore.rs"]
 mod restore;
 #[path = "it/snapshot_read.rs"]

@@ -1,31 +1,60 @@
-//! One accepted connection: it must begin to speak HTTP/2 in time. From then on the server's pings watch over it.
+//! One accepted connection: with TLS it must end its handshake in time, then begin to speak HTTP/2 in time, then show
+//! who it is in time. From then on the server's pings watch over it.
 
 use std::{
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
+use tidemark_tls::{Gate, Peer, linger, told};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
     time::{Sleep, sleep},
 };
-use tonic::transport::server::{Connected, TcpConnectInfo};
+use tokio_rustls::server::TlsStream;
+use tonic::transport::server::Connected;
 
-use crate::Open;
+use crate::{Open, Times};
 
 /// The client's preface, and the header of the frame that must follow it.
 const GREETING_BYTES: usize = 24 + 9;
 
+type Handshake = tokio_rustls::FallibleAccept<TcpStream>;
+
 /// A client's connection.
 #[derive(Debug)]
 pub struct Connection {
-    stream: TcpStream,
+    stream: Stream,
+    peer: Peer,
+    gate: Arc<Gate>,
     /// `None` once the client has said enough.
     greeting: Option<Greeting>,
+    /// `None` once the client has been admitted.
+    pub(crate) admission: Option<Pin<Box<Sleep>>>,
     _open: Open,
+}
+
+enum Stream {
+    Plain(TcpStream),
+    Handshake(Box<Handshake>),
+    Tls(Box<TlsStream<TcpStream>>),
+    /// The handshake has failed.
+    Ended,
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Plain(_) => "Plain",
+            Self::Handshake(_) => "Handshake",
+            Self::Tls(_) => "Tls",
+            Self::Ended => "Ended",
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -35,17 +64,86 @@ struct Greeting {
 }
 
 impl Connection {
-    pub(crate) fn new(stream: TcpStream, open: Open, greeting_max: Duration) -> Self {
+    pub(crate) fn new(stream: TcpStream, open: Open, times: Times, gate: &Arc<Gate>) -> Self {
+        let peer = Peer::new(stream.peer_addr().ok());
+        let stream = match gate.acceptor() {
+            None => Stream::Plain(stream),
+            Some(acceptor) => Stream::Handshake(Box::new(acceptor.accept(stream).into_fallible())),
+        };
+        let wait = |time: Duration| Box::pin(sleep(time));
         Self {
             stream,
+            peer,
+            gate: Arc::clone(gate),
             greeting: Some(Greeting {
-                deadline: Box::pin(sleep(greeting_max)),
+                deadline: wait(times.greeting_max),
                 bytes_left: GREETING_BYTES,
             }),
+            admission: (!gate.asks_nobody()).then(|| wait(times.admission_max)),
             _open: open,
         }
     }
+
+    /// Whether the client has taken too long with what it must do.
+    fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
+        if let Some(greeting) = &mut self.greeting
+            && greeting.deadline.as_mut().poll(cx).is_ready()
+        {
+            return true;
+        }
+        if self.peer.is_admitted() {
+            self.admission = None;
+        }
+        self.admission
+            .as_mut()
+            .is_some_and(|admission| admission.as_mut().poll(cx).is_ready())
+    }
+
+    /// Ends the handshake.
+    fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Stream::Handshake(handshake) = &mut self.stream else {
+            return Poll::Ready(Ok(()));
+        };
+        match ready!(Pin::new(handshake.as_mut()).poll(cx)) {
+            Ok(stream) => {
+                let (_, session) = stream.get_ref();
+                self.peer
+                    .showed(session.peer_certificates().unwrap_or_default());
+                self.stream = Stream::Tls(Box::new(stream));
+                Poll::Ready(Ok(()))
+            }
+            Err((error, stream)) => {
+                self.stream = Stream::Ended;
+                // Who goes away, as a probe of the port does, was not refused.
+                if let Some(why) = told(&error) {
+                    self.gate.log_refusal(&self.peer, &why);
+                }
+                tokio::spawn(linger(stream));
+                Poll::Ready(Err(error))
+            }
+        }
+    }
+
+    /// The open stream, as `poll` wants it.
+    fn poll_with<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        poll: impl FnOnce(Pin<&mut (dyn Both + '_)>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        ready!(self.poll_open(cx))?;
+        match &mut self.stream {
+            Stream::Plain(stream) => poll(Pin::new(stream), cx),
+            Stream::Tls(stream) => poll(Pin::new(stream.as_mut()), cx),
+            Stream::Handshake(_) | Stream::Ended => {
+                Poll::Ready(Err(io::ErrorKind::NotConnected.into()))
+            }
+        }
+    }
 }
+
+/// A stream of bytes in both directions.
+trait Both: AsyncRead + AsyncWrite + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Unpin> Both for T {}
 
 impl AsyncRead for Connection {
     fn poll_read(
@@ -54,13 +152,11 @@ impl AsyncRead for Connection {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        if let Some(greeting) = &mut this.greeting
-            && greeting.deadline.as_mut().poll(cx).is_ready()
-        {
+        if this.is_late(cx) {
             return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
         }
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
+        ready!(this.poll_with(cx, |stream, cx| stream.poll_read(cx, buf)))?;
         if let Some(greeting) = &mut this.greeting {
             let read = buf.filled().len() - before;
             greeting.bytes_left = greeting.bytes_left.saturating_sub(read);
@@ -78,7 +174,7 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        self.poll_with(cx, |stream, cx| stream.poll_write(cx, buf))
     }
 
     fn poll_write_vectored(
@@ -86,26 +182,32 @@ impl AsyncWrite for Connection {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        self.poll_with(cx, |stream, cx| stream.poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        // TCP is, and TLS takes what it is given.
+        true
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        self.poll_with(cx, |stream, cx| stream.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        if matches!(self.stream, Stream::Handshake(_) | Stream::Ended) {
+            // There is nothing to take leave of.
+            self.stream = Stream::Ended;
+            return Poll::Ready(Ok(()));
+        }
+        self.poll_with(cx, |stream, cx| stream.poll_shutdown(cx))
     }
 }
 
 impl Connected for Connection {
-    type ConnectInfo = TcpConnectInfo;
+    type ConnectInfo = Peer;
 
-    fn connect_info(&self) -> TcpConnectInfo {
-        self.stream.connect_info()
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
     }
 }

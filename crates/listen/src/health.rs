@@ -2,12 +2,13 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
     time::Duration,
 };
 
 use thiserror::Error;
+use tidemark_tls::{Dialer, DialerFiles, Line};
 use tokio::time::timeout;
-use tonic::transport::{Channel, Endpoint};
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
 };
@@ -44,27 +45,44 @@ pub enum Unhealthy {
     },
 }
 
-/// Asks for the health of the whole service; all of it takes at most `patience`.
+/// Asks for the health of the whole service at `http://HOST:PORT` or `https://HOST:PORT`; all of it takes at most
+/// `patience`.
 ///
 /// # Errors
 /// Whatever keeps it from being said to serve.
-pub async fn check(endpoint: Endpoint, patience: Duration) -> Result<(), Unhealthy> {
+pub async fn check(dialer: &Dialer, url: &str, patience: Duration) -> Result<(), Unhealthy> {
     timeout(patience, async {
-        let channel = endpoint.connect().await.map_err(unreachable)?;
-        ask(channel).await
+        let line = dialer.dial(url, |endpoint| endpoint).await;
+        ask(line.map_err(|error| Unhealthy::Unreachable {
+            cause: error.message,
+        })?)
+        .await
     })
     .await
     .unwrap_or(Err(Unhealthy::Silent { patience }))
 }
 
-/// Asks the service that listens on `listen` of this machine, and says where it was asked.
+/// Asks the service that listens on `listen` of this machine, and says where it was asked. `ca`: the CAs of its certificate,
+/// which must be for that address, too; none where it takes plain text.
 ///
 /// # Errors
 /// As [`check`], and where the port is not known.
-pub async fn check_local(listen: SocketAddr, patience: Duration) -> Result<SocketAddr, Unhealthy> {
+pub async fn check_local(
+    listen: SocketAddr,
+    ca: Option<PathBuf>,
+    patience: Duration,
+) -> Result<SocketAddr, Unhealthy> {
     let address = reached_at(listen)?;
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(unreachable)?;
-    check(endpoint, patience).await?;
+    let scheme = if ca.is_some() { "https" } else { "http" };
+    let dialer = Dialer {
+        files: DialerFiles {
+            ca,
+            ..DialerFiles::default()
+        },
+        // It doesn't leave the machine, whatever the address.
+        allow_plain_text: true,
+    };
+    check(&dialer, &format!("{scheme}://{address}"), patience).await?;
     Ok(address)
 }
 
@@ -81,10 +99,10 @@ fn reached_at(listen: SocketAddr) -> Result<SocketAddr, Unhealthy> {
     Ok(SocketAddr::new(ip, listen.port()))
 }
 
-async fn ask(channel: Channel) -> Result<(), Unhealthy> {
+async fn ask(line: Line) -> Result<(), Unhealthy> {
     // The empty name is the whole service.
     let request = HealthCheckRequest::default();
-    let answer = HealthClient::new(channel)
+    let answer = HealthClient::new(line)
         .check(request)
         .await
         .map_err(|status| Unhealthy::Foreign {
@@ -93,16 +111,6 @@ async fn ask(channel: Channel) -> Result<(), Unhealthy> {
     match answer.into_inner().status() {
         ServingStatus::Serving => Ok(()),
         _ => Err(Unhealthy::NotServing),
-    }
-}
-
-fn unreachable(error: tonic::transport::Error) -> Unhealthy {
-    let mut cause: &dyn std::error::Error = &error;
-    while let Some(deeper) = cause.source() {
-        cause = deeper;
-    }
-    Unhealthy::Unreachable {
-        cause: cause.to_string(),
     }
 }
 
@@ -147,10 +155,10 @@ mod tests {
         let (reporter, service) = tonic_health::server::health_reporter();
         let server = Server::builder().add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        assert_eq!(check_local(addr, LONG).await.unwrap(), addr);
+        assert_eq!(check_local(addr, None, LONG).await.unwrap(), addr);
         let status = tonic_health::ServingStatus::NotServing;
         reporter.set_service_status("", status).await;
-        let error = check_local(addr, LONG).await.unwrap_err();
+        let error = check_local(addr, None, LONG).await.unwrap_err();
         assert!(matches!(error, Unhealthy::NotServing), "{error}");
     }
 
@@ -158,10 +166,10 @@ mod tests {
     async fn a_service_that_has_not_begun_to_serve_is_silent_and_one_that_is_gone_unreachable() {
         let (listener, addr) = listener().await;
         let patience = Duration::from_millis(50);
-        let error = check_local(addr, patience).await.unwrap_err();
+        let error = check_local(addr, None, patience).await.unwrap_err();
         assert!(matches!(error, Unhealthy::Silent { .. }), "{error}");
         drop(listener);
-        let error = check_local(addr, LONG).await.unwrap_err();
+        let error = check_local(addr, None, LONG).await.unwrap_err();
         assert!(matches!(error, Unhealthy::Unreachable { .. }), "{error}");
     }
 
@@ -174,7 +182,7 @@ mod tests {
                 let _ = client.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
             }
         });
-        let error = check_local(addr, LONG).await.unwrap_err();
+        let error = check_local(addr, None, LONG).await.unwrap_err();
         let told = matches!(
             error,
             Unhealthy::Foreign { .. } | Unhealthy::Unreachable { .. }

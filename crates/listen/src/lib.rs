@@ -1,6 +1,9 @@
 //! Accepting the connections of a gRPC server without being at the mercy of who connects: never more at a time than
 //! there may be, none that says nothing, and none with the descriptors that the service needs for its files.
 //!
+//! With TLS the handshake is part of a connection, and runs where the connection is served: nobody waits for the
+//! handshake of another, and it has to end in time like all that comes before HTTP/2.
+//!
 //! What is refused is closed at once, so that its client learns of it instead of waiting.
 
 mod connection;
@@ -20,6 +23,7 @@ use std::{
 };
 
 use tidemark_disk::descriptors;
+use tidemark_tls::{ADMISSION_MAX, Gate};
 use tokio::{
     net::{TcpListener, TcpStream},
     time::{Instant, Sleep, sleep},
@@ -35,25 +39,44 @@ const PAUSE: Duration = Duration::from_millis(50);
 /// Refusals are logged at most this often.
 const TOLD_PERIOD: Duration = Duration::from_secs(10);
 
+/// How long a client may take.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    /// To speak HTTP/2, a handshake before it included.
+    greeting_max: Duration,
+    /// To make a call with an identity that is known, where one is asked for.
+    admission_max: Duration,
+}
+
 /// The connections of a listener, for `serve_with_incoming`. Never ends, and never fails.
 #[derive(Debug)]
 pub struct Incoming {
     listener: TcpListener,
     connections_max: usize,
-    greeting_max: Duration,
+    times: Times,
+    gate: Arc<Gate>,
     open: Arc<AtomicUsize>,
     pause: Option<Pin<Box<Sleep>>>,
     told: Option<Instant>,
 }
 
 impl Incoming {
-    /// At most so many connections at a time.
+    /// At most so many connections at a time, which begin as the gate has it.
     #[must_use]
-    pub fn new(listener: TcpListener, connections_max: usize, greeting_max: Duration) -> Self {
+    pub fn new(
+        listener: TcpListener,
+        connections_max: usize,
+        greeting_max: Duration,
+        gate: Arc<Gate>,
+    ) -> Self {
         Self {
             listener,
             connections_max,
-            greeting_max,
+            times: Times {
+                greeting_max,
+                admission_max: ADMISSION_MAX,
+            },
+            gate,
             open: Arc::default(),
             pause: None,
             told: None,
@@ -73,7 +96,7 @@ impl Incoming {
         }
         // A connection that has failed already says so when it is read.
         let _ = stream.set_nodelay(true);
-        Some(Connection::new(stream, open, self.greeting_max))
+        Some(Connection::new(stream, open, self.times, &self.gate))
     }
 
     fn tell(&mut self, reason: &dyn std::fmt::Display) {

@@ -5,13 +5,52 @@ use tokio::{
     net::TcpStream,
 };
 use tokio_stream::StreamExt;
+use tonic::transport::server::Connected;
+
+use tidemark_tls::GateFiles;
 
 use super::*;
+
+/// With a certificate and identities, so that whoever connects has to speak TLS and to say who they are.
+async fn secured(times: Times) -> (Incoming, SocketAddr) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let own = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    std::fs::write(path("crt"), own.cert.pem()).unwrap();
+    std::fs::write(path("key"), own.signing_key.serialize_pem()).unwrap();
+    std::fs::write(path("identities"), "").unwrap();
+    let gate = Gate::open(GateFiles {
+        certificate: Some((path("crt"), path("key"))),
+        ca: None,
+        identities: Some(path("identities")),
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mut incoming = Incoming::new(listener, 4, times.greeting_max, gate.unwrap());
+    incoming.times = times;
+    (incoming, addr)
+}
+
+/// Reads until the connection ends; gives why.
+async fn end_of(connection: &mut Connection) -> io::ErrorKind {
+    let mut bytes = [0; 64];
+    loop {
+        match connection.read(&mut bytes).await {
+            Ok(0) => return io::ErrorKind::UnexpectedEof,
+            Ok(_) => {}
+            Err(error) => return error.kind(),
+        }
+    }
+}
 
 async fn incoming(connections_max: usize, greeting_max: Duration) -> (Incoming, SocketAddr) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
-    (Incoming::new(listener, connections_max, greeting_max), addr)
+    let gate = Gate::open(GateFiles::default()).unwrap();
+    (
+        Incoming::new(listener, connections_max, greeting_max, gate),
+        addr,
+    )
 }
 
 async fn next(incoming: &mut Incoming) -> Connection {
@@ -65,4 +104,62 @@ async fn who_does_not_speak_in_time_is_cut_off_and_who_has_spoken_may_be_silent(
     client.write_all(b"x").await.unwrap();
     spoken.read_exact(&mut byte).await.unwrap();
     assert_eq!(byte, *b"x");
+}
+
+const SHORT: Duration = Duration::from_millis(50);
+
+#[tokio::test]
+async fn a_handshake_that_is_not_ended_in_time_is_cut_off() {
+    let times = Times {
+        greeting_max: SHORT,
+        admission_max: Duration::from_secs(3600),
+    };
+    let (mut incoming, addr) = secured(times).await;
+    let _silent = TcpStream::connect(addr).await.unwrap();
+    let mut silent = next(&mut incoming).await;
+    let mut slow = TcpStream::connect(addr).await.unwrap();
+    // The head of a handshake message of 512 bytes, and the first of them.
+    slow.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
+    let mut halting = next(&mut incoming).await;
+    assert_eq!(end_of(&mut silent).await, io::ErrorKind::TimedOut);
+    assert_eq!(end_of(&mut halting).await, io::ErrorKind::TimedOut);
+}
+
+#[tokio::test]
+async fn who_speaks_something_else_than_tls_is_refused_at_once() {
+    let times = Times {
+        greeting_max: Duration::from_secs(3600),
+        admission_max: Duration::from_secs(3600),
+    };
+    let (mut incoming, addr) = secured(times).await;
+    let mut plain = TcpStream::connect(addr).await.unwrap();
+    plain
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        .await
+        .unwrap();
+    let mut refused = next(&mut incoming).await;
+    assert_eq!(end_of(&mut refused).await, io::ErrorKind::InvalidData);
+    // Its end is told, not torn off.
+    let mut told = Vec::new();
+    plain.read_to_end(&mut told).await.unwrap();
+    assert_eq!(told.first(), Some(&21), "an alert");
+}
+
+#[tokio::test]
+async fn who_does_not_say_in_time_who_they_are_is_cut_off() {
+    let (mut incoming, addr) = incoming(4, GREETING_MAX).await;
+    let mut client = TcpStream::connect(addr).await.unwrap();
+    client.write_all(&[1; 33]).await.unwrap();
+    let mut stranger = next(&mut incoming).await;
+    stranger.admission = Some(Box::pin(sleep(SHORT)));
+    assert_eq!(end_of(&mut stranger).await, io::ErrorKind::TimedOut);
+
+    let mut client = TcpStream::connect(addr).await.unwrap();
+    client.write_all(&[1; 33]).await.unwrap();
+    let mut known = next(&mut incoming).await;
+    known.admission = Some(Box::pin(sleep(SHORT)));
+    known.connect_info().admit();
+    sleep(SHORT * 2).await;
+    drop(client);
+    assert_eq!(end_of(&mut known).await, io::ErrorKind::UnexpectedEof);
 }

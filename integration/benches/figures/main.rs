@@ -12,6 +12,7 @@ mod interval;
 mod nbd;
 mod reflink;
 mod report;
+mod scan;
 mod services;
 
 use std::path::PathBuf;
@@ -30,6 +31,7 @@ enum Section {
     Interval,
     /// An interval of a file that its workload writes itself, on XFS and btrfs
     Reflink,
+    Scan,
     /// NBD with tracking, against nbdkit's file plugin
     Nbd,
     /// A filesystem on a loop device on a FUSE file, against qemu-storage-daemon and nbdfuse; needs root
@@ -93,6 +95,9 @@ fn main() -> Result<()> {
     }
     if wanted(Section::Reflink) {
         reflink::run(dir.path(), &args, &mut report)?;
+    }
+    if wanted(Section::Scan) {
+        scan::run(dir.path(), &args, &mut report)?;
     }
     if wanted(Section::Nbd) {
         nbd::run(dir.path(), &args, &mut report)?;

@@ -15,6 +15,10 @@ use capture_core::{
     },
     reflink::state::{REFLINK_MAGIC, State},
     rollback::{self, Plan},
+    scan::{
+        kept::{Head, chunk_extent},
+        state::{SCAN_MAGIC, State as ScanState},
+    },
 };
 use tidemark_block::{BlockSize, Geometry, VolumeId, wire, xxh3_128};
 
@@ -51,6 +55,40 @@ fn clones(mut input: Input<'_>) {
         let lost = left.missing(|_| false);
         assert_eq!(lost.len(), state.clones().count());
         assert_eq!(left.clones().count(), 0);
+    }
+}
+
+/// The record of a volume that is scanned.
+fn scans(mut input: Input<'_>) {
+    let (sealed, bytes) = raw_or_sealed(&mut input, SCAN_MAGIC);
+    if let Ok(mut state) = bounded(room(&bytes), || ScanState::decode(&bytes)) {
+        assert!(!sealed || state.encode() == bytes);
+        if let Some(interval) = state.interval {
+            assert!(state.commit(interval.cut));
+            assert_eq!(state.proof, interval.proof);
+        }
+    }
+}
+
+/// The head of what is put aside of a chunk, as it is or with the right checksum behind it.
+fn kept(mut input: Input<'_>) {
+    let seal = input.flag();
+    let mut bytes = input.rest().to_vec();
+    if seal {
+        let sum = xxh3_128(&bytes);
+        bytes.extend_from_slice(sum.as_bytes());
+    }
+    if let Ok(head) = Head::decode(&bytes, geometry()) {
+        assert!(bytes.starts_with(&head.encode()));
+        let mut changed = tidemark_block::BlockSet::new();
+        head.add_changed_to(geometry(), &mut changed);
+        assert_eq!(changed.len().get(), head.changed.count() as u64);
+        assert_eq!(
+            changed,
+            changed.intersect_extent(chunk_extent(geometry(), head.chunk))
+        );
+        let places = head.data.ones().filter_map(|at| head.find(geometry(), at));
+        assert!(places.map(|(offset, _)| offset).is_sorted());
     }
 }
 
@@ -193,6 +231,8 @@ pub fn run(data: &[u8]) {
     let kind = input.u8();
     match kind {
         255 => return rollback(input),
+        252 => return kept(input),
+        253 => return scans(input),
         254 => return clones(input),
         _ => {}
     }

@@ -43,6 +43,17 @@ pub(crate) fn agent_program() -> &'static Path {
     })
 }
 
+#[test]
+fn an_agent_that_was_killed_while_frozen_thaws_what_it_left_before_it_attaches_again() {
+    let scene = Scene::new(&[]);
+    let frozen = scene.path("frozen");
+    // What a killed process leaves.
+    fs::write(&frozen, "").unwrap();
+    let agent = scene.agent("db", "touch frozen", "rm -f frozen", &[]);
+    assert!(!frozen.exists());
+    agent.kill();
+}
+
 struct Scene {
     services: Split,
     dir: tempfile::TempDir,

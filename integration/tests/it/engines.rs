@@ -55,20 +55,27 @@ impl Drop for Disk {
     }
 }
 
-/// Writes the next number into each block in turn, and never pauses.
+/// Writes the next number into each block in turn, and pauses only while it is told to.
 struct Writer {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
 impl Writer {
-    fn start(path: &Path) -> Self {
+    /// In `dir` it is asked to pause, and says that it does.
+    fn start(path: &Path, dir: &Path) -> Self {
+        let (pause, pauses) = (dir.join("pause"), dir.join("pauses"));
         let file = OpenOptions::new().write(true).open(path).unwrap();
         let stop = Arc::new(AtomicBool::new(false));
         let told = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             for number in 1_u64.. {
                 for block in 0..BLOCKS {
+                    while pause.exists() && !told.load(SeqCst) {
+                        fs::write(&pauses, []).unwrap();
+                        std::thread::sleep(Duration::from_millis(1));
+                    }
+                    let _ = fs::remove_file(&pauses);
                     if told.load(SeqCst) {
                         return;
                     }
@@ -94,7 +101,7 @@ fn assert_is_a_moment(image: &[u8], what: &str) {
     assert!(numbers[0] - numbers[BLOCKS - 1] <= 1, "{what}: {numbers:?}");
 }
 
-fn services(dir: &Path) -> Split {
+fn services(dir: &Path, engine: &str) -> Split {
     let mut services = Split::new(dir);
     let flags = [
         "--interval-max=200ms",
@@ -102,13 +109,24 @@ fn services(dir: &Path) -> Split {
         "--scrub-period=1s",
     ];
     services.capture_flags = flags.map(str::to_owned).to_vec();
+    if engine == "scan" {
+        let at = dir.display();
+        services.capture_flags.extend([
+            format!(
+                "--quiesce-pre=touch {at}/pause; until test -e {at}/pauses; do sleep 0.01; done"
+            ),
+            format!(
+                "--quiesce-post=rm -f {at}/pause; while test -e {at}/pauses; do sleep 0.01; done"
+            ),
+        ]);
+    }
     services.vault_flags = vec!["--retain=1000".to_owned()];
     services.start_vault();
     services.start_capture();
     services
 }
 
-fn killed_while_the_workload_writes_on(kind: &str) {
+fn killed_while_the_workload_writes_on(kind: &str, engine: &str) {
     if !may_mount() || !have(&["mkfs.xfs", "mkfs.btrfs"]) {
         return;
     }
@@ -117,17 +135,17 @@ fn killed_while_the_workload_writes_on(kind: &str) {
     let mut rng = StdRng::seed_from_u64(seed);
     let dir = tempfile::tempdir().unwrap();
     let disk = Disk::new(dir.path(), kind, 512 << 20);
-    let mut services = services(dir.path());
+    let mut services = services(dir.path(), engine);
     let file = disk.0.join("data.img");
     File::create(&file)
         .unwrap()
         .set_len((BLOCKS * BLOCK) as u64)
         .unwrap();
     let added = services.cli.json(args![
-        "volume", "add", "data", "--file", file, "--engine", "reflink"
+        "volume", "add", "data", "--file", file, "--engine", engine
     ]);
-    assert_eq!(added["engine"], "reflink");
-    let writer = Writer::start(&file);
+    assert_eq!(added["engine"], engine);
+    let writer = Writer::start(&file, dir.path());
     for _ in 0..KILLS {
         std::thread::sleep(Duration::from_millis(rng.random_range(20..500)));
         services.kill_capture();
@@ -170,7 +188,11 @@ fn killed_while_the_workload_writes_on(kind: &str) {
         let clones = paths.filter(|path| path.is_dir());
         clones.flat_map(|dir| fs::read_dir(dir).unwrap()).count()
     };
-    assert_eq!(clones(), 1, "that of the base");
+    assert_eq!(
+        clones(),
+        usize::from(engine == "reflink"),
+        "that of the base"
+    );
     services.cli.json(args!["volume", "remove", "data"]);
     assert_eq!(clones(), 0);
     services.stop();
@@ -178,12 +200,18 @@ fn killed_while_the_workload_writes_on(kind: &str) {
 
 #[test]
 fn a_service_killed_while_a_workload_writes_its_file_on_xfs_ships_only_moments_of_it() {
-    killed_while_the_workload_writes_on("xfs");
+    killed_while_the_workload_writes_on("xfs", "reflink");
 }
 
 #[test]
 fn a_service_killed_while_a_workload_writes_its_file_on_btrfs_ships_only_moments_of_it() {
-    killed_while_the_workload_writes_on("btrfs");
+    killed_while_the_workload_writes_on("btrfs", "reflink");
+}
+
+#[test]
+fn a_service_killed_while_it_scans_the_file_of_a_workload_that_it_makes_pause_ships_only_moments_of_it()
+ {
+    killed_while_the_workload_writes_on("ext4", "scan");
 }
 
 #[test]

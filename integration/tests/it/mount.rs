@@ -2,6 +2,7 @@
 //! loop devices.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     io::Write,
     os::unix::{fs::PermissionsExt, process::CommandExt},
@@ -397,6 +398,86 @@ fn a_mount_command_that_is_killed_at_any_moment_has_mounted_or_leaves_nothing() 
     println!("{whole} of {KILLS} killed commands had mounted");
     scene.mount("data", &at);
     assert_has(&at, &synced);
+    scene.unmount(&at);
+    scene.assert_nothing_is_left();
+    run_on(EXT4.check, &scene.volume());
+    scene.services_stop();
+}
+
+/// Sends the capture service a signal.
+fn signal(scene: &Scene, signal: &str) {
+    run(
+        "kill",
+        args![signal, scene.services.capture_pid().to_string()],
+    );
+}
+
+#[test]
+fn while_the_service_is_stopped_mount_and_umount_say_so_and_leave_everything_as_it_is() {
+    let Some(scene) = Scene::with(&EXT4) else {
+        return;
+    };
+    let (at, then) = (scene.dir_at("mounted"), scene.dir_at("then"));
+    scene.mount("data", &at);
+    write_tree(&at, 1);
+    run("sync", args!["-f", at]);
+    let snapshot = format!("data@{}", scene.snapshot(""));
+    let synced = sums(&at);
+    write_tree(&at, 2);
+
+    signal(&scene, "-STOP");
+    let cli = &scene.services.cli;
+    let why = cli.fails(args!["mount", snapshot, then], 5, "SERVICE_SILENT");
+    assert!(
+        why.contains("is not mounted") && why.contains("kill -CONT"),
+        "{why}"
+    );
+    let why = cli.fails(args!["umount", at], 5, "SERVICE_SILENT");
+    assert!(why.contains("data is still mounted"), "{why}");
+    let listed = cli.json(args!["mount"]);
+    let listed = listed.as_array().unwrap();
+    let ours = listed.iter().find(|one| one["at"] == at.to_str().unwrap());
+    assert_eq!(ours.unwrap()["alive"], true);
+    assert_eq!(ours.unwrap()["answers"], false);
+    signal(&scene, "-CONT");
+
+    scene.mount(&snapshot, &then);
+    assert_eq!(sums(&then), synced);
+    scene.unmount(&then);
+    let expected = sums(&at);
+    scene.unmount(&at);
+    scene.assert_nothing_is_left();
+    scene.mount("data", &at);
+    assert_eq!(sums(&at), expected);
+
+    // In the middle of it, whatever has been done by then.
+    write_tree(&at, 3);
+    for (command, done) in [("umount", 0), ("mount", 1)] {
+        let words = if done == 0 {
+            vec![OsStr::new(command), at.as_os_str()]
+        } else {
+            vec![OsStr::new(command), OsStr::new("data"), at.as_os_str()]
+        };
+        let running = cli.command(&words).stderr(Stdio::piped()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(15));
+        signal(&scene, "-STOP");
+        let ended = running.wait_with_output().unwrap();
+        let told = String::from_utf8_lossy(&ended.stderr);
+        assert!(
+            ended.status.success() || told.contains("does not answer"),
+            "{told}"
+        );
+        signal(&scene, "-CONT");
+        // What was left behind ends by itself.
+        wait_for("one state or the other", || {
+            let mounted = scene.mounted().len();
+            let settled = mounted == 1 || loop_devices(scene.dir.path()).is_empty();
+            if settled && mounted != done {
+                let _ = cli.output(&words);
+            }
+            (settled && mounted == done).then_some(())
+        });
+    }
     scene.unmount(&at);
     scene.assert_nothing_is_left();
     run_on(EXT4.check, &scene.volume());

@@ -65,10 +65,11 @@ fn variables_of_kubernetes_and_of_other_vaults_are_left_alone() {
         "service_host",
         "addr",
         "token",
+        "tls_server_name",
     ] {
         assert!(Config::is_foreign(key), "{key}");
     }
-    for key in ["retain", "retian", "listen"] {
+    for key in ["retain", "retian", "listen", "tls_cert"] {
         assert!(!Config::is_foreign(key), "{key}");
     }
 }

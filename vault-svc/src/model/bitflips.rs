@@ -99,7 +99,11 @@ pub(super) async fn small_store() -> (Arc<InMemory>, Source, Vec<Vec<u8>>) {
     let vault = open(dir.path(), &store).await.unwrap();
     let mut source = Source::new(1, BLOCKS);
     source.compressed = Some(true);
-    source.term = vault.start_term(source.term_request()).await.unwrap().term;
+    source.term = vault
+        .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+        .await
+        .unwrap()
+        .term;
     let mut images = Vec::new();
     for round in 0..3_u8 {
         for block in [3, 4, 5, 100, 250] {
@@ -247,7 +251,11 @@ fn flipped_bits_at_ten_thousand_places_of_a_large_store_are_each_found_and_named
         let vault = open(dir.path(), &store).await.unwrap();
         let mut numbers = Numbers(7);
         let mut source = Source::new(1, 1000);
-        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        source.term = vault
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         let mut images = Vec::new();
         for generation in 1..=GENERATIONS {
             for _ in 0..16 {

@@ -27,7 +27,11 @@ fn a_full_store_refuses_changes_nothing_and_goes_on_when_there_is_room() {
             .unwrap();
         let mut source = Source::new(5, super::BLOCKS);
         source.compressed = Some(false);
-        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        source.term = vault
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         let volume = vault.volume(source.volume).unwrap();
         let mut refusals = 0;
         let mut image = Vec::new();

@@ -59,7 +59,7 @@ fn stored_bytes_stay_below_one_and_a_half_of_live_bytes_over_2000_intervals() {
         .await
         .unwrap();
         let mut source = Source::new(seed, BLOCKS);
-        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        source.term = vault.start_term(source.term_request(), &tidemark_identity::Caller::Local).await.unwrap().term;
         let volume = vault.volume(source.volume).unwrap();
         let mut numbers = Numbers(seed);
         let mut images: VecDeque<Vec<u8>> = VecDeque::new();

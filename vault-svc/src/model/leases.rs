@@ -30,7 +30,11 @@ fn a_reader_keeps_what_it_reads_and_nothing_is_left_when_it_has_gone() {
             .await
             .unwrap();
         let mut source = Source::new(3, BLOCKS);
-        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        source.term = vault
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         let volume = vault.volume(source.volume).unwrap();
         let all = Extent::new(BlockIndex::ZERO, BlockCount::new(BLOCKS));
         let mut readers = Vec::new();
@@ -89,7 +93,11 @@ fn nothing_that_is_condemned_goes_before_the_grace_of_readers_is_over() {
             .await
             .unwrap();
         let mut source = Source::new(5, BLOCKS);
-        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        source.term = vault
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         let volume = vault.volume(source.volume).unwrap();
         let mut put = 0;
         for _ in 0..3 {

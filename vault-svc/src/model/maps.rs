@@ -37,7 +37,11 @@ impl Bench {
             .await
             .unwrap();
         let mut source = Source::new(seed, BLOCKS);
-        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        source.term = vault
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         Self {
             fuse,
             volume: vault.volume(source.volume).unwrap(),

@@ -64,7 +64,11 @@ async fn store_with_pages() -> (Arc<InMemory>, Source) {
     let (dir, store) = (scratch(), Arc::new(InMemory::new()));
     let vault = open(dir.path(), &store).await.unwrap();
     let mut source = Source::new(1, 64);
-    source.term = vault.start_term(source.term_request()).await.unwrap().term;
+    source.term = vault
+        .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+        .await
+        .unwrap()
+        .term;
     for n in 0..1_000 {
         source.write(n % 64);
         commit(&vault, &mut source).await;
@@ -231,7 +235,11 @@ fn a_bad_sector_accuses_the_generations_that_need_its_frames_and_no_others() {
         let (vault, fuse) = watched(dir.path(), &store).await;
         let mut source = Source::new(1, 64);
         source.frame_blocks = 1;
-        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        source.term = vault
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         // Block 10 is replaced by generation 2, block 11 by generation 4, block 12 never.
         for blocks in [&[10, 11, 12, 13][..], &[10], &[20], &[11], &[21]] {
             blocks.iter().for_each(|block| source.write(*block));
@@ -399,7 +407,11 @@ fn a_vault_that_starts_empty_scrubs_the_volumes_that_come() {
         }
         for seed in 1..3 {
             let mut source = Source::new(seed, 64);
-            source.term = vault.start_term(source.term_request()).await.unwrap().term;
+            source.term = vault
+                .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+                .await
+                .unwrap()
+                .term;
             let volume = vault.volume(source.volume).unwrap();
             let scrubbed = async {
                 while volume.scrub.counts().passes == 0 {

@@ -43,7 +43,11 @@ async fn scene() -> Scene {
         .await
         .unwrap();
     let mut source = Source::new(11, BLOCKS);
-    source.term = vault.start_term(source.term_request()).await.unwrap().term;
+    source.term = vault
+        .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+        .await
+        .unwrap()
+        .term;
     let volume = vault.volume(source.volume).unwrap();
     Scene {
         _dir: dir,
@@ -74,7 +78,11 @@ fn an_interval_that_is_committed_while_strays_are_deleted_keeps_its_parts() {
         let mut prepared = scene.source.prepare();
         // Last among the origins.
         prepared.header.interval = IntervalId::from_bytes([0xFF; 16]);
-        let Begun::Open(mut session) = scene.vault.ship(prepared.header.clone()).await.unwrap()
+        let Begun::Open(mut session) = scene
+            .vault
+            .ship(prepared.header.clone(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
         else {
             panic!("it was never committed")
         };
@@ -105,7 +113,9 @@ fn an_interval_that_is_committed_while_strays_are_deleted_keeps_its_parts() {
             scene.source.committed(&receipt);
             scene.source.write_some(10);
             let next = scene.source.prepare();
-            let begin = scene.vault.ship(next.header.clone());
+            let begin = scene
+                .vault
+                .ship(next.header.clone(), &tidemark_identity::Caller::Local);
             let go = async {
                 // Until it waits for the sweep's guard.
                 grow_old().await;

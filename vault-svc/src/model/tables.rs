@@ -26,7 +26,11 @@ async fn vault(dir: &tempfile::TempDir) -> (Arc<Vault>, Source) {
         .await
         .unwrap();
     let mut source = Source::new(13, BLOCKS);
-    source.term = vault.start_term(source.term_request()).await.unwrap().term;
+    source.term = vault
+        .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+        .await
+        .unwrap()
+        .term;
     (vault, source)
 }
 

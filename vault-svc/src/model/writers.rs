@@ -33,10 +33,18 @@ fn an_interval_that_was_let_in_before_a_newer_term_is_not_committed() {
         let dir = scratch();
         let vault = vault(&dir, &Store::new(Arc::new(InMemory::new()))).await;
         let mut source = Source::new(21, BLOCKS);
-        source.term = vault.start_term(source.term_request()).await.unwrap().term;
+        source.term = vault
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         source.write_some(60);
         let prepared = source.prepare();
-        let Begun::Open(mut session) = vault.ship(prepared.header.clone()).await.unwrap() else {
+        let Begun::Open(mut session) = vault
+            .ship(prepared.header.clone(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+        else {
             panic!("it was never committed")
         };
         for batch in &prepared.batches {
@@ -51,7 +59,11 @@ fn an_interval_that_was_let_in_before_a_newer_term_is_not_committed() {
         }
         let volume = vault.volume(source.volume).unwrap();
         // All of it is there; before the seal the volume gets another writer.
-        let taken_over = vault.start_term(source.term_request()).await.unwrap().term;
+        let taken_over = vault
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         let before = volume.manifest();
         let error = session.commit(prepared.seal).await.unwrap_err();
         assert_eq!(error.reason, Reason::Fenced, "{error}");
@@ -73,7 +85,11 @@ fn a_manifest_that_another_vault_has_put_is_not_put_over() {
         let store = Store::new(Arc::new(InMemory::new()));
         let first = vault(&here, &store).await;
         let mut source = Source::new(22, BLOCKS);
-        source.term = first.start_term(source.term_request()).await.unwrap().term;
+        source.term = first
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap()
+            .term;
         // Knows the volume as it is now, and doesn't look again for a while.
         let second = vault(&there, &store).await;
         source.write_some(60);
@@ -82,7 +98,10 @@ fn a_manifest_that_another_vault_has_put_is_not_put_over() {
         source.committed(&receipt);
 
         // It makes the next version out of an old one: that number is taken.
-        let grant = second.start_term(source.term_request()).await.unwrap();
+        let grant = second
+            .start_term(source.term_request(), &tidemark_identity::Caller::Local)
+            .await
+            .unwrap();
         assert_eq!(grant.term, source.term.next());
         let head = grant.head.map(|head| head.generation);
         assert_eq!(head, Some(receipt.generation), "the generation is gone");

@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use tidemark_block::{Checksum128, TableView, digest};
+use tidemark_identity::Caller;
 use tidemark_proto::{
     Reason, RpcError,
     common::v1::Receipt,
@@ -14,6 +15,7 @@ use tidemark_proto::{
         ShipResponse, StartTermRequest, StartTermResponse, ingest_server::Ingest,
     },
 };
+use tidemark_tls::caller;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
@@ -38,9 +40,10 @@ impl Ingest for Service {
         &self,
         request: Request<StartTermRequest>,
     ) -> Result<Response<StartTermResponse>, Status> {
+        let caller = caller(request.extensions());
         let request = TermRequest::try_from(request.into_inner())?;
         let vault = Arc::clone(&self.vault);
-        let grant = to_the_end(async move { vault.start_term(request).await }).await?;
+        let grant = to_the_end(async move { vault.start_term(request, &caller).await }).await?;
         Ok(Response::new(grant.into()))
     }
 
@@ -52,9 +55,10 @@ impl Ingest for Service {
     ) -> Result<Response<Self::ShipStream>, Status> {
         let (answers, receiver) = mpsc::channel(ANSWERS_MAX);
         let service = self.clone();
+        let caller = caller(request.extensions());
         let incoming = request.into_inner();
         tokio::spawn(async move {
-            if let Err(error) = service.receive(incoming, &answers).await {
+            if let Err(error) = service.receive(incoming, &answers, &caller).await {
                 tracing::info!(reason = %error.reason, %error, "interval's stream ended");
                 let _ = answers.send(Err(error.into())).await;
             }
@@ -66,8 +70,9 @@ impl Ingest for Service {
         &self,
         request: Request<MarkCurrentRequest>,
     ) -> Result<Response<Receipt>, Status> {
+        let caller = caller(request.extensions());
         let mark = CurrentMark::try_from(request.into_inner())?;
-        let volume = self.vault.volume(mark.volume)?;
+        let volume = self.vault.own(mark.volume, &caller)?;
         let receipt = mark_current(&volume, &mark)?;
         Ok(Response::new(receipt.into()))
     }
@@ -78,8 +83,9 @@ impl Ingest for Service {
         &self,
         request: Request<GetBlockDigestsRequest>,
     ) -> Result<Response<Self::GetBlockDigestsStream>, Status> {
+        let caller = caller(request.extensions());
         let request = DigestsRequest::try_from(request.into_inner())?;
-        let volume = self.vault.volume(request.volume)?;
+        let volume = self.vault.own(request.volume, &caller)?;
         check_term(&volume.manifest(), request.term)?;
         let at = volume.table_at_head().await?;
         if at.generation != request.generation {
@@ -210,6 +216,7 @@ impl Service {
         &self,
         mut incoming: Streaming<ShipRequest>,
         answers: &Answers,
+        caller: &Caller,
     ) -> Result<(), RpcError> {
         let idle_max = self.vault.config().stream_idle_max.get();
         let header = match tokio::time::timeout(idle_max, next(&mut incoming)).await {
@@ -222,7 +229,7 @@ impl Service {
         };
         let vault = Arc::clone(&self.vault);
         let id = header.volume;
-        let mut session = match vault.ship(header).await? {
+        let mut session = match vault.ship(header, caller).await? {
             Begun::Committed(receipt) => {
                 let _ = answers.send(Ok(ShipAnswer::Receipt(receipt).into())).await;
                 return Ok(());

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use futures::StreamExt;
+use tidemark_identity::Caller;
 use tidemark_proto::{
     Reason, RpcError,
     convert::{image_digest_field, interval_id_field, volume_id_field},
@@ -14,6 +15,7 @@ use tidemark_proto::{
         vault_server::Vault,
     },
 };
+use tidemark_tls::caller;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
@@ -32,10 +34,10 @@ const BATCHES_MAX: usize = 2;
 impl Vault for Service {
     async fn list_volumes(
         &self,
-        _: Request<ListVolumesRequest>,
+        request: Request<ListVolumesRequest>,
     ) -> Result<Response<ListVolumesResponse>, Status> {
         Ok(Response::new(ListVolumesResponse {
-            volumes: self.all_volumes(),
+            volumes: self.volumes_of(&caller(request.extensions())),
         }))
     }
 
@@ -43,7 +45,8 @@ impl Vault for Service {
         &self,
         request: Request<ListGenerationsRequest>,
     ) -> Result<Response<ListGenerationsResponse>, Status> {
-        let volume = self.vault.find(&request.into_inner().volume)?;
+        let caller = caller(request.extensions());
+        let volume = self.vault.find(&request.into_inner().volume, &caller)?;
         let manifest = volume.manifest();
         let generations = manifest.generations.iter();
         Ok(Response::new(ListGenerationsResponse {
@@ -58,8 +61,9 @@ impl Vault for Service {
         &self,
         request: Request<GetGenerationRequest>,
     ) -> Result<Response<Generation>, Status> {
+        let caller = caller(request.extensions());
         let request = request.into_inner();
-        let volume = self.vault.find(&request.volume)?;
+        let volume = self.vault.find(&request.volume, &caller)?;
         let reader = ImageReader::open(Arc::clone(&volume), request.generation)?;
         Ok(Response::new(generation(
             &volume,
@@ -74,8 +78,9 @@ impl Vault for Service {
         &self,
         request: Request<RestoreRequest>,
     ) -> Result<Response<Self::RestoreStream>, Status> {
+        let caller = caller(request.extensions());
         let request = request.into_inner();
-        let volume = self.vault.find(&request.volume)?;
+        let volume = self.vault.find(&request.volume, &caller)?;
         let permit = Arc::clone(&self.restores)
             .try_acquire_owned()
             .map_err(|_| {
@@ -109,11 +114,12 @@ impl Vault for Service {
         &self,
         request: Request<MaintainRequest>,
     ) -> Result<Response<MaintainResponse>, Status> {
+        let caller = caller(request.extensions());
         let request = request.into_inner();
         let volumes = if request.volume.is_empty() {
-            self.vault.volumes()
+            self.vault.volumes_of(&caller)
         } else {
-            vec![self.vault.find(&request.volume)?]
+            vec![self.vault.find(&request.volume, &caller)?]
         };
         let vault = Arc::clone(&self.vault);
         let volumes = to_the_end(async move {
@@ -133,26 +139,27 @@ impl Vault for Service {
         &self,
         request: Request<ScrubRequest>,
     ) -> Result<Response<Self::ScrubStream>, Status> {
-        let volume = self.vault.find(&request.into_inner().volume)?;
+        let caller = caller(request.extensions());
+        let volume = self.vault.find(&request.into_inner().volume, &caller)?;
         let answers = scrub::stream(volume, self.stopping.clone())?;
         Ok(Response::new(answers))
     }
 
     async fn get_status(
         &self,
-        _: Request<GetStatusRequest>,
+        request: Request<GetStatusRequest>,
     ) -> Result<Response<VaultStatus>, Status> {
         Ok(Response::new(VaultStatus {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            volumes: self.all_volumes(),
+            volumes: self.volumes_of(&caller(request.extensions())),
         }))
     }
 }
 
 impl Service {
-    fn all_volumes(&self) -> Vec<VolumeMessage> {
+    fn volumes_of(&self, caller: &Caller) -> Vec<VolumeMessage> {
         self.vault
-            .volumes()
+            .volumes_of(caller)
             .iter()
             .map(|volume| volume_message(volume))
             .collect()

@@ -76,6 +76,51 @@ fn without_anyone_who_quiesces_the_first_look_already_decides() {
 }
 
 #[test]
+fn a_search_for_several_volumes_skips_where_one_of_them_would() {
+    let skipping = Limits {
+        on_failure: OnFailure::Skip,
+        ..LIMITS
+    };
+    for (all, expected) in [
+        (&[][..], None),
+        (&[LIMITS, LIMITS], Some(LIMITS)),
+        (&[LIMITS, skipping, LIMITS], Some(skipping)),
+    ] {
+        assert_eq!(Limits::together(all.iter().copied()), expected);
+    }
+}
+
+#[test]
+fn a_cut_that_is_wanted_at_once_is_made_at_the_first_look_and_graded_all_the_same() {
+    const AT_ONCE: &str = "it was to be made at once";
+    let cases = [
+        (written(3, 100, true), Coherence::Flushed, ""),
+        (
+            written(3, 100, false),
+            Coherence::Lull,
+            "; the last write was not flushed",
+        ),
+        (
+            writing(3),
+            Coherence::Crash,
+            "; the last write was less than 50ms ago",
+        ),
+        (
+            Seen::NOTHING,
+            Coherence::Crash,
+            "; the engine does not see writes",
+        ),
+    ];
+    for (seen, coherence, why) in cases {
+        let (mut search, effects) = Search::at_once(ms(1000), seen, LIMITS);
+        assert_eq!(effects, [Effect::Cut], "{seen:?}");
+        let effects = search.on(ms(1001), seen, Event::CutMade);
+        assert_eq!(graded(&effects), (coherence, format!("{AT_ONCE}{why}")));
+        assert!(search.is_over());
+    }
+}
+
+#[test]
 fn a_grade_is_what_was_seen_at_the_flip_with_the_reason_why_it_is_no_better() {
     const NOBODY: &str = "no agent or command quiesces the workload";
     let cases = [

@@ -10,7 +10,7 @@ use tidemark_block::BlockSet;
 use super::{
     capture::{Capture, CaptureError, Interval, OpenCut, Table, parity},
     media::{Media, Record},
-    records::{Snapshot, encode_interval},
+    records::{Snapshot, encode_interval, no_grade},
 };
 use crate::sync::atomic::Ordering::SeqCst;
 
@@ -157,11 +157,15 @@ impl<M: Media> Capture<M> {
         let mut snapshots = table.snapshots.clone();
         snapshots.last_id += 1;
         let id = snapshots.last_id;
+        // How good the moment was is known behind the cut.
+        let (coherence, reason) = no_grade();
         snapshots.snapshots.push(Snapshot {
             id,
             cut: epoch,
             time_ms,
             changes: table.changes.last().copied().unwrap_or(0),
+            coherence,
+            reason,
             label,
         });
         self.put(Record::Snapshots, Some(&snapshots.encode(self.volume)))?;

@@ -8,7 +8,7 @@ pub mod old;
 
 use thiserror::Error;
 use tidemark_block::{
-    BlockSet, Extent, Geometry, GeometryError, VolumeId,
+    BlockSet, Coherence, CutReason, Extent, Geometry, GeometryError, VolumeId,
     wire::{Reader, WireError, seal, unseal},
 };
 
@@ -27,6 +27,10 @@ pub const CHANGES_MAGIC: [u8; 8] = *b"TMCHANGE";
 const CHANGES_VERSION: u16 = 1;
 /// Magic of [`SnapshotTable::encode`].
 pub const SNAPSHOTS_MAGIC: [u8; 8] = *b"TMSNAPS\0";
+/// Of the snapshots with their grades.
+const SNAPSHOTS_VERSION: u16 = 3;
+/// Why a snapshot whose grade was not recorded is no better than as after a power cut.
+pub const UNGRADED: &str = "no grade was recorded";
 /// Magic of the header of `tracking`.
 pub const TRACKING_MAGIC: [u8; 8] = *b"TMTRACK\0";
 /// Magic of the header of `dirty.0` and `dirty.1`.
@@ -94,6 +98,11 @@ fn open_record(
     if found != version {
         return Err(RecordError::Old(found));
     }
+    owned(payload, volume)
+}
+
+/// The fields behind the volume, which must be the one expected.
+fn owned(payload: &[u8], volume: VolumeId) -> Result<Reader<'_>, RecordError> {
     let mut reader = Reader::new(payload);
     let owner = VolumeId::from_bytes(reader.array()?);
     if owner == volume {
@@ -101,6 +110,23 @@ fn open_record(
     } else {
         Err(RecordError::Volume(owner))
     }
+}
+
+/// Appends how good the moment of a cut was, and why no better.
+pub(crate) fn put_grade(out: &mut Vec<u8>, coherence: Coherence, reason: &CutReason) {
+    out.push(coherence.code());
+    reason.encode(out);
+}
+
+/// Reads what [`put_grade`] wrote.
+pub(crate) fn grade(reader: &mut Reader<'_>) -> Result<(Coherence, CutReason), WireError> {
+    let coherence = Coherence::from_code(reader.u8()?).ok_or(WireError::Range("coherence"))?;
+    Ok((coherence, CutReason::decode(reader)?))
+}
+
+/// That of a snapshot of before grades were recorded.
+pub(crate) fn no_grade() -> (Coherence, CutReason) {
+    (Coherence::Crash, CutReason::new(UNGRADED))
 }
 
 /// Encodes the carry.
@@ -206,6 +232,10 @@ pub struct Snapshot {
     pub time_ms: u64,
     /// The cut of the newest record of changes when it was taken, 0 for none.
     pub changes: u64,
+    /// How good the moment of its cut was.
+    pub coherence: Coherence,
+    /// Why it was no better.
+    pub reason: CutReason,
     /// At most [`LABEL_MAX`] bytes.
     pub label: String,
 }
@@ -235,33 +265,41 @@ impl SnapshotTable {
             ] {
                 payload.extend_from_slice(&field.to_le_bytes());
             }
+            put_grade(&mut payload, snapshot.coherence, &snapshot.reason);
             let label = &snapshot.label.as_bytes()[..snapshot.label.len().min(LABEL_MAX)];
             payload.push(u8::try_from(label.len()).unwrap_or(u8::MAX));
             payload.extend_from_slice(label);
         }
-        seal(SNAPSHOTS_MAGIC, VERSION, &payload)
+        seal(SNAPSHOTS_MAGIC, SNAPSHOTS_VERSION, &payload)
     }
 
-    /// Decodes the record.
+    /// Decodes the record, that without grades too.
     ///
     /// # Errors
     /// Where the bytes are no such record.
     pub fn decode(bytes: &[u8], volume: VolumeId) -> Result<Self, RecordError> {
-        let reader = open_record(SNAPSHOTS_MAGIC, VERSION, bytes, volume)?;
-        Self::read(reader, |reader| reader.u64())
+        let (version, payload) = unseal(SNAPSHOTS_MAGIC, SNAPSHOTS_VERSION, bytes)?;
+        if version < VERSION {
+            return Err(RecordError::Old(version));
+        }
+        Self::read(owned(payload, volume)?, version)
     }
 
-    /// Reads the fields; `changes` reads those of a snapshot that 0.1.0 didn't have.
-    fn read(
-        mut reader: Reader<'_>,
-        changes: impl Fn(&mut Reader<'_>) -> Result<u64, WireError>,
-    ) -> Result<Self, RecordError> {
+    /// Reads the fields as a version has them.
+    fn read(mut reader: Reader<'_>, version: u16) -> Result<Self, RecordError> {
         let last_id = reader.u64()?;
         let count = reader.u64()?;
         let mut snapshots = Vec::new();
         for _ in 0..count {
             let (id, cut, time_ms) = (reader.u64()?, reader.u64()?, reader.u64()?);
-            let changes = changes(&mut reader)?;
+            let changes = match version {
+                ..VERSION => 0,
+                VERSION.. => reader.u64()?,
+            };
+            let (coherence, reason) = match version {
+                ..SNAPSHOTS_VERSION => no_grade(),
+                SNAPSHOTS_VERSION.. => grade(&mut reader)?,
+            };
             let length = reader.u8()?;
             let label = std::str::from_utf8(reader.bytes(length.into())?)
                 .map_err(|_| RecordError::Label)?;
@@ -270,6 +308,8 @@ impl SnapshotTable {
                 cut,
                 time_ms,
                 changes,
+                coherence,
+                reason,
                 label: label.to_owned(),
             });
         }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tidemark_block::BlockSet;
+use tidemark_block::{BlockSet, Coherence, CutReason};
 
 use super::{
     capture::{Capture, CaptureError, Table, View},
@@ -16,6 +16,29 @@ impl<M: Media> Capture<M> {
     /// All snapshots, oldest first.
     pub fn snapshots(&self) -> Vec<Snapshot> {
         self.table.lock().snapshots.snapshots.clone()
+    }
+
+    /// Records how good the moment of a snapshot's cut was, and why no better.
+    ///
+    /// # Errors
+    /// As [`Self::delete_snapshot`]: the grade is as it was.
+    pub fn grade_snapshot(
+        &self,
+        id: u64,
+        coherence: Coherence,
+        reason: &CutReason,
+    ) -> Result<(), CaptureError> {
+        let mut table = self.table_to_change()?;
+        let cut = find(&table, id)?.cut;
+        let mut graded = table.snapshots.clone();
+        let of_cut = graded.snapshots.iter_mut().filter(|s| s.cut == cut);
+        of_cut.for_each(|snapshot| {
+            snapshot.coherence = coherence;
+            snapshot.reason = reason.clone();
+        });
+        self.put(Record::Snapshots, Some(&graded.encode(self.volume)))?;
+        table.snapshots = graded;
+        Ok(())
     }
 
     /// Deletes a snapshot; its before-images go with its last reader.

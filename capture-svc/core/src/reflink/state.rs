@@ -5,15 +5,17 @@
 
 use thiserror::Error;
 use tidemark_block::{
-    BlockSet, BlockSize, Extent, Geometry, VolumeId,
+    BlockSet, BlockSize, Coherence, CutReason, Extent, Geometry, VolumeId,
     wire::{Reader, WireError, seal, unseal},
 };
 
-use crate::engine::records::{FileIdentity, LABEL_MAX};
+use crate::engine::records::{FileIdentity, LABEL_MAX, grade, no_grade, put_grade};
 
 /// Magic of [`State::encode`].
 pub const REFLINK_MAGIC: [u8; 8] = *b"TMREFLNK";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
+/// From this version on the grades of snapshots are recorded.
+const GRADED: u16 = 2;
 /// Cuts and numbers only ever rise: there must be room to.
 const COUNTER_MAX: u64 = 1 << 62;
 /// The longest path of the clones' directory.
@@ -67,6 +69,10 @@ pub struct SnapshotClone {
     pub label: String,
     /// The volume at its cut.
     pub clone: CloneFile,
+    /// How good the moment of its cut was.
+    pub coherence: Coherence,
+    /// Why it was no better.
+    pub reason: CutReason,
 }
 
 /// The record.
@@ -205,15 +211,18 @@ impl State {
         }
     }
 
-    /// Keeps the clone of a cut as a snapshot, and gives its number.
+    /// Keeps the clone of a cut as a snapshot without a grade, and gives its number.
     pub fn keep(&mut self, clone: CloneFile, time_ms: u64, label: &str) -> u64 {
         self.last_cut = clone.cut;
         self.last_id += 1;
+        let (coherence, reason) = no_grade();
         self.snapshots.push(SnapshotClone {
             id: self.last_id,
             time_ms,
             label: label.to_owned(),
             clone,
+            coherence,
+            reason,
         });
         self.last_id
     }
@@ -294,6 +303,7 @@ impl State {
             out.extend_from_slice(&snapshot.id.to_le_bytes());
             out.extend_from_slice(&snapshot.time_ms.to_le_bytes());
             put_clone(&mut out, snapshot.clone);
+            put_grade(&mut out, snapshot.coherence, &snapshot.reason);
             let label = &snapshot.label.as_bytes()[..snapshot.label.len().min(LABEL_MAX)];
             out.push(u8::try_from(label.len()).unwrap_or(u8::MAX));
             out.extend_from_slice(label);
@@ -301,12 +311,12 @@ impl State {
         seal(REFLINK_MAGIC, VERSION, &out)
     }
 
-    /// Decodes the record.
+    /// Decodes the record, that without grades too.
     ///
     /// # Errors
     /// Where the bytes are no such record.
     pub fn decode(bytes: &[u8]) -> Result<Self, StateError> {
-        let (_, payload) = unseal(REFLINK_MAGIC, VERSION, bytes)?;
+        let (version, payload) = unseal(REFLINK_MAGIC, VERSION, bytes)?;
         let mut r = Reader::new(payload);
         let volume = VolumeId::from_bytes(r.array()?);
         let length = r.u64()?;
@@ -342,6 +352,10 @@ impl State {
         let mut snapshots = Vec::new();
         for _ in 0..r.u64()? {
             let (id, time_ms, clone) = (r.u64()?, r.u64()?, clone(&mut r)?);
+            let (coherence, reason) = match version {
+                ..GRADED => no_grade(),
+                GRADED.. => grade(&mut r)?,
+            };
             let length = r.u8()?.into();
             let label = std::str::from_utf8(r.bytes(length)?).map_err(|_| StateError::Label)?;
             snapshots.push(SnapshotClone {
@@ -349,6 +363,8 @@ impl State {
                 time_ms,
                 label: label.to_owned(),
                 clone,
+                coherence,
+                reason,
             });
         }
         r.end()?;

@@ -16,14 +16,15 @@ use capture_core::engine::{
     records::{
         CARRY_MAGIC, CHANGES_MAGIC, CUT_MAGIC, Changes, DIRTY_MAGIC, FileIdentity, IDENTITY_MAGIC,
         Identity, Place, SEALED, SLOTS_MAGIC, SNAPSHOTS_MAGIC, Snapshot, SnapshotTable,
-        TRACKING_MAGIC, decode_carry, decode_interval, encode_carry, encode_interval,
+        TRACKING_MAGIC, UNGRADED, decode_carry, decode_interval, encode_carry, encode_interval,
         encode_map_header, old,
     },
     spool::{ENTRY_WORDS, Spool, SpoolLimits},
 };
 use proptest::prelude::*;
 use tidemark_block::{
-    BlockIndex, BlockSet, BlockSize, Checksum128, Extent, Geometry, VolumeId, wire,
+    BlockIndex, BlockSet, BlockSize, Checksum128, Coherence, CutReason, Extent, Geometry, VolumeId,
+    wire,
 };
 
 use crate::{
@@ -83,12 +84,24 @@ fn snapshots() -> SnapshotTable {
         cut,
         time_ms: 1000 * id,
         changes: cut - 3,
+        coherence: Coherence::Lull,
+        reason: CutReason::new("the last write was not flushed"),
         label: label.to_owned(),
     };
     SnapshotTable {
         last_id: 9,
         snapshots: vec![snapshot(3, 10, ""), snapshot(9, 12, "before – 'after'")],
     }
+}
+
+/// As a version without grades has them.
+fn ungraded() -> SnapshotTable {
+    let mut table = snapshots();
+    for snapshot in &mut table.snapshots {
+        snapshot.coherence = Coherence::Crash;
+        snapshot.reason = CutReason::new(UNGRADED);
+    }
+    table
 }
 
 fn changes() -> Changes {
@@ -138,7 +151,7 @@ fn golden_files_of_0_1_0_keep_decoding() {
     assert_eq!(found, expected);
     assert_eq!(old::decode_carry(&stored("carry-v1"), all), Ok(set()));
     assert_eq!(old::decode_cut(&stored("cut-v1"), all), Ok((17, set())));
-    let mut table = snapshots();
+    let mut table = ungraded();
     table
         .snapshots
         .iter_mut()
@@ -183,7 +196,9 @@ fn golden_files_keep_decoding() {
     assert_eq!(decode_interval(&bytes, volume(), all), Ok(None));
     let bytes = golden("changes-v1", &changes().encode(volume()));
     assert_eq!(Changes::decode(&bytes, volume(), 17, all), Ok(changes()));
-    let bytes = golden("snapshots-v2", &snapshots().encode(volume()));
+    let bytes = stored("snapshots-v2");
+    assert_eq!(SnapshotTable::decode(&bytes, volume()), Ok(ungraded()));
+    let bytes = golden("snapshots-v3", &snapshots().encode(volume()));
     assert_eq!(SnapshotTable::decode(&bytes, volume()), Ok(snapshots()));
     let bytes = golden("intent-page-v2", &encode_page(volume(), 2, 5, &page())[..]);
     assert_eq!(
@@ -343,7 +358,7 @@ proptest! {
         let all = geometry().all();
         let owned = [&volume().as_bytes()[..], &payload].concat();
         let magics = [IDENTITY_MAGIC, CARRY_MAGIC, CUT_MAGIC, CHANGES_MAGIC, SNAPSHOTS_MAGIC];
-        for (magic, version) in magics.into_iter().flat_map(|magic| [(magic, 1), (magic, 2)]) {
+        for (magic, version) in magics.into_iter().flat_map(|magic| [(magic, 1), (magic, 2), (magic, 3)]) {
             for bytes in [
                 &wire::seal(magic, version, &payload),
                 &wire::seal(magic, version, &owned),

@@ -43,7 +43,7 @@ pub(in crate::engine) fn create_snapshots(
     engines: &[Arc<Intercept>],
     label: &str,
     now_ms: u64,
-) -> Result<Vec<SnapshotInfo>, GroupError> {
+) -> Result<Vec<(SnapshotInfo, Sample)>, GroupError> {
     if label.len() > LABEL_MAX {
         let error = EngineError::LabelTooLong(label.len());
         return Err(GroupError { index: 0, error });
@@ -58,7 +58,7 @@ pub(in crate::engine) fn create_snapshots(
         |engine, cut| engine.snapshot_of(cut),
         |engine, snapshot: SnapshotInfo| engine.delete_snapshot(snapshot.id),
     )?;
-    Ok(done.into_iter().map(|(snapshot, _)| snapshot).collect())
+    Ok(done)
 }
 
 /// Flips all, then finishes each. Where one fails, what the others came to is undone.

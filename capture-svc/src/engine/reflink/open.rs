@@ -256,6 +256,7 @@ pub(super) fn open(
         clones: opened.clones,
         options,
         cutting: Mutex::default(),
+        changing: Mutex::default(),
         now: Mutex::new(now),
         closed: AtomicBool::new(false),
         failed: AtomicBool::new(false),

@@ -317,7 +317,7 @@ async fn an_engine_that_does_not_fit_is_refused_and_the_volume_goes_on_with_its_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_front_end_auto_takes_clones_or_says_what_is_missing() {
+async fn without_a_front_end_auto_takes_clones_or_scans_or_says_what_is_missing() {
     let Some(disk) = Disk::new("btrfs", 512) else {
         return;
     };
@@ -334,7 +334,10 @@ async fn without_a_front_end_auto_takes_clones_or_says_what_is_missing() {
     let Some(other) = Disk::new("ext4", 64) else {
         return;
     };
-    let refused = add(&rig, "other", &other.path("o.img"), "auto")
+    let volume = add(&rig, "other", &other.path("o.img"), "auto").await;
+    assert_eq!(volume.unwrap().engine, "scan");
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
+    let refused = add(&rig, "memory", &memory.path().join("m.img"), "auto")
         .await
         .unwrap_err();
     assert_eq!(refused.reason, Reason::EngineUnsupported);
@@ -342,4 +345,7 @@ async fn without_a_front_end_auto_takes_clones_or_says_what_is_missing() {
         refused.action.starts_with("set nbd or fuse_mount, or "),
         "{refused:?}"
     );
+    for why in ["can't be cloned", "it lies on tmpfs"] {
+        assert!(refused.message.contains(why), "{refused:?}");
+    }
 }

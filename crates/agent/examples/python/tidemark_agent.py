@@ -36,7 +36,8 @@ class Workload:
         raise NotImplementedError
 
     def thaw(self, volume):
-        """Goes on. Comes after each freeze, also after one that failed."""
+        """Goes on. Comes after each freeze, also after one that failed, and at the beginning of each session: a process
+        that was killed may have left the volume frozen. Does no harm where it isn't."""
         raise NotImplementedError
 
 
@@ -58,6 +59,8 @@ class Agent:
     def serve(self, attached=lambda: None):
         """Freezes and thaws as the service asks, until the session ends; raises grpc.RpcError or Gone then, always.
         The workload has been thawed. `attached` is called once the service knows the agent."""
+        for volume in self._hello.volumes:
+            self._workload.thaw(volume)
         # Volume, and until when it is held, by the number of the freeze.
         held = {}
         call = CoherenceStub(self._channel).Attach(iter(self._out.get, None))

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::join_all;
 use rustix::{
     io::Errno,
     mount::{UnmountFlags, unmount},
@@ -14,6 +15,7 @@ use serde::Serialize;
 use tidemark_disk::mount_table::{Mounted, mounts, uppermost_at};
 
 use super::{
+    aside::{self, Answer},
     loop_device::{answers, backing_file_of_ours, wait_until_gone},
     point,
 };
@@ -37,6 +39,8 @@ pub(crate) struct Ours {
     pub(crate) read_only: bool,
     /// Whether the service still serves it. It never will again where it doesn't.
     pub(crate) alive: bool,
+    /// Whether the service answers now: not while it is stopped.
+    pub(crate) answers: bool,
 }
 
 /// How an unmount went.
@@ -63,7 +67,7 @@ fn named(file: &Path) -> Option<(String, Option<u64>)> {
 }
 
 impl Ours {
-    /// None where the mount is somebody else's.
+    /// None where the mount is somebody else's. Nobody is asked whether it is alive.
     fn of(mounted: &Mounted) -> Option<Self> {
         let (volume, snapshot) = named(&backing_file_of_ours(&mounted.source)?)?;
         Some(Self {
@@ -73,17 +77,28 @@ impl Ours {
             device: mounted.source.clone(),
             fs_type: mounted.kind.clone(),
             read_only: mounted.read_only,
-            alive: answers(&mounted.source),
+            alive: true,
+            answers: true,
         })
     }
 
     /// All of them, in the order in which they were mounted.
-    pub(crate) fn list() -> Result<Vec<Self>, Failure> {
+    pub(crate) async fn list() -> Result<Vec<Self>, Failure> {
         let all = mounts().map_err(|e| Failure::io("read the table of mounts", &e))?;
-        Ok(all.iter().filter_map(Self::of).collect())
+        let asked = all.iter().filter_map(Self::of).map(Self::asked);
+        Ok(join_all(asked).await)
     }
 
-    /// The one at a directory.
+    async fn asked(self) -> Self {
+        let answer = aside::ask(&self.device).await;
+        Self {
+            alive: answer != Answer::Dead,
+            answers: answer == Answer::Served,
+            ..self
+        }
+    }
+
+    /// The one at a directory, as if it were alive.
     pub(crate) fn at(dir: &Path) -> Result<Self, Failure> {
         let path = point::absolute(dir)?;
         let top = uppermost_at(&path).map_err(|e| Failure::io("read the table of mounts", &e))?;
@@ -111,15 +126,15 @@ impl Ours {
     }
 
     /// Unmounts it, and waits until its device has ended. Where the service has ended under it, it is taken off its
-    /// directory even while programs use it: they can't get anything from it any more.
+    /// directory even while programs use it: they can't get anything from it any more. It may never return.
     pub(crate) fn unmount(&self) -> Result<Unmounted, Failure> {
-        let file = backing_file_of_ours(&self.device);
+        let (file, alive) = (backing_file_of_ours(&self.device), answers(&self.device));
         // What can't be written is told now; unmounting doesn't.
         let synced = || File::open(&self.at).and_then(|dir| Ok(rustix::fs::syncfs(dir)?));
-        let clean = self.alive && synced().is_ok();
+        let clean = alive && synced().is_ok();
         let lazily = match unmount(&self.at, UnmountFlags::NOFOLLOW) {
             Ok(()) => false,
-            Err(Errno::BUSY) if self.alive => return Err(self.busy()),
+            Err(Errno::BUSY) if alive => return Err(self.busy()),
             Err(Errno::BUSY) => {
                 let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
                 unmount(&self.at, flags).map_err(|errno| self.failed(errno))?;

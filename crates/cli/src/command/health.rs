@@ -4,7 +4,6 @@ use tidemark_listen::health::check;
 
 use crate::{
     args::{Global, HealthArgs, ServiceName},
-    connect::endpoint,
     failure::{Failure, Kind},
     format, output,
     report::{Health, ServiceHealth},
@@ -14,11 +13,11 @@ pub(super) async fn run(global: &Global, args: HealthArgs) -> Result<(), Failure
     let asked = |service| args.services.is_empty() || args.services.contains(&service);
     let health = Health {
         capture: match asked(ServiceName::Capture) {
-            true => Some(ask(&global.capture, &args).await?),
+            true => Some(ask(global, &global.capture, &args).await),
             false => None,
         },
         vault: match asked(ServiceName::Vault) {
-            true => Some(ask(&global.vault, &args).await?),
+            true => Some(ask(global, &global.vault, &args).await),
             false => None,
         },
     };
@@ -38,24 +37,16 @@ pub(super) async fn run(global: &Global, args: HealthArgs) -> Result<(), Failure
     ))
 }
 
-async fn ask(url: &str, args: &HealthArgs) -> Result<ServiceHealth, Failure> {
-    let endpoint = endpoint(url).map_err(|error| {
-        Failure::new(
-            Kind::Usage,
-            "REQUEST_INVALID",
-            format!("{url} can't be asked: {error}"),
-            "use a URL such as http://127.0.0.1:7401",
-        )
-    })?;
-    let problem = match check(endpoint, args.timeout).await {
+async fn ask(global: &Global, url: &str, args: &HealthArgs) -> ServiceHealth {
+    let problem = match check(&global.dialer(), url, args.timeout).await {
         Ok(()) => String::new(),
         Err(unhealthy) => unhealthy.to_string(),
     };
-    Ok(ServiceHealth {
+    ServiceHealth {
         url: url.to_owned(),
         serving: problem.is_empty(),
         problem,
-    })
+    }
 }
 
 fn each(health: &Health) -> impl Iterator<Item = (&'static str, &ServiceHealth)> {

@@ -17,6 +17,7 @@ use super::restore::blocking;
 use crate::{
     args::{Global, MountArgs, UmountArgs},
     attach::{
+        aside::{self, ANSWER_MAX, Answer},
         filesystem::{Content, HEAD_LEN, Partition, recognize},
         loop_device::LoopDevice,
         mount::{Options, Refused, prepare},
@@ -25,14 +26,34 @@ use crate::{
     },
     failure::{Failure, Kind},
     format, output,
+    parse::SnapshotRef,
 };
 
 pub(super) async fn run(global: &Global, args: MountArgs) -> Result<(), Failure> {
     need_root()?;
-    let Some((what, dir)) = args.what.zip(args.dir) else {
-        let ours = blocking(Ours::list).await?;
+    let Some((what, dir)) = args.what.clone().zip(args.dir.clone()) else {
+        let ours = Ours::list().await?;
         return output::print(global.json, &ours, &describe(&ours));
     };
+    if aside::is_aside() {
+        return mount(global, args, what, dir).await;
+    }
+    let volume = &what.volume;
+    match aside::run(async || service_answers(global, volume).await).await? {
+        Some(output) => output::relay(&output),
+        None => Err(silent(format!(
+            "the capture service does not answer: {volume} is not mounted at {}",
+            dir.display()
+        ))),
+    }
+}
+
+async fn mount(
+    global: &Global,
+    args: MountArgs,
+    what: SnapshotRef,
+    dir: PathBuf,
+) -> Result<(), Failure> {
     let wanted = Wanted {
         at: blocking(move || point::free(&dir)).await?,
         read_only: what.snapshot.is_some() && !args.writable,
@@ -63,8 +84,12 @@ pub(super) async fn run(global: &Global, args: MountArgs) -> Result<(), Failure>
 
 pub(super) async fn unmount(global: &Global, args: UmountArgs) -> Result<(), Failure> {
     need_root()?;
+    let dir = args.dir.clone();
+    let ours = blocking(move || Ours::at(&dir)).await?;
+    if !aside::is_aside() {
+        return watch_unmount(&ours).await;
+    }
     let (ours, how) = blocking(move || {
-        let ours = Ours::at(&args.dir)?;
         let how = ours.unmount()?;
         Ok((ours, how))
     })
@@ -76,6 +101,43 @@ pub(super) async fn unmount(global: &Global, args: UmountArgs) -> Result<(), Fai
         "clean": how.clean,
     });
     output::print(global.json, &object, &describe_end(&ours, how))
+}
+
+async fn watch_unmount(ours: &Ours) -> Result<(), Failure> {
+    let answers = async || aside::ask(&ours.device).await != Answer::None;
+    let output = match answers().await {
+        true => aside::run(answers).await?,
+        false => None,
+    };
+    if let Some(output) = output {
+        return output::relay(&output);
+    }
+    let (name, at) = (name(ours), ours.at.display());
+    let what = match Ours::at(&ours.at) {
+        Ok(still) if still.device == ours.device => "is still mounted at",
+        _ => "will have all that was written once it goes on, and is no longer mounted at",
+    };
+    Err(silent(format!(
+        "the capture service does not answer: {name} {what} {at}"
+    )))
+}
+
+/// Whether the service answers in time, whatever it says.
+async fn service_answers(global: &Global, volume: &str) -> bool {
+    let asked = async {
+        let mut capture = global.capture().await?;
+        source::volume(&mut capture, volume).await
+    };
+    tokio::time::timeout(ANSWER_MAX, asked).await.is_ok()
+}
+
+fn silent(message: String) -> Failure {
+    Failure::new(
+        Kind::Unavailable,
+        "SERVICE_SILENT",
+        message,
+        "let the service go on where its process is stopped (kill -CONT), or end it, then run this again",
+    )
 }
 
 fn name(ours: &Ours) -> String {
@@ -92,10 +154,11 @@ fn describe(ours: &[Ours]) -> String {
     let rows: Vec<_> = ours
         .iter()
         .map(|one| {
-            let state = match (one.alive, one.read_only) {
-                (false, _) => "dead: umount it",
-                (true, true) => "read-only",
-                (true, false) => "writable",
+            let state = match (one.alive, one.answers, one.read_only) {
+                (false, ..) => "dead: umount it",
+                (true, false, _) => "no answer: is the service stopped?",
+                (true, true, true) => "read-only",
+                (true, true, false) => "writable",
             };
             [
                 name(one),
@@ -297,17 +360,28 @@ mod tests {
             fs_type: "ext4".into(),
             read_only: snapshot.is_some(),
             alive,
+            answers: alive,
         }
     }
 
     #[test]
     fn what_is_mounted_is_printed_for_people_and_for_programs() {
-        let all = [ours(None, true), ours(Some(3), true), ours(None, false)];
+        let stopped = Ours {
+            answers: false,
+            ..ours(Some(4), true)
+        };
+        let all = [
+            ours(None, true),
+            ours(Some(3), true),
+            ours(None, false),
+            stopped,
+        ];
         insta::assert_snapshot!(describe(&all), @r"
         MOUNTED  AT         TYPE  DEVICE      STATE
         data     /mnt/data  ext4  /dev/loop3  writable
         data@3   /mnt/data  ext4  /dev/loop3  read-only
         data     /mnt/data  ext4  /dev/loop3  dead: umount it
+        data@4   /mnt/data  ext4  /dev/loop3  no answer: is the service stopped?
         ");
         insta::assert_snapshot!(describe(&[]), @"nothing is mounted");
         insta::assert_json_snapshot!(ours(Some(3), true));

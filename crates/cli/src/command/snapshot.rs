@@ -23,7 +23,11 @@ use crate::{
 
 pub(super) async fn run(global: &Global, command: SnapshotCommand) -> Result<(), Failure> {
     match command {
-        SnapshotCommand::Create { volumes, label } => create(global, volumes, label).await,
+        SnapshotCommand::Create {
+            volumes,
+            label,
+            now,
+        } => create(global, volumes, label, now).await,
         SnapshotCommand::List { volume } => list(global, volume).await,
         SnapshotCommand::Read {
             volume,
@@ -62,11 +66,17 @@ pub(super) async fn run(global: &Global, command: SnapshotCommand) -> Result<(),
     }
 }
 
-async fn create(global: &Global, volumes: Vec<String>, label: String) -> Result<(), Failure> {
+async fn create(
+    global: &Global,
+    volumes: Vec<String>,
+    label: String,
+    now: bool,
+) -> Result<(), Failure> {
     if let [volume] = &volumes[..] {
         let request = CreateSnapshotRequest {
             volume: volume.clone(),
             label,
+            now,
         };
         let created = global.capture().await?.create_snapshot(request).await?;
         let created = report::Snapshot::new(created.into_inner());
@@ -76,6 +86,7 @@ async fn create(global: &Global, volumes: Vec<String>, label: String) -> Result<
     let request = CreateSnapshotsRequest {
         volumes: volumes.clone(),
         label,
+        now,
     };
     let created = global.capture().await?.create_snapshots(request).await?;
     let snapshots = created.into_inner().snapshots;
@@ -91,11 +102,21 @@ async fn create(global: &Global, volumes: Vec<String>, label: String) -> Result<
                 volume.clone(),
                 snapshot.snapshot.to_string(),
                 format::time(snapshot.cut_time),
+                snapshot.coherence.to_owned(),
                 snapshot.label.clone(),
+                snapshot.coherence_reason.clone(),
             ]
         })
         .collect();
-    let text = format::table(["VOLUME", "SNAPSHOT", "CUT", "LABEL"], &rows);
+    let titles = [
+        "VOLUME",
+        "SNAPSHOT",
+        "CUT",
+        "COHERENCE",
+        "LABEL",
+        "WHY NO BETTER",
+    ];
+    let text = format::table(titles, &rows);
     output::print(global.json, &created, &text)
 }
 
@@ -137,10 +158,19 @@ fn table(snapshots: &[report::Snapshot]) -> String {
                 s.epoch.to_string(),
                 s.coherence.to_owned(),
                 s.label.clone(),
+                s.coherence_reason.clone(),
             ]
         })
         .collect();
-    format::table(["SNAPSHOT", "CUT", "EPOCH", "COHERENCE", "LABEL"], &rows)
+    let titles = [
+        "SNAPSHOT",
+        "CUT",
+        "EPOCH",
+        "COHERENCE",
+        "LABEL",
+        "WHY NO BETTER",
+    ];
+    format::table(titles, &rows)
 }
 
 /// What is to be read, and into which file.
@@ -238,6 +268,7 @@ mod tests {
                 length: 8 << 30,
                 block_size: 4096,
             }),
+            coherence_reason: "no agent or command quiesces the workload".into(),
         });
         insta::assert_json_snapshot!(snapshot);
         insta::assert_snapshot!(table(&[snapshot]));

@@ -65,6 +65,7 @@ fn the_manual_lists_every_exit_code() {
         Kind::Fenced,
         Kind::Unavailable,
         Kind::Corrupt,
+        Kind::Denied,
         Kind::Interrupted,
     ] {
         let row = format!("| {} |", kind.exit_code());

@@ -27,6 +27,9 @@ pub(crate) const COMMANDS: &[&[&str]] = &[
     &["status"],
     &["health"],
     &["maintain"],
+    &["pki", "init"],
+    &["pki", "issue"],
+    &["pki", "token"],
     &["completions"],
     &["man"],
 ];

@@ -162,6 +162,7 @@ impl Fleet {
             .with_container_name(self.vault_name())
             .with_readonly_rootfs(true)
             .with_cap_drop("ALL")
+            .with_env_var("VAULT_ALLOW_PLAIN_TEXT", "true")
             .with_env_var("VAULT_RETAIN", "64")
             .with_env_var("VAULT_RESERVE_BYTES", "4MiB")
             .with_health_check(healthcheck("vault-svc"));
@@ -205,6 +206,8 @@ impl Fleet {
             .with_container_name(&container_name)
             .with_readonly_rootfs(true)
             .with_cap_drop("ALL")
+            .with_env_var("CAPTURE_ALLOW_PLAIN_TEXT", "true")
+            .with_env_var("TIDEMARK_ALLOW_PLAIN_TEXT", "true")
             .with_env_var("CAPTURE_VAULT", &vault)
             .with_env_var("TIDEMARK_VAULT", &vault)
             .with_env_var("CAPTURE_SOURCE_NAME", name)

@@ -79,7 +79,11 @@ impl World {
         let Some(request) = self.asked.clone() else {
             unreachable!()
         };
-        let grant = self.vault().await?.start_term(request).await?;
+        let grant = self
+            .vault()
+            .await?
+            .start_term(request, &tidemark_identity::Caller::Local)
+            .await?;
         self.source.term = grant.term;
         self.asked = None;
         Ok(())
@@ -118,7 +122,12 @@ impl World {
 
     async fn ship(&mut self) -> Result<(), RpcError> {
         let prepared = self.cut();
-        let receipt = match self.vault().await?.ship(prepared.header.clone()).await? {
+        let receipt = match self
+            .vault()
+            .await?
+            .ship(prepared.header.clone(), &tidemark_identity::Caller::Local)
+            .await?
+        {
             Begun::Committed(receipt) => receipt,
             Begun::Open(mut session) => {
                 let all = prepared.batches.len();
@@ -136,7 +145,12 @@ impl World {
 
     async fn ship_half(&mut self) -> Result<(), RpcError> {
         let prepared = self.cut();
-        match self.vault().await?.ship(prepared.header.clone()).await? {
+        match self
+            .vault()
+            .await?
+            .ship(prepared.header.clone(), &tidemark_identity::Caller::Local)
+            .await?
+        {
             Begun::Committed(_) => panic!("half an interval was committed"),
             Begun::Open(mut session) => {
                 let half = prepared.batches.len() / 2;
@@ -152,7 +166,12 @@ impl World {
             panic!("nothing was shipped")
         };
         prepared.header.term = self.source.term;
-        match self.vault().await?.ship(prepared.header).await? {
+        match self
+            .vault()
+            .await?
+            .ship(prepared.header, &tidemark_identity::Caller::Local)
+            .await?
+        {
             Begun::Committed(again) => assert_eq!(again, receipt),
             Begun::Open(_) => panic!("a committed interval was let in again"),
         }

@@ -198,14 +198,20 @@ pub(super) async fn fenced(world: &mut World, manifest: &Manifest) {
     let stale = WriterTerm::new(manifest.term.get() - 1);
     let mut prepared = source.prepare();
     prepared.header.term = stale;
-    match vault.ship(prepared.header).await {
+    match vault
+        .ship(prepared.header, &tidemark_identity::Caller::Local)
+        .await
+    {
         Err(error) => assert_eq!(error.reason, Reason::Fenced),
         Ok(Begun::Open(_) | Begun::Committed(_)) => panic!("a stale term was let in"),
     }
     source.term = stale;
     let mut request = source.term_request();
     request.nonce = [0xFE; 16];
-    let error = vault.start_term(request).await.unwrap_err();
+    let error = vault
+        .start_term(request, &tidemark_identity::Caller::Local)
+        .await
+        .unwrap_err();
     assert_eq!(error.reason, Reason::Fenced);
     let volume = world.volume().await.unwrap();
     assert_eq!(*volume.edit(|_| Ok(None)).await.unwrap(), *manifest);

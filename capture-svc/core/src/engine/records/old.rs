@@ -54,7 +54,7 @@ pub fn decode_cut(bytes: &[u8], all: Extent) -> Result<(u64, BlockSet), RecordEr
 /// Where the bytes are no table of version 1.
 pub fn decode_snapshots(bytes: &[u8]) -> Result<SnapshotTable, RecordError> {
     let (_, payload) = unseal(SNAPSHOTS_MAGIC, VERSION, bytes)?;
-    SnapshotTable::read(Reader::new(payload), |_| Ok(0))
+    SnapshotTable::read(Reader::new(payload), VERSION)
 }
 
 /// Words of a dirty map: three levels with a bit each, 64 to a word.

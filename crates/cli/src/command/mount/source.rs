@@ -6,15 +6,13 @@ use std::{
     time::Duration,
 };
 
-use tidemark_proto::capture::v1::{
-    GetVolumeRequest, ListSnapshotsRequest, Volume, VolumeState, capture_client::CaptureClient,
-};
-use tonic::transport::Channel;
+use tidemark_proto::capture::v1::{GetVolumeRequest, ListSnapshotsRequest, Volume, VolumeState};
 use uuid::Uuid;
 
 use super::super::restore::blocking;
 use crate::{
     attach::mounted::Ours,
+    connect::Capture,
     failure::{Failure, Kind},
     parse::SnapshotRef,
 };
@@ -37,10 +35,7 @@ pub(super) struct Source {
 }
 
 impl Source {
-    pub(super) async fn find(
-        capture: &mut CaptureClient<Channel>,
-        what: SnapshotRef,
-    ) -> Result<Self, Failure> {
+    pub(super) async fn find(capture: &mut Capture, what: SnapshotRef) -> Result<Self, Failure> {
         let volume = volume(capture, &what.volume).await?;
         if volume.state() != VolumeState::Serving {
             return Err(Failure::new(
@@ -101,10 +96,7 @@ impl Source {
     }
 
     /// Fails unless the file that we have open is the volume's only use.
-    pub(super) async fn is_ours_alone(
-        &self,
-        capture: &mut CaptureClient<Channel>,
-    ) -> Result<(), Failure> {
+    pub(super) async fn is_ours_alone(&self, capture: &mut Capture) -> Result<(), Failure> {
         let mut clients = 0;
         for _ in 0..USERS_LOOKS {
             clients = volume(capture, &self.volume).await?.clients;
@@ -113,7 +105,7 @@ impl Source {
             }
             tokio::time::sleep(USERS_LOOK).await;
         }
-        let mounted = blocking(Ours::list).await?;
+        let mounted = Ours::list().await?;
         let mounted = mounted
             .iter()
             .find(|one| one.alive && one.volume == self.volume && one.snapshot.is_none());
@@ -130,7 +122,7 @@ impl Source {
     }
 }
 
-async fn volume(capture: &mut CaptureClient<Channel>, volume: &str) -> Result<Volume, Failure> {
+pub(super) async fn volume(capture: &mut Capture, volume: &str) -> Result<Volume, Failure> {
     let request = GetVolumeRequest {
         volume: volume.to_owned(),
     };
@@ -138,11 +130,7 @@ async fn volume(capture: &mut CaptureClient<Channel>, volume: &str) -> Result<Vo
 }
 
 /// The snapshot with this number, or the newest with this label.
-async fn number_of(
-    capture: &mut CaptureClient<Channel>,
-    volume: &str,
-    text: &str,
-) -> Result<u64, Failure> {
+async fn number_of(capture: &mut Capture, volume: &str, text: &str) -> Result<u64, Failure> {
     let request = ListSnapshotsRequest {
         volume: volume.to_owned(),
     };

@@ -1,0 +1,261 @@
+//! `tidemark pki`.
+
+use std::path::Path;
+
+use jiff::Timestamp;
+use rcgen::KeyPair;
+use serde::Serialize;
+use tidemark_identity::{
+    Identity, Pattern, Role, Roles,
+    token::{TokenHash, hex},
+};
+
+use crate::{
+    args::{Global, PkiCommand, PkiGrant, PkiIssueArgs, PkiTokenArgs},
+    failure::{Failure, Kind},
+    output,
+    pki::{Authority, Folder, IDENTITIES, Subject},
+    report::Moment,
+};
+
+const INIT_FIRST: &str = "make the CA first: tidemark pki init DIR";
+/// Bytes of a token, before they are written in hexadecimal.
+const TOKEN_BYTES: usize = 32;
+
+#[derive(Debug, Serialize)]
+struct PkiCa {
+    certificate: String,
+    key: String,
+    valid_until: Moment,
+}
+
+#[derive(Debug, Serialize)]
+struct PkiIdentity {
+    name: String,
+    roles: Vec<Role>,
+    volumes: Vec<Pattern>,
+    hosts: Vec<String>,
+    certificate: Option<String>,
+    key: Option<String>,
+    token_file: Option<String>,
+    valid_until: Option<Moment>,
+    /// Empty where it has no roles, and isn't in the file.
+    identities: String,
+}
+
+pub(super) fn run(global: &Global, command: PkiCommand) -> Result<(), Failure> {
+    match command {
+        PkiCommand::Init { dir } => init(global, &Folder::at(dir)),
+        PkiCommand::Issue(args) => issue(global, args),
+        PkiCommand::Token(args) => token(global, args),
+    }
+}
+
+fn init(global: &Global, folder: &Folder) -> Result<(), Failure> {
+    folder.create()?;
+    let (certificate, key) = (folder.ca_certificate(), folder.ca_key());
+    for path in [&certificate, &key] {
+        folder.need_absent(
+            path,
+            "there is a CA in this folder already: use it, or name another folder",
+        )?;
+    }
+    let authority = Authority::new()?;
+    let issued = authority.certificate(Timestamp::now())?;
+    folder.write_secret(&key, &authority.key())?;
+    folder.write_public(&certificate, &issued.certificate)?;
+    let made = PkiCa {
+        certificate: shown(&certificate),
+        key: shown(&key),
+        valid_until: Moment(issued.valid_until),
+    };
+    let text = format!(
+        "the CA is made\n\
+         \x20 {}   everybody gets a copy\n\
+         \x20 {}   stays here, and nowhere else: whoever has it can be anybody\n",
+        made.certificate, made.key
+    );
+    output::print(global.json, &made, &text)
+}
+
+fn issue(global: &Global, args: PkiIssueArgs) -> Result<(), Failure> {
+    let folder = Folder::at(args.grant.dir.clone());
+    let name = args.grant.name.clone();
+    if args.grant.role.is_empty() && args.host.is_empty() {
+        return Err(Failure::new(
+            Kind::Usage,
+            "ROLE_MISSING",
+            format!("{name} would be nobody: it has no role, and is no service"),
+            "give it a role with --role, or say with --host where it listens",
+        ));
+    }
+    if name == "ca" {
+        return Err(name_invalid(&name, "its certificate is the CA's own"));
+    }
+    let authority = Authority::of_key(&folder.read(&folder.ca_key(), INIT_FIRST)?)?;
+    let certificate = folder.path(&format!("{name}.crt"));
+    let key = folder.path(&format!("{name}.key"));
+    let subject = Subject {
+        name: name.clone(),
+        hosts: args.host.clone(),
+        valid: args.valid,
+    };
+    let identity = identity(&args.grant, None)?;
+    // What can't be written there is found out before there is a certificate.
+    folder.identities()?;
+    let pair = if args.renew {
+        let text = folder.read(&key, "there is nothing to renew: leave out --renew")?;
+        KeyPair::from_pem(&text).map_err(|error| no_key(&key, &error))?
+    } else {
+        for path in [&certificate, &key] {
+            folder.need_absent(path, "for a new certificate of the same key give --renew")?;
+        }
+        KeyPair::generate().map_err(|error| no_key(&key, &error))?
+    };
+    let issued = authority.issue(&subject, &pair, Timestamp::now())?;
+    if args.renew {
+        folder.replace(&certificate, &issued.certificate)?;
+    } else {
+        folder.write_secret(&key, &pair.serialize_pem())?;
+        folder.write_public(&certificate, &issued.certificate)?;
+    }
+    let identities = put(&folder, identity)?;
+    let made = PkiIdentity {
+        name,
+        roles: args.grant.role,
+        volumes: args.grant.volume,
+        hosts: args.host,
+        certificate: Some(shown(&certificate)),
+        key: Some(shown(&key)),
+        token_file: None,
+        valid_until: Some(Moment(issued.valid_until)),
+        identities,
+    };
+    output::print(global.json, &made, &described(&folder, &made))
+}
+
+fn token(global: &Global, args: PkiTokenArgs) -> Result<(), Failure> {
+    let folder = Folder::at(args.grant.dir.clone());
+    let name = args.grant.name.clone();
+    let path = folder.path(&format!("{name}.token"));
+    if name.contains('/') {
+        return Err(name_invalid(
+            &name,
+            "its token is written to a file of this name",
+        ));
+    }
+    folder.create()?;
+    folder.identities()?;
+    folder.need_absent(
+        &path,
+        "remove the file first, and its token is of no use any more once a new one is made",
+    )?;
+    let mut bytes = [0; TOKEN_BYTES];
+    tidemark_tls::random(&mut bytes).map_err(|error| {
+        Failure::new(
+            Kind::Failed,
+            "IO_FAILED",
+            format!("cannot make a token: {error}"),
+            "",
+        )
+    })?;
+    let token = hex(&bytes);
+    let identity = identity(&args.grant, Some(TokenHash::of(&token)))?;
+    if identity.is_none() {
+        return Err(Failure::new(
+            Kind::Usage,
+            "ROLE_MISSING",
+            format!("{name} would be nobody: it has no role"),
+            "give it a role with --role",
+        ));
+    }
+    folder.write_secret(&path, &format!("{token}\n"))?;
+    let identities = put(&folder, identity)?;
+    let made = PkiIdentity {
+        name,
+        roles: args.grant.role,
+        volumes: args.grant.volume,
+        hosts: Vec::new(),
+        certificate: None,
+        key: None,
+        token_file: Some(shown(&path)),
+        valid_until: None,
+        identities,
+    };
+    output::print(global.json, &made, &described(&folder, &made))
+}
+
+fn identity(grant: &PkiGrant, token: Option<TokenHash>) -> Result<Option<Identity>, Failure> {
+    if grant.role.is_empty() {
+        return Ok(None);
+    }
+    if grant.volume.is_empty() {
+        return Err(Failure::new(
+            Kind::Usage,
+            "VOLUMES_MISSING",
+            format!("{} has no volumes for its roles to hold for", grant.name),
+            "name some with --volume; '*' stands for all, of a source for all of its own",
+        ));
+    }
+    let mut identity = Identity::new(grant.name.clone(), &grant.role, grant.volume.clone());
+    identity.token_sha256 = token;
+    Ok(Some(identity))
+}
+
+/// The file of identities, with this one in it. A certificate beside a token leaves the token as it is.
+fn put(folder: &Folder, identity: Option<Identity>) -> Result<String, Failure> {
+    let Some(mut identity) = identity else {
+        return Ok(String::new());
+    };
+    if identity.token_sha256.is_none() {
+        let known = folder.identities()?;
+        let before = known.named(&identity.name);
+        identity.token_sha256 = before.and_then(|before| before.token_sha256);
+    }
+    folder.put(identity)?;
+    Ok(shown(&folder.path(IDENTITIES)))
+}
+
+fn name_invalid(name: &str, why: &str) -> Failure {
+    let message = format!("nobody can be called {name:?}: {why}");
+    Failure::new(Kind::Usage, "NAME_INVALID", message, "choose another name")
+}
+
+fn no_key(path: &Path, error: &rcgen::Error) -> Failure {
+    Failure::new(
+        Kind::Failed,
+        "CERTIFICATE_FAILED",
+        format!("{}: {error}", path.display()),
+        "",
+    )
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// What was made, and what to copy where.
+fn described(folder: &Folder, made: &PkiIdentity) -> String {
+    let mut text = format!("{}: roles {}", made.name, Roles::of(&made.roles));
+    if let Some(valid_until) = &made.valid_until {
+        text += &format!(", valid until {}", valid_until.0.strftime("%F"));
+    }
+    text += &format!(
+        "\ncopy to where {} runs:\n  {}\n",
+        made.name,
+        shown(&folder.ca_certificate())
+    );
+    for path in [&made.certificate, &made.key, &made.token_file]
+        .into_iter()
+        .flatten()
+    {
+        text += &format!("  {path}\n");
+    }
+    if !made.identities.is_empty() {
+        text += &format!(
+            "copy to every service that {} calls (it is read again by itself):\n  {}\n",
+            made.name, made.identities
+        );
+    }
+    text
+}

@@ -1,0 +1,14 @@
+//! Who gets in, what they may do there, and what becomes of everybody else.
+
+#[path = "security/edges.rs"]
+mod edges;
+#[path = "security/manual.rs"]
+mod manual;
+#[path = "security/refusals.rs"]
+mod refusals;
+#[path = "security/roles.rs"]
+mod roles;
+#[path = "security/site.rs"]
+mod site;
+#[path = "security/volumes.rs"]
+mod volumes;
