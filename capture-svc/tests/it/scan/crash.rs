@@ -156,11 +156,19 @@ fn a_full_disk_of_the_state_costs_the_cut_and_nothing_else() {
     let ballast = disk.path("ballast");
     // All of it, to the last block.
     assert!(fs::write(&ballast, vec![1; 16 << 20]).is_err());
-    let full = engine.begin_interval(&scene.live()).unwrap_err();
-    assert!(
-        matches!(&full, EngineError::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull),
-        "{full}"
-    );
+    match engine.begin_interval(&scene.live()) {
+        // Checksums alone may have found room.
+        Ok(cut) => {
+            assert!(engine.stats().spool_used < 1 << 20);
+            let mut image = vec![0; BLOCKS * BLOCK];
+            apply(&mut image, &cut).unwrap();
+            engine.give_up_interval().unwrap();
+        }
+        Err(EngineError::Io { source, .. }) => {
+            assert_eq!(source.kind(), std::io::ErrorKind::StorageFull);
+        }
+        Err(other) => panic!("{other}"),
+    }
     assert!(engine.open_interval().is_none());
     let left = fs::read_dir(&state).unwrap();
     let left = left.map(|entry| entry.unwrap().file_name().into_string().unwrap());

@@ -175,6 +175,8 @@ fn only_a_file_that_was_quiesced_twice_and_has_its_times_is_not_read() {
         reads(&scene, false),
         "without quiescing times prove nothing"
     );
+    assert!(reads(&scene, true), "it was found to differ");
+    assert_eq!(ship(&scene, &mut image, true), 0);
     assert!(!reads(&scene, true));
     let all = geometry().all();
     assert!(
