@@ -100,10 +100,10 @@ fn the_recipe_for_filesystems_quiesces_and_no_journal_is_left_to_replay() {
          e2fsck -fn /srv/restored.img >&2\n\
          done",
     );
-    // A snapshot is not quiesced, and has something to replay: what is looked for above can be there.
+    // A snapshot that is taken at once is not quiesced, and has something to replay: what is looked for above can be there.
     world.then(
         "touch /srv/db/one-more; sync /srv/db/one-more\n\
-         tidemark snapshot create db >&2\n\
+         tidemark snapshot create --now db >&2\n\
          dumpe2fs -h /mnt/tidemark/.snapshots/db/1.img 2>&1 | grep needs_recovery",
     );
     assert_quiesced(&world.run(), 5);
