@@ -322,6 +322,42 @@ fn nothing_but_what_was_written_is_in_an_interval() {
 }
 
 #[test]
+fn holes_of_a_clone_are_found_within_any_range_and_nothing_else_is() {
+    for kind in CLONING {
+        let Some(scene) = Scene::new(kind) else {
+            return;
+        };
+        let file = OpenOptions::new().write(true).open(scene.file()).unwrap();
+        // Large pieces, so that no hint of the file's fills the holes between them.
+        let pieces = [(0, 256), (512, 256), (1280, 768)];
+        for (start, count) in pieces {
+            let bytes = vec![7; count * BLOCK];
+            file.write_all_at(&bytes, (start * BLOCK) as u64).unwrap();
+        }
+        // Space that is reserved and was never written to is no data.
+        fallocate(
+            &file,
+            FallocateFlags::empty(),
+            768 * BLOCK as u64,
+            256 * BLOCK as u64,
+        )
+        .unwrap();
+        let cut = scene.engine().begin_interval().unwrap();
+        let is_data = |block: usize| pieces.iter().any(|(s, n)| (*s..s + n).contains(&block));
+        for (start, end) in [(0, BLOCKS), (1, 700), (255, 257), (300, 400), (511, 1281)] {
+            let extent =
+                Extent::between(BlockIndex::new(start as u64), BlockIndex::new(end as u64));
+            let found = cut.reader.data_extents(extent).unwrap();
+            for block in 0..BLOCKS {
+                let expected = (start..end).contains(&block) && is_data(block);
+                let data = found.contains(BlockIndex::new(block as u64));
+                assert_eq!(data, expected, "{kind}: block {block} of {start}..{end}");
+            }
+        }
+    }
+}
+
+#[test]
 fn an_empty_file_is_kept_in_few_extents() {
     let Some(scene) = Scene::new("xfs") else {
         return;
