@@ -497,7 +497,7 @@ impl Intercept {
         let geometry = self.geometry();
         let offset = geometry.offset_of(from).get();
         let volume = self.capture.media().volume();
-        Ok(volume_file::next_data(volume, offset, geometry.length())?.0)
+        volume_file::data_from(volume, offset, geometry.length())
     }
 
     /// Reads whole blocks as they are now; `buffer` has the length of the extent. Blocks being written meanwhile may

@@ -510,9 +510,7 @@ impl Reflink {
     pub fn next_data(&self, from: BlockIndex) -> io::Result<u64> {
         let offset = self.geometry.offset_of(from).get();
         match self.base() {
-            Some(base) => {
-                Ok(volume_file::next_data(base.file(), offset, self.geometry.length())?.0)
-            }
+            Some(base) => volume_file::data_from(base.file(), offset, self.geometry.length()),
             None => Ok(offset),
         }
     }

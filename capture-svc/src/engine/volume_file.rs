@@ -313,20 +313,27 @@ fn write_zeroes(file: &File, mut offset: u64, mut length: u64) -> io::Result<()>
 }
 
 /// The next data at or after `offset`, and the next hole after that; both at most `end`, which is within the volume.
-///
-/// What a file that was cut short no longer has is no hole: nobody may take it for zeroes.
 pub(super) fn next_data(file: &File, offset: u64, end: u64) -> io::Result<(u64, u64)> {
-    let data = match seek(file, SeekFrom::Data(offset)) {
-        Ok(data) => data.min(end),
-        Err(Errno::NXIO) if file.metadata()?.len() < end => return Err(Errno::IO.into()),
-        Err(Errno::NXIO) => return Ok((end, end)),
-        // Without knowledge of holes all is data.
-        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok((offset, end)),
-        Err(error) => return Err(error.into()),
-    };
+    let data = data_from(file, offset, end)?;
     match seek(file, SeekFrom::Hole(data)) {
         Ok(hole) => Ok((data, hole.min(end))),
-        Err(Errno::NXIO) => Ok((data, end)),
+        // Without knowledge of holes all is data.
+        Err(Errno::NXIO | Errno::INVAL | Errno::OPNOTSUPP) => Ok((data, end)),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The next data at or after `offset`, at most `end`, which is within the volume. Cheap also in a file of many extents,
+/// all of which a search for the next hole may go through.
+///
+/// What a file that was cut short no longer has is no hole: nobody may take it for zeroes.
+pub(super) fn data_from(file: &File, offset: u64, end: u64) -> io::Result<u64> {
+    match seek(file, SeekFrom::Data(offset)) {
+        Ok(data) => Ok(data.min(end)),
+        Err(Errno::NXIO) if file.metadata()?.len() < end => Err(Errno::IO.into()),
+        Err(Errno::NXIO) => Ok(end),
+        // Without knowledge of holes all is data.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => Ok(offset),
         Err(error) => Err(error.into()),
     }
 }

@@ -99,6 +99,9 @@ pub(crate) enum WalkError {
 const READ_LEN: usize = 1 << 20;
 /// Blocks whose holes are asked for at a time.
 const WINDOW_BLOCKS: u64 = 1 << 20;
+/// Fewer bytes are read without asking for holes. A filesystem may look through all extents up to the next hole, which is
+/// every extent of a file without holes: for 10,000 single blocks of one in 19,000 extents that took 27 s on XFS.
+const HOLES_LEN_MIN: u64 = 64 << 10;
 /// Leaves looked at together.
 const LEAVES_AT_ONCE: usize = 4096;
 
@@ -134,7 +137,11 @@ pub(crate) fn walk(
     let mut sums = vec![Checksum128::ZERO; READ_LEN / size];
     for extent in changed.extents_from(from) {
         for window in extent.pieces(BlockCount::new(WINDOW_BLOCKS)) {
-            let data = image.data_extents(window)?;
+            let data = if geometry.bytes(window.count()) < HOLES_LEN_MIN {
+                std::iter::once(window).collect()
+            } else {
+                image.data_extents(window)?
+            };
             let mut at = window.start();
             for part in data.extents() {
                 zeroed(table, Extent::between(at, part.start()), sink)?;

@@ -16,7 +16,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use parking_lot::Mutex;
 use tidemark_disk::durable;
 
-use super::{files::found, volume_file::next_data};
+use super::{files::found, volume_file::data_from};
 
 /// Bytes before the words.
 pub(super) const HEADER_LEN: u64 = 4096;
@@ -84,7 +84,7 @@ fn read_through(file: &File, length: u64) -> io::Result<Vec<u8>> {
     let mut at = HEADER_LEN;
     loop {
         // Words that were never set take no reading.
-        at = next_data(file, at, length)?.0;
+        at = data_from(file, at, length)?;
         if at >= length {
             break;
         }

@@ -1,6 +1,6 @@
 //! Where a file's extents lie, as the filesystem tells it: `FS_IOC_FIEMAP`.
 
-use std::{fs::File, io, os::fd::AsRawFd};
+use std::{fs::File, io, ops::Range, os::fd::AsRawFd};
 
 use capture_core::reflink::extents::{Place, Run, Runs};
 
@@ -56,15 +56,21 @@ pub(super) struct FileRuns<'f> {
     map: Box<Fiemap>,
     taken: usize,
     is_last: bool,
+    synced: bool,
 }
 
 impl<'f> FileRuns<'f> {
     /// Of the first `length` bytes of the file.
     pub(super) fn new(file: &'f File, length: u64) -> Self {
+        Self::within(file, 0..length)
+    }
+
+    /// Of these bytes of the file; the last run may end after them.
+    pub(super) fn within(file: &'f File, range: Range<u64>) -> Self {
         Self {
             file,
-            end: length,
-            at: 0,
+            end: range.end,
+            at: range.start,
             map: Box::new(Fiemap {
                 start: 0,
                 length: 0,
@@ -76,6 +82,7 @@ impl<'f> FileRuns<'f> {
             }),
             taken: 0,
             is_last: false,
+            synced: false,
         }
     }
 
@@ -87,7 +94,8 @@ impl<'f> FileRuns<'f> {
     fn ask(&mut self) -> io::Result<()> {
         self.map.start = self.at;
         self.map.length = self.end - self.at;
-        self.map.flags = if self.at == 0 { FIEMAP_FLAG_SYNC } else { 0 };
+        self.map.flags = if self.synced { 0 } else { FIEMAP_FLAG_SYNC };
+        self.synced = true;
         self.map.mapped_extents = 0;
         self.map.extent_count = EXTENTS_AT_ONCE_U32;
         self.taken = 0;

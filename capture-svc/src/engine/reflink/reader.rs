@@ -2,10 +2,11 @@
 
 use std::{fs::File, io, num::NonZeroU64, os::unix::fs::FileExt, sync::Arc};
 
+use capture_core::reflink::extents::{Place, Runs as _};
 use rustix::fs::{Advice, fadvise};
 use tidemark_block::{BlockSet, Epoch, Extent, Geometry};
 
-use super::super::{EngineError, volume_file};
+use super::{super::EngineError, fiemap::FileRuns};
 
 /// The most bytes that are read ahead of the first reader.
 const READ_AHEAD_BYTES: u64 = 64 << 20;
@@ -98,11 +99,27 @@ impl CloneReader {
     /// As [`Self::read_blocks`].
     pub fn data_extents(&self, extent: Extent) -> Result<BlockSet, EngineError> {
         let extent = extent.intersect(self.geometry().all());
-        volume_file::data_blocks(&self.0.file, self.geometry(), extent).map_err(|error| {
+        self.data_within(extent).map_err(|error| {
             EngineError::io(
                 format!("look for holes in the clone of cut {}", self.cut()),
                 error,
             )
         })
+    }
+
+    /// Asks for the map of just these blocks: a search for the next hole would go through all extents up to it.
+    fn data_within(&self, extent: Extent) -> io::Result<BlockSet> {
+        let geometry = self.geometry();
+        let offset = |block| geometry.offset_of(block).get();
+        let (start, end) = (offset(extent.start()), offset(extent.end()));
+        let mut runs = FileRuns::within(&self.0.file, start..end);
+        let mut blocks = BlockSet::new();
+        while let Some(run) = runs.next()? {
+            if run.place != Place::Zero {
+                let within = geometry.covering(run.start, run.length).intersect(extent);
+                blocks.insert(within);
+            }
+        }
+        Ok(blocks)
     }
 }

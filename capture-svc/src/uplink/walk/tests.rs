@@ -202,6 +202,42 @@ fn changed_blocks_are_given_whole_whatever_they_were() {
 }
 
 #[test]
+fn single_blocks_are_read_without_a_search_for_holes() {
+    struct NoSearch(MemoryImage);
+    impl ImageAtCut for NoSearch {
+        fn read_blocks(&self, extent: Extent, buffer: &mut [u8]) -> Result<(), EngineError> {
+            self.0.read_blocks(extent, buffer)
+        }
+        fn data_extents(&self, extent: Extent) -> Result<BlockSet, EngineError> {
+            panic!("holes were searched for: {extent}");
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let g = geometry(64);
+    let mut numbers = [1; 64];
+    let table = table_of(dir.path(), g, &image_of(&numbers));
+    let mut changed = BlockSet::new();
+    for at in (0..64).step_by(2) {
+        // Every other one of these is zero now, and was not.
+        numbers[at] = if at % 4 == 0 { 0 } else { 2 };
+        changed.insert(Extent::new(BlockIndex::new(at as u64), BlockCount::new(1)));
+    }
+    let image = NoSearch(MemoryImage::new(g, image_of(&numbers)));
+    let mut gathered = Gathered::default();
+    let mut books = Assembler::new(Arc::clone(&table), 1 << 20, &mut gathered);
+    walk(&image, &*table, &changed, BlockIndex::ZERO, &mut books).unwrap();
+    assert_eq!(books.finish().unwrap().changed_blocks, 32);
+    let mut restored = image_of(&[1; 64]);
+    let batches: Vec<_> = gathered
+        .batches
+        .iter()
+        .map(|batch| (batch.end, batch.frames.clone()))
+        .collect();
+    apply(g, &mut restored, &batches);
+    assert!(restored == *image.0.bytes);
+}
+
+#[test]
 fn a_sparse_tebibyte_in_doubt_costs_next_to_nothing() {
     struct Empty;
     impl ImageAtCut for Empty {

@@ -8,6 +8,7 @@ use std::{
 };
 
 use capture_svc::engine::{EngineOptions, Trust, reflink::Reflink};
+use rustix::fs::{FallocateFlags, fallocate};
 use tidemark_block::{BlockCount, BlockIndex, Extent};
 
 use super::{
@@ -246,5 +247,41 @@ fn bytes_that_come_back_to_where_they_were_are_in_the_next_interval() {
         rustix::fs::ioctl_ficlone(&file, File::open(scene.disk.path("copy")).unwrap()).unwrap();
         scene.ship(&mut image);
         assert!(image == fs::read(&path).unwrap(), "{kind}");
+    }
+}
+
+#[test]
+fn holes_of_a_clone_are_found_within_any_range_and_nothing_else_is() {
+    for kind in CLONING {
+        let Some(scene) = Scene::new(kind) else {
+            return;
+        };
+        let file = OpenOptions::new().write(true).open(scene.file()).unwrap();
+        // Large pieces, so that no hint of the file's fills the holes between them.
+        let pieces = [(0, 256), (512, 256), (1280, 768)];
+        for (start, count) in pieces {
+            let bytes = vec![7; count * BLOCK];
+            file.write_all_at(&bytes, (start * BLOCK) as u64).unwrap();
+        }
+        // Space that is reserved and was never written to is no data.
+        fallocate(
+            &file,
+            FallocateFlags::empty(),
+            768 * BLOCK as u64,
+            256 * BLOCK as u64,
+        )
+        .unwrap();
+        let cut = scene.engine().begin_interval().unwrap();
+        let is_data = |block: usize| pieces.iter().any(|(s, n)| (*s..s + n).contains(&block));
+        for (start, end) in [(0, BLOCKS), (1, 700), (255, 257), (300, 400), (511, 1281)] {
+            let extent =
+                Extent::between(BlockIndex::new(start as u64), BlockIndex::new(end as u64));
+            let found = cut.reader.data_extents(extent).unwrap();
+            for block in 0..BLOCKS {
+                let expected = (start..end).contains(&block) && is_data(block);
+                let data = found.contains(BlockIndex::new(block as u64));
+                assert_eq!(data, expected, "{kind}: block {block} of {start}..{end}");
+            }
+        }
     }
 }
