@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rand_like::Numbers;
@@ -66,9 +66,13 @@ struct Watched {
     flushes: AtomicU64,
     gate: Mutex<bool>,
     opened: Condvar,
+    /// Reads that have come to the gate.
+    waiting: AtomicU64,
+    /// Who performed each write.
+    writers: Mutex<Vec<std::thread::ThreadId>>,
 }
 
-/// Writes here wait while the gate is closed.
+/// Reads and writes here wait while the gate is closed.
 const GATED: u64 = 1 << 20;
 const NO_ROOM: u64 = 2 << 20;
 const PANIC: u64 = 3 << 20;
@@ -80,7 +84,16 @@ impl Watched {
             flushes: AtomicU64::new(0),
             gate: Mutex::new(false),
             opened: Condvar::new(),
+            waiting: AtomicU64::new(0),
+            writers: Mutex::default(),
         })
+    }
+
+    fn pass_gate(&self) {
+        let mut closed = self.gate.lock();
+        while *closed {
+            self.opened.wait(&mut closed);
+        }
     }
 
     fn close_gate(&self, closed: bool) {
@@ -100,16 +113,16 @@ impl BlockDevice for Watched {
         4096
     }
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        if offset == GATED {
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            self.pass_gate();
+        }
         self.memory.read(offset, buf)
     }
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
+        self.writers.lock().push(std::thread::current().id());
         match offset {
-            GATED => {
-                let mut closed = self.gate.lock();
-                while *closed {
-                    self.opened.wait(&mut closed);
-                }
-            }
+            GATED => self.pass_gate(),
             NO_ROOM => return Err(io::ErrorKind::StorageFull.into()),
             PANIC => panic!("a bug in the device"),
             _ => {}
@@ -543,6 +556,53 @@ fn errors_and_bugs_of_a_device_are_errors_of_their_requests_and_one_that_waits_h
         assert!(!waiting.is_finished());
         mounted.device.close_gate(false);
         waiting.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn requests_that_come_one_by_one_are_performed_by_one_thread() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let file = mounted.open(libc::O_DIRECT);
+    let mut buffer = Aligned::new(4096);
+    for n in 0..200 {
+        file.write_all_at(buffer.bytes(), n % 8 * 4096).unwrap();
+    }
+    let writers = mounted.device.writers.lock();
+    // At first each thread is given a request; and on a machine that lets one wait, another takes over.
+    let changes = writers.windows(2).filter(|two| two[0] != two[1]).count();
+    assert!(
+        changes < writers.len() / 2,
+        "{changes} of {}",
+        writers.len()
+    );
+}
+
+#[test]
+fn while_all_threads_but_one_wait_the_last_goes_on() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let (device, file) = (&mounted.device, mounted.open(libc::O_DIRECT));
+    let most = tidemark_export::fuse::WORKERS - 1;
+    device.close_gate(true);
+    std::thread::scope(|scope| {
+        // Reads: the kernel lets one direct write into a file at a time.
+        let read = || file.read_exact_at(Aligned::new(4096).bytes(), GATED);
+        let waiting: Vec<_> = (0..most).map(|_| scope.spawn(read)).collect();
+        let began = Instant::now();
+        while device.waiting.load(Ordering::SeqCst) < most as u64 && began.elapsed() < GRACE {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let all_waited = device.waiting.load(Ordering::SeqCst) == most as u64;
+        let went_on = all_waited && file.read_exact_at(Aligned::new(4096).bytes(), 0).is_ok();
+        // First of all, so that a failure is one, and no endless wait.
+        device.close_gate(false);
+        assert!(all_waited && went_on);
+        for one in waiting {
+            one.join().unwrap().unwrap();
+        }
     });
 }
 
