@@ -16,11 +16,13 @@
 //! writes from open to open. Snapshots don't change: theirs stays.
 //!
 //! Requests are performed by the thread that read them from the kernel, as in [`crate::nbd`]: there are
-//! [`WORKERS`] of these, each with a buffer for the largest request (1 MiB), and none is async.
+//! [`WORKERS`] of these, each with a buffer for the largest request (1 MiB), and none is async. One of them receives
+//! while requests are quick.
 //!
-//! In the order in which data meets them: `mount` (the mount point), `session` (the kernel's requests), `tree` (which
-//! file a name is), `files` (what is open), `server` (start and stop).
+//! In the order in which data meets them: `mount` (the mount point), `session` (the kernel's requests), `crew` (which
+//! thread receives), `tree` (which file a name is), `files` (what is open), `server` (start and stop).
 
+mod crew;
 mod files;
 mod mount;
 mod server;

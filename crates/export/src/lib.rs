@@ -9,14 +9,18 @@
 //! In the order in which data meets them: [`exports`] (which device a name means, and who uses it),
 //! [`device`] (what a request may ask of it), [`scratch`] (a device on
 //! which writes are thrown away), [`errno`] (how a failure is told to the client), [`nbd`] (the server),
-//! [`fuse`] (the files).
+//! [`fuse`] (the files). Both serve by threads that take turns: `turns` (who receives), `pace` (whether another one
+//! should), `watch` (who is stuck).
 
 pub mod device;
 pub mod errno;
 pub mod exports;
 pub mod fuse;
 pub mod nbd;
+mod pace;
 pub mod scratch;
+mod turns;
+mod watch;
 
 pub use device::{AllocationExtent, BlockDevice, Durability, ZeroFlags};
 pub use exports::{

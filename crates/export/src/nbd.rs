@@ -4,14 +4,13 @@
 //!
 //! The codec ([`wire`], [`option`], [`negotiate`], [`request`], [`reply`]) is made of pure functions over bytes. Around
 //! it: `socket` and `server` accept clients, `handshake` drives the negotiation, `session` serves requests, in turns
-//! (`turns`) by a few threads per connection, under the eye of `watch`.
+//! ([`crate::turns`]) by a few threads per connection, under the eye of [`crate::watch`].
 
 mod field;
 mod handshake;
 pub mod limits;
 pub mod negotiate;
 pub mod option;
-mod pace;
 mod pool;
 mod read;
 mod receive;
@@ -23,8 +22,6 @@ mod service;
 mod session;
 mod socket;
 mod spin;
-mod turns;
-mod watch;
 pub mod wire;
 
 pub use limits::Limits;

@@ -163,15 +163,10 @@ struct Mounted {
 
 impl Mounted {
     fn new(server: &Server, at: PathBuf) -> Result<Self> {
-        let set = args!["--find", "--show", "--direct-io=on", server.file];
+        let set = args!["--find", "--show", server.file];
         let device = run_program("losetup", set).trim().to_owned();
         fs::create_dir(&at)?;
         let mounted = Self { device, at };
-        // qemu-storage-daemon corrupts requests of 1 MiB and more on a loop device with direct I/O: filesystems made on
-        // it don't mount.
-        let name = mounted.device.trim_start_matches("/dev/");
-        let queue = format!("/sys/block/{name}/queue/max_sectors_kb");
-        fs::write(queue, REQUEST_KIB_MAX)?;
         run_program(
             "mkfs.ext4",
             args![
@@ -181,6 +176,12 @@ impl Mounted {
                 mounted.device
             ],
         );
+        // Only now: qemu-storage-daemon corrupts what is written to a loop device with direct I/O, large requests most of
+        // all, and a filesystem that was made so doesn't mount.
+        run_program("losetup", args!["--direct-io=on", mounted.device]);
+        let name = mounted.device.trim_start_matches("/dev/");
+        let queue = format!("/sys/block/{name}/queue/max_sectors_kb");
+        fs::write(queue, REQUEST_KIB_MAX)?;
         run_program("mount", args!["-o", "noatime", mounted.device, mounted.at]);
         run_program(
             "fio",

@@ -4,13 +4,15 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use fuser::{BackgroundSession, Config, Session, SessionACL};
 use parking_lot::Mutex;
 
+use super::crew::Crew;
 use super::files::Files;
-use super::mount::{How, Mount, MountError, mount_at};
+use super::mount::{Device, How, Mount, MountError, mount_at};
 use super::session::{Mounted, Requests, WORKERS};
 use super::tree::Tree;
 use crate::exports::Exports;
@@ -32,7 +34,13 @@ pub struct Unmounted {
 pub struct FuseServer {
     mounted: Arc<Mounted>,
     mount: Arc<Mount>,
-    running: Mutex<Option<BackgroundSession>>,
+    running: Mutex<Option<Running>>,
+}
+
+#[derive(Debug)]
+struct Running {
+    session: BackgroundSession,
+    watch: JoinHandle<()>,
 }
 
 impl FuseServer {
@@ -43,22 +51,11 @@ impl FuseServer {
     /// [`MountError`], which says what to do: nothing is mounted then.
     pub fn start(exports: Arc<dyn Exports>, at: &Path) -> Result<Self, MountError> {
         let (device, mount) = mount_at(at)?;
-        let mounted = Arc::new(Mounted {
-            tree: Tree::new(exports),
-            files: Files::default(),
-        });
-        let mut config = Config::default();
-        config.n_threads = Some(WORKERS);
-        config.clone_fd = device.clonable;
-        // The kernel has checked who asks: `default_permissions`, or the mount's owner alone.
-        let acl = SessionACL::All;
-        let started = Session::from_fd(Requests(Arc::clone(&mounted)), device.fd, acl, config)
-            .and_then(Session::spawn);
-        match started {
-            Ok(session) => Ok(Self {
+        match Self::serve(exports, device) {
+            Ok((mounted, running)) => Ok(Self {
                 mounted,
                 mount: Arc::new(mount),
-                running: Mutex::new(Some(session)),
+                running: Mutex::new(Some(running)),
             }),
             Err(error) => {
                 let _gone = mount.detach();
@@ -66,6 +63,31 @@ impl FuseServer {
                     at: mount.path().to_owned(),
                     error,
                 })
+            }
+        }
+    }
+
+    fn serve(exports: Arc<dyn Exports>, device: Device) -> io::Result<(Arc<Mounted>, Running)> {
+        let mounted = Arc::new(Mounted {
+            tree: Tree::new(exports),
+            files: Files::default(),
+            crew: Crew::new(device.fd.try_clone()?),
+        });
+        let mut config = Config::default();
+        config.n_threads = Some(WORKERS);
+        config.clone_fd = device.clonable;
+        // The kernel has checked who asks: `default_permissions`, or the mount's owner alone.
+        let acl = SessionACL::All;
+        let session = Session::from_fd(Requests(Arc::clone(&mounted)), device.fd, acl, config)?;
+        let watched = Arc::clone(&mounted);
+        let watch = std::thread::Builder::new()
+            .name("fuse-watch".to_owned())
+            .spawn(move || watched.crew.keep_watch())?;
+        match session.spawn() {
+            Ok(session) => Ok((mounted, Running { session, watch })),
+            Err(error) => {
+                mounted.crew.close();
+                Err(error)
             }
         }
     }
@@ -87,9 +109,12 @@ impl FuseServer {
     /// Unmounts: whole where nobody uses it; otherwise, or where requests don't end within `grace`, the directory is
     /// free at once and open files have nothing behind them. Repeating it does nothing.
     pub fn stop(&self, grace: Duration) -> Unmounted {
-        let Some(session) = self.running.lock().take() else {
+        let Some(Running { session, watch }) = self.running.lock().take() else {
             return Unmounted { cut_off: 0 };
         };
+        // Whoever stands by must see the end, too.
+        self.mounted.crew.close();
+        let _watched = watch.join();
         let deadline = Instant::now() + grace;
         let at = self.mount.path().display();
         match self.unmount(grace) {

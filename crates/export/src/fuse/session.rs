@@ -1,4 +1,4 @@
-//! The kernel's requests, each performed by the thread that read it.
+//! The kernel's requests, each performed by the thread that read it, in its turn (`crew`).
 
 use std::cell::RefCell;
 use std::ffi::OsStr;
@@ -16,6 +16,7 @@ use fuser::{
     ReplyStatfs, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
+use super::crew::Crew;
 use super::files::{Files, OpenFile};
 use super::tree::{Node, ROOT, Tree};
 use crate::device::{Durability, ZeroFlags};
@@ -45,10 +46,11 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What a mount shares: the tree and the open files.
+/// What a mount shares: the tree, the open files, and the turns of its threads.
 pub(super) struct Mounted {
     pub(super) tree: Tree,
     pub(super) files: Files,
+    pub(super) crew: Crew,
 }
 
 impl fmt::Debug for Mounted {
@@ -67,12 +69,26 @@ fn refusal(error: &io::Error) -> Errno {
 }
 
 /// Sends a result.
-macro_rules! answer {
+macro_rules! sent {
     ($reply:ident, $result:expr, $value:pat => $send:expr) => {
         match $result {
             Ok($value) => $send,
             Err(error) => $reply.error(refusal(&error)),
         }
+    };
+}
+
+/// Performs a request in its thread's turn, and sends the result.
+macro_rules! answer {
+    ($self:ident, $reply:ident, $result:expr, $value:pat => $send:expr) => {
+        $self.0.crew.perform(|| sent!($reply, $self.0.crew.timed(|| $result), $value => $send))
+    };
+}
+
+/// As `answer`, of a request that is known to take its time.
+macro_rules! answer_aside {
+    ($self:ident, $reply:ident, $result:expr, $value:pat => $send:expr) => {
+        $self.0.crew.perform_aside(|| sent!($reply, $self.0.crew.timed(|| $result), $value => $send))
     };
 }
 
@@ -210,6 +226,60 @@ impl Requests {
         u32::try_from(length).map_err(|_| number(libc::EINVAL))
     }
 
+    fn read_into<'b>(
+        &self,
+        buffer: &'b mut Vec<u8>,
+        handle: u64,
+        offset: u64,
+        size: u32,
+    ) -> io::Result<&'b [u8]> {
+        let file = self.0.files.get(handle)?;
+        let room = file.device().length().saturating_sub(offset);
+        let length = room.min(u64::from(size.min(REQUEST_MAX)));
+        let length = usize::try_from(length).map_err(|_| number(libc::EINVAL))?;
+        if buffer.len() < length {
+            buffer.resize(length, 0);
+        }
+        let part = &mut buffer[..length];
+        if length > 0 {
+            file.device().read(offset, part)?;
+        }
+        Ok(part)
+    }
+
+    fn listed(&self, inode: u64) -> io::Result<u64> {
+        let entries = self.0.tree.entries(inode);
+        self.0
+            .files
+            .open_directory(entries.ok_or_else(|| number(libc::ENOTDIR))?)
+    }
+
+    fn entries(&self, inode: INodeNo, handle: u64, offset: u64, mut reply: ReplyDirectory) {
+        let entries = match self.0.files.directory(handle) {
+            Ok(entries) => entries,
+            Err(error) => return reply.error(refusal(&error)),
+        };
+        for (entry, next) in entries.iter().zip(1u64..) {
+            if next <= offset {
+                continue;
+            }
+            let kind = if entry.directory {
+                FileType::Directory
+            } else {
+                FileType::RegularFile
+            };
+            let number = match entry.name.as_str() {
+                "." => inode,
+                ".." => INodeNo(ROOT),
+                _ => INodeNo(INODE_UNKNOWN),
+            };
+            if reply.add(number, next, kind, &entry.name) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
     fn sought(&self, handle: u64, offset: i64, whence: i32) -> io::Result<i64> {
         let file = self.0.files.get(handle)?;
         let length = file.device().length();
@@ -263,15 +333,18 @@ impl Filesystem for Requests {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        answer!(reply, self.found(parent.0, name), attr => reply.entry(&NO_TIME, &attr, Generation(0)));
+        answer!(self, reply, self.found(parent.0, name), attr => reply.entry(&NO_TIME, &attr, Generation(0)));
     }
 
     fn forget(&self, _: &Request, inode: INodeNo, lookups: u64) {
-        self.0.tree.forget(inode.0, lookups);
+        let mounted = &self.0;
+        mounted
+            .crew
+            .perform(|| mounted.tree.forget(inode.0, lookups));
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        answer!(reply, self.attributes_of(inode.0), attr => reply.attr(&NO_TIME, &attr));
+        answer!(self, reply, self.attributes_of(inode.0), attr => reply.attr(&NO_TIME, &attr));
     }
 
     fn setattr(
@@ -293,11 +366,11 @@ impl Filesystem for Requests {
         reply: ReplyAttr,
     ) {
         let others = mode.is_some() || uid.is_some() || gid.is_some();
-        answer!(reply, self.changed(inode.0, size, others), attr => reply.attr(&NO_TIME, &attr));
+        answer!(self, reply, self.changed(inode.0, size, others), attr => reply.attr(&NO_TIME, &attr));
     }
 
     fn open(&self, _: &Request, inode: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        answer!(reply, self.opened(inode.0, flags), (handle, told) => reply.opened(FileHandle(handle), told));
+        answer!(self, reply, self.opened(inode.0, flags), (handle, told) => reply.opened(FileHandle(handle), told));
     }
 
     fn read(
@@ -311,22 +384,13 @@ impl Filesystem for Requests {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        BUFFER.with_borrow_mut(|buffer| {
-            let read = guarded(|| {
-                let file = self.0.files.get(handle.0)?;
-                let room = file.device().length().saturating_sub(offset);
-                let length = room.min(u64::from(size.min(REQUEST_MAX)));
-                let length = usize::try_from(length).map_err(|_| number(libc::EINVAL))?;
-                if buffer.len() < length {
-                    buffer.resize(length, 0);
-                }
-                let part = &mut buffer[..length];
-                if length > 0 {
-                    file.device().read(offset, part)?;
-                }
-                Ok(&*part)
+        self.0.crew.perform(|| {
+            BUFFER.with_borrow_mut(|buffer| {
+                let crew = &self.0.crew;
+                let read =
+                    crew.timed(|| guarded(|| self.read_into(buffer, handle.0, offset, size)));
+                sent!(reply, read, data => reply.data(data));
             });
-            answer!(reply, read, data => reply.data(data));
         });
     }
 
@@ -342,12 +406,12 @@ impl Filesystem for Requests {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        answer!(reply, guarded(|| self.written(handle.0, offset, data)), length => reply.written(length));
+        answer!(self, reply, guarded(|| self.written(handle.0, offset, data)), length => reply.written(length));
     }
 
     /// Each `close` of a file; nothing waits for it.
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
-        reply.ok();
+        self.0.crew.perform(|| reply.ok());
     }
 
     fn release(
@@ -360,21 +424,20 @@ impl Filesystem for Requests {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.0.files.close(handle.0);
-        reply.ok();
+        let mounted = &self.0;
+        mounted.crew.perform(|| {
+            mounted.files.close(handle.0);
+            reply.ok();
+        });
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, handle: FileHandle, _: bool, reply: ReplyEmpty) {
         let flushed = guarded(|| self.0.files.get(handle.0)?.device().flush());
-        answer!(reply, flushed, () => reply.ok());
+        answer_aside!(self, reply, flushed, () => reply.ok());
     }
 
     fn opendir(&self, _: &Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let entries = self.0.tree.entries(inode.0);
-        let opened = entries
-            .ok_or_else(|| number(libc::ENOTDIR))
-            .and_then(|entries| self.0.files.open_directory(entries));
-        answer!(reply, opened, handle => reply.opened(FileHandle(handle), FopenFlags::empty()));
+        answer!(self, reply, self.listed(inode.0), handle => reply.opened(FileHandle(handle), FopenFlags::empty()));
     }
 
     fn readdir(
@@ -383,31 +446,11 @@ impl Filesystem for Requests {
         inode: INodeNo,
         handle: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectory,
+        reply: ReplyDirectory,
     ) {
-        let entries = match self.0.files.directory(handle.0) {
-            Ok(entries) => entries,
-            Err(error) => return reply.error(refusal(&error)),
-        };
-        for (entry, next) in entries.iter().zip(1u64..) {
-            if next <= offset {
-                continue;
-            }
-            let kind = if entry.directory {
-                FileType::Directory
-            } else {
-                FileType::RegularFile
-            };
-            let number = match entry.name.as_str() {
-                "." => inode,
-                ".." => INodeNo(ROOT),
-                _ => INodeNo(INODE_UNKNOWN),
-            };
-            if reply.add(number, next, kind, &entry.name) {
-                break;
-            }
-        }
-        reply.ok();
+        self.0
+            .crew
+            .perform(|| self.entries(inode, handle.0, offset, reply));
     }
 
     fn releasedir(
@@ -418,13 +461,18 @@ impl Filesystem for Requests {
         _: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.0.files.close(handle.0);
-        reply.ok();
+        let mounted = &self.0;
+        mounted.crew.perform(|| {
+            mounted.files.close(handle.0);
+            reply.ok();
+        });
     }
 
     fn statfs(&self, _: &Request, _: INodeNo, reply: ReplyStatfs) {
-        let blocks = self.0.tree.volume_bytes() / u64::from(BLOCK);
-        reply.statfs(blocks, 0, 0, 0, 0, BLOCK, 255, BLOCK);
+        self.0.crew.perform(|| {
+            let blocks = self.0.tree.volume_bytes() / u64::from(BLOCK);
+            reply.statfs(blocks, 0, 0, 0, 0, BLOCK, 255, BLOCK);
+        });
     }
 
     fn fallocate(
@@ -437,7 +485,7 @@ impl Filesystem for Requests {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        answer!(reply, guarded(|| self.zeroed(handle.0, offset, length, mode)), () => reply.ok());
+        answer_aside!(self, reply, guarded(|| self.zeroed(handle.0, offset, length, mode)), () => reply.ok());
     }
 
     fn lseek(
@@ -449,17 +497,17 @@ impl Filesystem for Requests {
         whence: i32,
         reply: ReplyLseek,
     ) {
-        answer!(reply, guarded(|| self.sought(handle.0, offset, whence)), found => reply.offset(found));
+        answer!(self, reply, guarded(|| self.sought(handle.0, offset, whence)), found => reply.offset(found));
     }
 
     // Names come and go by the service's commands, not by the file system's.
 
     fn mknod(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(Errno::EPERM);
+        self.0.crew.perform(|| reply.error(Errno::EPERM));
     }
 
     fn mkdir(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, _: u32, reply: ReplyEntry) {
-        reply.error(Errno::EPERM);
+        self.0.crew.perform(|| reply.error(Errno::EPERM));
     }
 
     fn create(
@@ -472,23 +520,23 @@ impl Filesystem for Requests {
         _: i32,
         reply: ReplyCreate,
     ) {
-        reply.error(Errno::EPERM);
+        self.0.crew.perform(|| reply.error(Errno::EPERM));
     }
 
     fn unlink(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EPERM);
+        self.0.crew.perform(|| reply.error(Errno::EPERM));
     }
 
     fn rmdir(&self, _: &Request, _: INodeNo, _: &OsStr, reply: ReplyEmpty) {
-        reply.error(Errno::EPERM);
+        self.0.crew.perform(|| reply.error(Errno::EPERM));
     }
 
     fn symlink(&self, _: &Request, _: INodeNo, _: &OsStr, _: &Path, reply: ReplyEntry) {
-        reply.error(Errno::EPERM);
+        self.0.crew.perform(|| reply.error(Errno::EPERM));
     }
 
     fn link(&self, _: &Request, _: INodeNo, _: INodeNo, _: &OsStr, reply: ReplyEntry) {
-        reply.error(Errno::EPERM);
+        self.0.crew.perform(|| reply.error(Errno::EPERM));
     }
 
     fn rename(
@@ -501,6 +549,6 @@ impl Filesystem for Requests {
         _: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        reply.error(Errno::EPERM);
+        self.0.crew.perform(|| reply.error(Errno::EPERM));
     }
 }

@@ -15,7 +15,6 @@ use tidemark_disk::descriptors;
 use super::limits::Limits;
 use super::service::{ClientStatus, Service};
 use super::socket::{Listener, NbdAddress};
-use super::watch::keep_watch;
 use crate::exports::Exports;
 
 /// How long accepting pauses after a failure such as having no file descriptor left.
@@ -104,7 +103,7 @@ impl NbdServer {
         };
         let watch = std::thread::Builder::new()
             .name("nbd-watch".to_owned())
-            .spawn(move || keep_watch(&watching))?;
+            .spawn(move || watching.watch.keep(|| watching.look()))?;
         if let Some(running) = server.running.lock().as_mut() {
             running.threads.push(watch);
         }

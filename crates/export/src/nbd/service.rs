@@ -15,8 +15,8 @@ use super::negotiate::Agreement;
 use super::pool::Pool;
 use super::session::Session;
 use super::socket::Stream;
-use super::watch::Watch;
 use crate::exports::Exports;
+use crate::watch::Watch;
 
 pub(super) struct Service {
     pub(super) exports: Arc<dyn Exports>,
@@ -117,7 +117,7 @@ impl Service {
         self.stopping.load(Ordering::Acquire)
     }
 
-    pub(super) fn sessions(&self) -> Vec<Arc<Session>> {
+    fn sessions(&self) -> Vec<Arc<Session>> {
         self.peers
             .lock()
             .values()
@@ -134,6 +134,17 @@ impl Service {
                 peer: peer.name.clone(),
             })
             .collect()
+    }
+
+    /// What the watch does at each tick.
+    pub(super) fn look(&self) -> bool {
+        // Not under the lock: the last handle of a session, when dropped, takes it.
+        let sessions = self.sessions();
+        let mut busy = false;
+        for session in &sessions {
+            busy |= session.look();
+        }
+        busy
     }
 
     /// Admits a client, unless there are too many or the server is stopping.

@@ -1,6 +1,6 @@
 //! The transmission phase of one connection.
 //!
-//! The thread that received a request performs it and replies ([`super::turns`] says who receives next). A request that
+//! The thread that received a request performs it and replies ([`crate::turns`] says who receives next). A request that
 //! is known to block (a flush, anything with FUA) passes the lead on first; so does every request while this
 //! connection's device calls have lately been slow. A quick request is performed with the lead in hand.
 
@@ -14,7 +14,6 @@ use parking_lot::{Mutex, MutexGuard};
 
 use super::limits::{REQUEST_PAYLOAD_MAX, THREAD_BUFFER_BYTES};
 use super::negotiate::Agreement;
-use super::pace::Pace;
 use super::pool::LargeBuffer;
 use super::read::HoleHunt;
 use super::receive::{ReceiveError, Receiver};
@@ -23,10 +22,11 @@ use super::request::{self, Command, RequestHeader, Terms};
 use super::send::Sender;
 use super::service::{Registration, Service};
 use super::socket::Stream;
-use super::turns::{Summoned, Turn, Turns};
 use crate::device::{BlockDevice, Durability};
 use crate::errno::{NbdError, nbd_error};
 use crate::exports::ConnectedClient;
+use crate::pace::Pace;
+use crate::turns::{Summoned, Turn, Turns};
 
 /// The whole payload of a request may take this many receive timeouts.
 const PAYLOAD_TIMEOUTS: u32 = 10;

@@ -50,9 +50,13 @@ struct Watched {
     flushes: AtomicU64,
     gate: Mutex<bool>,
     opened: Condvar,
+    /// Reads that have come to the gate.
+    waiting: AtomicU64,
+    /// Who performed each write.
+    writers: Mutex<Vec<std::thread::ThreadId>>,
 }
 
-/// Writes here wait while the gate is closed.
+/// Reads and writes here wait while the gate is closed.
 const GATED: u64 = 1 << 20;
 
 const NO_ROOM: u64 = 2 << 20;
@@ -66,7 +70,16 @@ impl Watched {
             flushes: AtomicU64::new(0),
             gate: Mutex::new(false),
             opened: Condvar::new(),
+            waiting: AtomicU64::new(0),
+            writers: Mutex::default(),
         })
+    }
+
+    fn pass_gate(&self) {
+        let mut closed = self.gate.lock();
+        while *closed {
+            self.opened.wait(&mut closed);
+        }
     }
 
     fn close_gate(&self, closed: bool) {
@@ -86,16 +99,16 @@ impl BlockDevice for Watched {
         4096
     }
     fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        if offset == GATED {
+            self.waiting.fetch_add(1, Ordering::SeqCst);
+            self.pass_gate();
+        }
         self.memory.read(offset, buf)
     }
     fn write(&self, offset: u64, data: &[u8], durability: Durability) -> io::Result<()> {
+        self.writers.lock().push(std::thread::current().id());
         match offset {
-            GATED => {
-                let mut closed = self.gate.lock();
-                while *closed {
-                    self.opened.wait(&mut closed);
-                }
-            }
+            GATED => self.pass_gate(),
             NO_ROOM => return Err(io::ErrorKind::StorageFull.into()),
             PANIC => panic!("a bug in the device"),
             _ => {}

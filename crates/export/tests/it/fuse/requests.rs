@@ -3,11 +3,12 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FallocateFlags, SeekFrom, fallocate, seek};
 use tidemark_export::{BlockDevice, Durability};
 
-use super::{GATED, Mounted, NO_ROOM, PANIC, SIZE, errno};
+use super::{GATED, GRACE, Mounted, NO_ROOM, PANIC, SIZE, errno};
 use crate::client::eventually;
 
 /// Numbers that look random and are the same each time.
@@ -275,5 +276,52 @@ fn errors_and_bugs_of_a_device_are_errors_of_their_requests_and_one_that_waits_h
         assert!(!waiting.is_finished());
         mounted.device.close_gate(false);
         waiting.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn requests_that_come_one_by_one_are_performed_by_one_thread() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let file = mounted.open(libc::O_DIRECT);
+    let mut buffer = Aligned::new(4096);
+    for n in 0..200 {
+        file.write_all_at(buffer.bytes(), n % 8 * 4096).unwrap();
+    }
+    let writers = mounted.device.writers.lock();
+    // At first each thread is given a request; and on a machine that lets one wait, another takes over.
+    let changes = writers.windows(2).filter(|two| two[0] != two[1]).count();
+    assert!(
+        changes < writers.len() / 2,
+        "{changes} of {}",
+        writers.len()
+    );
+}
+
+#[test]
+fn while_all_threads_but_one_wait_the_last_goes_on() {
+    let Some(mounted) = Mounted::new() else {
+        return;
+    };
+    let (device, file) = (&mounted.device, mounted.open(libc::O_DIRECT));
+    let most = tidemark_export::fuse::WORKERS - 1;
+    device.close_gate(true);
+    std::thread::scope(|scope| {
+        // Reads: the kernel lets one direct write into a file at a time.
+        let read = || file.read_exact_at(Aligned::new(4096).bytes(), GATED);
+        let waiting: Vec<_> = (0..most).map(|_| scope.spawn(read)).collect();
+        let began = Instant::now();
+        while device.waiting.load(Ordering::SeqCst) < most as u64 && began.elapsed() < GRACE {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let all_waited = device.waiting.load(Ordering::SeqCst) == most as u64;
+        let went_on = all_waited && file.read_exact_at(Aligned::new(4096).bytes(), 0).is_ok();
+        // First of all, so that a failure is one, and no endless wait.
+        device.close_gate(false);
+        assert!(all_waited && went_on);
+        for one in waiting {
+            one.join().unwrap().unwrap();
+        }
     });
 }

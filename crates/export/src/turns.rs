@@ -1,4 +1,4 @@
-//! Who receives: the turns that the threads of one connection take.
+//! Who receives: the turns that the threads of one connection, or of one mount, take.
 //!
 //! One thread leads: it receives a request, performs it itself, replies, and receives the next. As long as requests end
 //! quickly this is all there is, whatever the queue depth: no hand-over, and one system call brings many requests.
@@ -25,7 +25,7 @@ const PERFORMING: u64 = 2;
 const CLOSED: u64 = 3;
 
 #[derive(Debug)]
-pub(super) struct Turns {
+pub(crate) struct Turns {
     word: AtomicU64,
     crowd: Mutex<Crowd>,
     summoned: Condvar,
@@ -41,11 +41,11 @@ struct Crowd {
 
 /// A request that the leader performs while the lead can be taken away.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Performing(u64);
+pub(crate) struct Performing(u64);
 
 /// What follows from letting go of the lead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Summoned {
+pub(crate) enum Summoned {
     /// Somebody who was idle, or whoever ends first, takes it.
     Somebody,
     /// A new thread must be started; it is counted already.
@@ -54,7 +54,7 @@ pub(super) enum Summoned {
 
 /// How waiting for a turn ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(crate) enum Turn {
     /// Lead.
     Lead,
     /// End this thread; it is no longer counted.
@@ -63,7 +63,7 @@ pub(super) enum Turn {
 
 impl Turns {
     /// Begins with one thread, which leads.
-    pub(super) fn new(threads_max: usize) -> Self {
+    pub(crate) fn new(threads_max: usize) -> Self {
         Self {
             word: AtomicU64::new(LEADING),
             crowd: Mutex::new(Crowd {
@@ -76,10 +76,27 @@ impl Turns {
         }
     }
 
+    /// Begins with so many threads, and no more: all of them may receive, until one has taken the lead.
+    pub(crate) fn of(threads: usize) -> Self {
+        Self {
+            word: AtomicU64::new(FREE),
+            crowd: Mutex::new(Crowd {
+                threads,
+                idle: 0,
+                summons: 0,
+            }),
+            summoned: Condvar::new(),
+            threads_max: threads,
+        }
+    }
+
     /// Leader: performs a request without letting go.
-    pub(super) fn begin(&self) -> Performing {
+    pub(crate) fn begin(&self) -> Performing {
         // Only the leader writes while the state is LEADING, except for a close.
         let word = self.word.load(Ordering::Relaxed);
+        if word & STATE == CLOSED {
+            return Performing(word);
+        }
         let performing = ((word >> 2) + 1) << 2 | PERFORMING;
         // SeqCst: the watch must see this, or we see that it sleeps.
         match self
@@ -92,7 +109,7 @@ impl Turns {
     }
 
     /// Whether the lead is still ours after [`Turns::begin`], or free to be taken.
-    pub(super) fn end(&self, performing: Performing) -> bool {
+    pub(crate) fn end(&self, performing: Performing) -> bool {
         let leading = performing.0 & !STATE | LEADING;
         performing.0 & STATE == PERFORMING
             && self
@@ -103,7 +120,7 @@ impl Turns {
     }
 
     /// Takes the lead if nobody has it.
-    pub(super) fn try_lead(&self) -> bool {
+    pub(crate) fn try_lead(&self) -> bool {
         let take = |word| (word & STATE == FREE).then_some(word | LEADING);
         self.word
             .try_update(Ordering::AcqRel, Ordering::Relaxed, take)
@@ -111,7 +128,7 @@ impl Turns {
     }
 
     /// Leader: lets go of the lead.
-    pub(super) fn hand_over(&self) -> Summoned {
+    pub(crate) fn hand_over(&self) -> Summoned {
         let release = |word| (word & STATE == LEADING).then_some(word & !STATE);
         let _closed = self
             .word
@@ -120,13 +137,13 @@ impl Turns {
     }
 
     /// The word of a request that is being performed, for [`Turns::take_away`].
-    pub(super) fn performing(&self) -> Option<u64> {
+    pub(crate) fn performing(&self) -> Option<u64> {
         let word = self.word.load(Ordering::SeqCst);
         (word & STATE == PERFORMING).then_some(word)
     }
 
     /// Takes the lead away from the request `word`, if it is still being performed.
-    pub(super) fn take_away(&self, word: u64) -> Option<Summoned> {
+    pub(crate) fn take_away(&self, word: u64) -> Option<Summoned> {
         self.word
             .compare_exchange(word, word & !STATE, Ordering::AcqRel, Ordering::Relaxed)
             .ok()?;
@@ -146,7 +163,7 @@ impl Turns {
     }
 
     /// Nobody receives from now on; everyone leaves when done.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.word.fetch_or(CLOSED, Ordering::AcqRel);
         let crowd = self.crowd.lock();
         self.summoned.notify_all();
@@ -159,7 +176,7 @@ impl Turns {
 
     /// Waits until the lead is to be taken. A thread without work for `idle_max` leaves: there is another, because the
     /// lead is either held or free for whoever performs a request now.
-    pub(super) fn wait(&self, idle_max: Duration) -> Turn {
+    pub(crate) fn wait(&self, idle_max: Duration) -> Turn {
         let mut crowd = self.crowd.lock();
         loop {
             if self.closed() {
@@ -185,7 +202,7 @@ impl Turns {
     }
 
     /// Takes back the count of a thread that could not be started.
-    pub(super) fn not_started(&self) {
+    pub(crate) fn not_started(&self) {
         self.crowd.lock().threads -= 1;
     }
 }
@@ -229,6 +246,29 @@ mod tests {
         assert!(turns.try_lead());
         assert_eq!(turns.hand_over(), Summoned::Somebody);
         assert!(turns.try_lead(), "whoever ends first takes the free lead");
+    }
+
+    #[test]
+    fn of_threads_that_are_all_there_one_leads_and_none_is_started() {
+        let turns = Turns::of(2);
+        assert!(turns.try_lead());
+        assert!(!turns.try_lead(), "one is enough");
+        let stuck = turns.begin();
+        let word = turns.performing().unwrap();
+        assert_eq!(turns.take_away(word), Some(Summoned::Somebody));
+        assert_eq!(turns.wait(Duration::MAX), Turn::Lead, "whoever stands by");
+        assert!(!turns.end(stuck));
+    }
+
+    #[test]
+    fn a_request_that_begins_after_a_close_does_not_undo_it() {
+        let turns = Turns::of(2);
+        assert!(turns.try_lead());
+        turns.close();
+        let late = turns.begin();
+        assert_eq!(turns.performing(), None);
+        assert!(!turns.end(late));
+        assert_eq!(turns.wait(Duration::MAX), Turn::Leave);
     }
 
     #[test]

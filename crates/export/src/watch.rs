@@ -1,12 +1,10 @@
 //! The watch: one thread per server that notices requests which block although nobody expected it, and lets another
-//! thread of their connection receive on. It sleeps while nothing is performed.
+//! thread receive on in their place. It sleeps while nothing is performed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
-
-use super::service::Service;
 
 /// A request that is still the same at two ticks is blocked.
 const TICK: Duration = Duration::from_millis(4);
@@ -14,7 +12,7 @@ const TICK: Duration = Duration::from_millis(4);
 const QUIET_TICKS: u32 = 8;
 
 #[derive(Debug, Default)]
-pub(super) struct Watch {
+pub(crate) struct Watch {
     awake: AtomicBool,
     stop: Mutex<bool>,
     wake: Condvar,
@@ -22,7 +20,7 @@ pub(super) struct Watch {
 
 impl Watch {
     /// Called whenever a request begins with the lead in hand.
-    pub(super) fn nudge(&self) {
+    pub(crate) fn nudge(&self) {
         // SeqCst: either the watch sees the request that has just begun, or we see that it sleeps.
         if !self.awake.load(Ordering::SeqCst) {
             let stop = self.stop.lock();
@@ -32,7 +30,7 @@ impl Watch {
         }
     }
 
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         *self.stop.lock() = true;
         self.wake.notify_one();
     }
@@ -52,35 +50,25 @@ impl Watch {
         }
         !*stop
     }
-}
 
-/// The watch's thread.
-pub(super) fn keep_watch(service: &Service) {
-    let mut quiet = 0;
-    loop {
-        let looked = look(service);
-        quiet = if looked { 0 } else { quiet + 1 };
-        let mut sleep = false;
-        if quiet >= QUIET_TICKS {
-            service.watch.awake.store(false, Ordering::SeqCst);
-            sleep = !look(service);
-            if !sleep {
-                service.watch.awake.store(true, Ordering::SeqCst);
+    /// The life of the watch's thread. `look` gives the lead of requests that it finds the same as at its last look to
+    /// others, and tells whether any is being performed with the lead in hand.
+    pub(crate) fn keep(&self, mut look: impl FnMut() -> bool) {
+        let mut quiet = 0;
+        loop {
+            quiet = if look() { 0 } else { quiet + 1 };
+            let mut sleep = false;
+            if quiet >= QUIET_TICKS {
+                self.awake.store(false, Ordering::SeqCst);
+                sleep = !look();
+                if !sleep {
+                    self.awake.store(true, Ordering::SeqCst);
+                }
+                quiet = 0;
             }
-            quiet = 0;
-        }
-        if !service.watch.pause(sleep) {
-            return;
+            if !self.pause(sleep) {
+                return;
+            }
         }
     }
-}
-
-fn look(service: &Service) -> bool {
-    // Not under the lock: the last handle of a session, when dropped, takes it.
-    let sessions = service.sessions();
-    let mut busy = false;
-    for session in &sessions {
-        busy |= session.look();
-    }
-    busy
 }

@@ -1,4 +1,4 @@
-//! Whether a connection's requests are worth handing over before they are performed.
+//! Whether requests are worth handing over before they are performed.
 //!
 //! A hand-over lets the next request be received while this one blocks; where requests are quick, or come one at a time,
 //! it only costs. So slow device calls are remembered as long as they kept others waiting, and quick ones forget them.
@@ -19,7 +19,7 @@ const DECAY_QUICK: u32 = 2;
 const DECAY_ALONE: u32 = 50;
 
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(crate) struct Pace {
     slowness: AtomicU32,
     performing: AtomicU32,
     more: AtomicBool,
@@ -27,24 +27,24 @@ pub(super) struct Pace {
 
 impl Pace {
     /// Whether to hand over before performing.
-    pub(super) fn is_slow(&self) -> bool {
+    pub(crate) fn is_slow(&self) -> bool {
         self.slowness.load(Ordering::Relaxed) > 0
     }
 
     /// A request begins; `more`: another one has arrived already.
-    pub(super) fn begin(&self, more: bool) {
+    pub(crate) fn begin(&self, more: bool) {
         self.performing.fetch_add(1, Ordering::Relaxed);
         if self.more.load(Ordering::Relaxed) != more {
             self.more.store(more, Ordering::Relaxed);
         }
     }
 
-    pub(super) fn end(&self) {
+    pub(crate) fn end(&self) {
         self.performing.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// A device call took so long. `arrived` looks whether another request has arrived meanwhile.
-    pub(super) fn note(&self, took: Duration, arrived: impl FnOnce() -> bool) {
+    pub(crate) fn note(&self, took: Duration, arrived: impl FnOnce() -> bool) {
         let before = self.slowness.load(Ordering::Relaxed);
         let after = if took < SLOW {
             before.saturating_sub(DECAY_QUICK)
