@@ -242,9 +242,7 @@ impl Config {
     /// The CAs by which the service can be asked on its own machine; none where it takes plain text.
     #[must_use]
     pub fn health_ca(&self) -> Option<PathBuf> {
-        let named = |path: &PathBuf| (!path.as_os_str().is_empty()).then(|| path.clone());
-        let cert = named(&self.tls_cert)?;
-        Some(named(&self.tls_ca).unwrap_or(cert))
+        self.gate().own_ca()
     }
 
     /// How the control interface is reached, and by whom.

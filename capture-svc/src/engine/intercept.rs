@@ -29,7 +29,7 @@ use std::{
 
 use super::{
     EngineError, EngineOptions, EngineStats, SnapshotId, SnapshotInfo, SpoolPolicy, Trust,
-    file_key, volume_file,
+    volume_file,
 };
 use activity::Activity;
 pub use activity::Sample;
@@ -245,11 +245,7 @@ impl Intercept {
     /// # Errors
     /// What the system says to a look at either.
     pub fn has_open(&self, path: &Path) -> Result<bool, EngineError> {
-        use std::os::unix::fs::MetadataExt;
-        let open = self.capture.media().volume().metadata();
-        let open = open.map_err(|error| EngineError::io("look at the open volume file", error))?;
-        let found = file_key(path)?;
-        Ok((found.device, found.inode) == (open.dev(), open.ino()))
+        volume_file::is_at(self.capture.media().volume(), path)
     }
 
     /// Puts every block into the next interval, durably.

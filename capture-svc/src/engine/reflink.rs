@@ -27,7 +27,7 @@ use std::{
 };
 
 use capture_core::{
-    engine::{records::LABEL_MAX, trust::Replacement},
+    engine::records::LABEL_MAX,
     reflink::{
         extents::{self, Difference},
         state::{Base, CloneFile, SnapshotClone, State},
@@ -42,7 +42,7 @@ use tidemark_disk::{durable, lock::FileLock};
 pub use reader::CloneReader;
 
 use super::{
-    EngineError, EngineOptions, EngineStats, SnapshotId, SnapshotInfo, Trust, file_key, volume_file,
+    EngineError, EngineOptions, EngineStats, SnapshotId, SnapshotInfo, Trust, volume_file,
 };
 use clones::{CloneError, Clones, Made};
 use fiemap::FileRuns;
@@ -193,11 +193,7 @@ impl Reflink {
     /// # Errors
     /// What the system says to a look at either.
     pub fn has_open(&self, path: &Path) -> Result<bool, EngineError> {
-        use std::os::unix::fs::MetadataExt;
-        let open = self.source.metadata();
-        let open = open.map_err(|error| EngineError::io("look at the open volume file", error))?;
-        let found = file_key(path)?;
-        Ok((found.device, found.inode) == (open.dev(), open.ino()))
+        volume_file::is_at(&self.source, path)
     }
 
     /// Puts blocks into the next interval, durably.
@@ -307,19 +303,7 @@ impl Reflink {
 
     /// What lies at the path must be what is cloned.
     fn check_file(&self) -> Result<(), EngineError> {
-        if self.has_open(&self.path)? {
-            return Ok(());
-        }
-        let found = file_key(&self.path)?.inode;
-        let recorded = self.now.lock().state.file.inode;
-        Err(EngineError::VolumeReplaced {
-            path: self.path.clone(),
-            what: if found == recorded {
-                Replacement::Filesystem
-            } else {
-                Replacement::Inode { recorded, found }
-            },
-        })
+        volume_file::check_at(&self.source, &self.path)
     }
 
     fn reader(&self, made: Made) -> CloneReader {

@@ -27,9 +27,9 @@ use std::{
 };
 
 use capture_core::{
-    engine::{records::FileIdentity, trust::Replacement},
+    engine::records::FileIdentity,
     scan::{
-        moment::{Passed, Search, Stamp, Step, Workload},
+        moment::{FileTimes, Passed, Search, Step, Workload},
         state::{OpenInterval, Proof, State},
     },
 };
@@ -39,7 +39,7 @@ use tidemark_disk::{ChecksumTable, durable, lock::FileLock};
 
 pub use kept::ScanReader;
 
-use super::{CutAt, EngineError, EngineOptions, EngineStats, Trust, file_key, volume_file};
+use super::{CutAt, EngineError, EngineOptions, EngineStats, Trust, volume_file};
 use kept::{Keeper, Kept, path_in};
 use pass::{Pass, Prints, Task};
 use source::{Source, now_ns};
@@ -197,11 +197,7 @@ impl Scan {
     /// # Errors
     /// What the system says to a look at either.
     pub fn has_open(&self, path: &Path) -> Result<bool, EngineError> {
-        use std::os::unix::fs::MetadataExt;
-        let open = self.source.file().metadata();
-        let open = open.map_err(|error| EngineError::io("look at the open volume file", error))?;
-        let found = file_key(path)?;
-        Ok((found.device, found.inode) == (open.dev(), open.ino()))
+        volume_file::is_at(self.source.file(), path)
     }
 
     /// The next cut reads everything, whatever the times say. Which blocks are in doubt needs no record: each cut compares
@@ -315,18 +311,7 @@ impl Scan {
                 recorded: self.geometry.length(),
             });
         }
-        if self.has_open(&self.path)? {
-            return Ok(());
-        }
-        let (found, recorded) = (file_key(&self.path)?.inode, self.identity.inode);
-        Err(EngineError::VolumeReplaced {
-            path: self.path.clone(),
-            what: if found == recorded {
-                Replacement::Filesystem
-            } else {
-                Replacement::Inode { recorded, found }
-            },
-        })
+        volume_file::check_at(self.source.file(), &self.path)
     }
 
     /// What proves that the file is still the base, where everyone holds still now.
@@ -347,17 +332,17 @@ impl Scan {
 
     /// The file's times, where every later write must leave others.
     fn proof(&self) -> Result<Option<Proof>, EngineError> {
-        let stamp = self.source.stamp();
-        let stamp = stamp
+        let times = self.source.times();
+        let times = times
             .map_err(|error| EngineError::io("look at the times of the volume file", error))?;
-        Ok(self.proof_by(stamp))
+        Ok(self.proof_by(times))
     }
 
-    fn proof_by(&self, stamp: Stamp) -> Option<Proof> {
-        stamp.is_settled(now_ns()).then_some(Proof {
+    fn proof_by(&self, times: FileTimes) -> Option<Proof> {
+        times.is_settled(now_ns()).then_some(Proof {
             boot: self.identity.boot,
             mount: self.identity.mount,
-            stamp,
+            times,
         })
     }
 
@@ -377,10 +362,10 @@ impl Scan {
             step = match step {
                 Step::Look(after) => {
                     self.wait(at, after)?;
-                    let stamp = self.source.stamp().map_err(|error| {
+                    let times = self.source.times().map_err(|error| {
                         EngineError::io("look at the times of the volume file", error)
                     })?;
-                    search.looked(began.elapsed(), stamp.age(now_ns()))
+                    search.looked(began.elapsed(), times.age(now_ns()))
                 }
                 Step::Pass { first: true } => {
                     // What an attempt before put aside goes first.
@@ -435,12 +420,12 @@ impl Scan {
     fn accept(
         &self,
         at: &CutAt<'_>,
-        attempt: Option<(Keeper, Prints, Stamp)>,
+        attempt: Option<(Keeper, Prints, FileTimes)>,
     ) -> Result<Found, EngineError> {
-        let Some((keeper, _, stamp)) = attempt else {
+        let Some((keeper, _, times)) = attempt else {
             return Err(EngineError::Abandoned);
         };
-        let proof = self.proof_by(stamp).filter(|_| at.quiesced);
+        let proof = self.proof_by(times).filter(|_| at.quiesced);
         let kept = keeper.finish();
         let kept = kept.map_err(|error| EngineError::io("put aside what has changed", error))?;
         Ok(Found { kept, proof })
@@ -528,7 +513,7 @@ impl Scan {
     /// What the file says.
     pub fn next_data(&self, from: BlockIndex) -> io::Result<u64> {
         let offset = self.geometry.offset_of(from).get();
-        Ok(volume_file::next_data(self.source.file(), offset, self.geometry.length())?.0)
+        volume_file::data_from(self.source.file(), offset, self.geometry.length())
     }
 
     /// Reads whole blocks of the file.

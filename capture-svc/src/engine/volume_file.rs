@@ -10,7 +10,10 @@ use std::{
     path::Path,
 };
 
-use capture_core::engine::records::{FileIdentity, Place};
+use capture_core::engine::{
+    records::{FileIdentity, Place},
+    trust::Replacement,
+};
 use rustix::{
     fs::{
         Advice, AtFlags, FallocateFlags, SeekFrom, StatxFlags, fadvise, fallocate, fstatvfs, seek,
@@ -18,10 +21,10 @@ use rustix::{
     },
     io::Errno,
 };
-use tidemark_block::{BlockSet, Extent, Geometry};
+use tidemark_block::{BlockSet, Extent, Geometry, VolumeId};
 use tidemark_disk::lock::{FileLock, LockError};
 
-use super::EngineError;
+use super::{EngineError, file_key};
 
 /// Opens a volume's file and locks it.
 pub(super) fn open(path: &Path, geometry: Geometry) -> Result<(File, FileLock), EngineError> {
@@ -126,6 +129,58 @@ pub(super) fn open_to_read(path: &Path, geometry: Geometry) -> Result<File, Engi
         });
     }
     Ok(file)
+}
+
+/// Whether the open file is the one that lies at the path.
+pub(super) fn is_at(file: &File, path: &Path) -> Result<bool, EngineError> {
+    let open = file.metadata();
+    let open = open.map_err(|error| EngineError::io("look at the open volume file", error))?;
+    let found = file_key(path)?;
+    Ok((found.device, found.inode) == (open.dev(), open.ino()))
+}
+
+/// What lies at the path must be what is open.
+pub(super) fn check_at(file: &File, path: &Path) -> Result<(), EngineError> {
+    if is_at(file, path)? {
+        return Ok(());
+    }
+    let open = file.metadata();
+    let open = open.map_err(|error| EngineError::io("look at the open volume file", error))?;
+    let (found, recorded) = (file_key(path)?.inode, open.ino());
+    Err(EngineError::VolumeReplaced {
+        path: path.to_owned(),
+        what: if found == recorded {
+            Replacement::Filesystem
+        } else {
+            Replacement::Inode { recorded, found }
+        },
+    })
+}
+
+/// What is recorded in a state directory must be of this volume, and of this shape.
+pub(super) fn check_record(
+    dir: &Path,
+    recorded: (VolumeId, Geometry),
+    expected: (VolumeId, Geometry),
+) -> Result<(), EngineError> {
+    let path = dir.to_owned();
+    if recorded.0 != expected.0 {
+        let (found, expected) = (recorded.0, expected.0);
+        return Err(EngineError::OtherVolume {
+            path,
+            found,
+            expected,
+        });
+    }
+    if recorded.1 != expected.1 {
+        let (found, expected) = (recorded.1, expected.1);
+        return Err(EngineError::OtherGeometry {
+            path,
+            found,
+            expected,
+        });
+    }
+    Ok(())
 }
 
 /// Has the filesystem allocate an empty file in pieces of at least so many bytes, where it can (XFS): a file in few extents

@@ -211,6 +211,27 @@ impl Rig {
             .map_err(RpcError::from)
     }
 
+    /// Adds a file with an engine; one that isn't there is made, with this length.
+    pub(crate) async fn add_file(
+        &self,
+        name: &str,
+        file: &Path,
+        length: usize,
+        engine: &str,
+    ) -> Result<pb::Volume, RpcError> {
+        let request = pb::AddVolumeRequest {
+            name: name.to_owned(),
+            file: file.display().to_string(),
+            length: if file.exists() { 0 } else { length as u64 },
+            engine: engine.to_owned(),
+            ..pb::AddVolumeRequest::default()
+        };
+        let answer = self.client().await.add_volume(request).await;
+        answer
+            .map(tonic::Response::into_inner)
+            .map_err(RpcError::from)
+    }
+
     pub(crate) fn nbd(&self, name: &str) -> Nbd {
         Nbd::connect(&self.path("nbd.sock"), name).unwrap()
     }
@@ -412,6 +433,13 @@ fn digest_of(geometry: Geometry, image: &[u8]) -> bytes::Bytes {
 }
 
 /// Bytes that depend on the seed and on their place, and don't compress well.
+/// Writes noise to a file, as a workload does that has it open.
+pub(crate) fn write(file: &Path, seed: u64, at: u64, length: usize) {
+    use std::os::unix::fs::FileExt;
+    let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+    file.write_all_at(&noise(seed, length), at).unwrap();
+}
+
 pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..len)

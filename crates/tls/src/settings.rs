@@ -38,6 +38,13 @@ fn pair(cert: &Path, key: &Path) -> Option<(PathBuf, PathBuf)> {
 }
 
 impl GateSettings<'_> {
+    /// The CAs that the service's own certificate can be verified by; none where it has no certificate.
+    #[must_use]
+    pub fn own_ca(&self) -> Option<PathBuf> {
+        let cert = given(self.cert)?;
+        Some(given(self.ca).unwrap_or(cert))
+    }
+
     /// What holds between the keys.
     pub fn check(&self, rules: &mut Rules) {
         let has = |path: &Path| !path.as_os_str().is_empty();

@@ -20,11 +20,11 @@ use thiserror::Error;
 /// Between two looks at a file that is being written.
 const LOOK_PERIOD: Duration = Duration::from_millis(20);
 /// The coarsest step of the clock that files are stamped with is 10 ms: within it two writes may leave the same times.
-const STAMP_SETTLES_NS: i128 = 100_000_000;
+const TIMES_SETTLE_NS: i128 = 100_000_000;
 
 /// The times of a file, as the filesystem tells them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Stamp {
+pub struct FileTimes {
     /// Modification: seconds since 1970.
     pub modified_s: i64,
     /// And nanoseconds.
@@ -35,7 +35,7 @@ pub struct Stamp {
     pub changed_ns: u32,
 }
 
-impl Stamp {
+impl FileTimes {
     /// How long before `now_ns` (nanoseconds since 1970) the file was written last; zero where that is later.
     #[must_use]
     pub fn age(&self, now_ns: i128) -> Duration {
@@ -46,7 +46,7 @@ impl Stamp {
     /// Whether any later write must leave other times, as seen at `now_ns`.
     #[must_use]
     pub fn is_settled(&self, now_ns: i128) -> bool {
-        now_ns - self.newest_ns() >= STAMP_SETTLES_NS
+        now_ns - self.newest_ns() >= TIMES_SETTLE_NS
     }
 
     fn newest_ns(&self) -> i128 {
@@ -106,9 +106,9 @@ pub enum Unsteady {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Passed {
     /// The times before and after it.
-    pub before: Stamp,
+    pub before: FileTimes,
     /// Those after it.
-    pub after: Stamp,
+    pub after: FileTimes,
     /// It wasn't ended early.
     pub whole: bool,
     /// It read everywhere what the first one did; of a first one, true.
@@ -121,7 +121,7 @@ pub struct Search {
     workload: Workload,
     until: Duration,
     /// The times at both ends of the first pass of this attempt.
-    first: Option<Stamp>,
+    first: Option<FileTimes>,
 }
 
 impl Search {
@@ -189,11 +189,11 @@ mod tests {
         lull_min: Duration::from_millis(50),
     };
 
-    fn at(modified_s: i64) -> Stamp {
-        Stamp {
+    fn at(modified_s: i64) -> FileTimes {
+        FileTimes {
             modified_s,
             changed_s: modified_s,
-            ..Stamp::default()
+            ..FileTimes::default()
         }
     }
 
@@ -278,7 +278,7 @@ mod tests {
 
     #[test]
     fn times_are_settled_when_the_clock_has_passed_on() {
-        let stamp = Stamp {
+        let times = FileTimes {
             modified_s: 10,
             modified_ns: 5,
             changed_s: 10,
@@ -290,9 +290,9 @@ mod tests {
             // The clock was set back, or the file's times were set forward.
             (9_000_000_000, false),
         ] {
-            assert_eq!(stamp.is_settled(now_ns), settled, "{now_ns}");
+            assert_eq!(times.is_settled(now_ns), settled, "{now_ns}");
         }
-        assert_eq!(stamp.age(10_950_000_000), 50 * MS);
-        assert_eq!(stamp.age(9_000_000_000), Duration::ZERO);
+        assert_eq!(times.age(10_950_000_000), 50 * MS);
+        assert_eq!(times.age(9_000_000_000), Duration::ZERO);
     }
 }

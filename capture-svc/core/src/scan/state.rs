@@ -7,7 +7,7 @@ use tidemark_block::{
     wire::{Reader, WireError, seal, unseal},
 };
 
-use super::moment::Stamp;
+use super::moment::FileTimes;
 use crate::engine::records::FileIdentity;
 
 /// Magic of [`State::encode`].
@@ -25,7 +25,7 @@ pub struct Proof {
     /// The mount of the volume file.
     pub mount: u64,
     /// The times.
-    pub stamp: Stamp,
+    pub times: FileTimes,
 }
 
 /// The open interval.
@@ -193,13 +193,13 @@ impl State {
 
 fn put_proof(out: &mut Vec<u8>, proof: Option<Proof>) {
     out.push(u8::from(proof.is_some()));
-    if let Some(Proof { boot, mount, stamp }) = proof {
+    if let Some(Proof { boot, mount, times }) = proof {
         out.extend_from_slice(&boot);
         out.extend_from_slice(&mount.to_le_bytes());
-        out.extend_from_slice(&stamp.modified_s.to_le_bytes());
-        out.extend_from_slice(&stamp.modified_ns.to_le_bytes());
-        out.extend_from_slice(&stamp.changed_s.to_le_bytes());
-        out.extend_from_slice(&stamp.changed_ns.to_le_bytes());
+        out.extend_from_slice(&times.modified_s.to_le_bytes());
+        out.extend_from_slice(&times.modified_ns.to_le_bytes());
+        out.extend_from_slice(&times.changed_s.to_le_bytes());
+        out.extend_from_slice(&times.changed_ns.to_le_bytes());
     }
 }
 
@@ -209,7 +209,7 @@ fn proof(r: &mut Reader<'_>) -> Result<Option<Proof>, WireError> {
         1 => Ok(Some(Proof {
             boot: r.array()?,
             mount: r.u64()?,
-            stamp: Stamp {
+            times: FileTimes {
                 modified_s: i64::from_le_bytes(r.array()?),
                 modified_ns: r.u32()?,
                 changed_s: i64::from_le_bytes(r.array()?),
@@ -228,7 +228,7 @@ mod tests {
         Some(Proof {
             boot: [1; 16],
             mount: 9,
-            stamp: Stamp {
+            times: FileTimes {
                 modified_s: second,
                 modified_ns: 2,
                 changed_s: -3,
@@ -306,6 +306,42 @@ mod tests {
         let golden = std::fs::read(path).unwrap();
         assert_eq!(State::decode(&golden).unwrap(), state);
         assert!(state.encode() == golden, "it is encoded as ever");
+    }
+
+    #[test]
+    fn the_page_of_formats_has_these_places() {
+        let page = include_str!("../../../../docs/FORMAT-CAPTURE.md");
+        let part = page.split("## scan: payload").nth(1).unwrap();
+        let part = part.split("\n## ").next().unwrap();
+        let state = State {
+            interval: Some(interval(8, 3, proof(2))),
+            proof: proof(1),
+            ..state()
+        };
+        let bytes = &state.encode()[40..];
+        for (place, length, expected) in [
+            (0, 16, &[9; 16][..]),
+            (16, 8, &(1_u64 << 20).to_le_bytes()),
+            (24, 4, &4096_u32.to_le_bytes()),
+            (28, 4, &5_u32.to_le_bytes()),
+            (32, 16, &[6; 16]),
+            (48, 8, &7_u64.to_le_bytes()),
+            (56, 16, &[2; 16]),
+            (72, 8, &3_u64.to_le_bytes()),
+            (80, 8, &4_i64.to_le_bytes()),
+            (88, 8, &8_u64.to_le_bytes()),
+        ] {
+            assert_eq!(&bytes[place..place + length], expected, "{place}");
+            assert!(
+                part.contains(&format!("\n| {place} | {length} |")),
+                "{place}"
+            );
+        }
+        // A proof: 1, boot id, mount id, and two times.
+        let proof_len = 1 + 16 + 8 + 12 + 12;
+        assert_eq!(bytes[96], 1);
+        assert_eq!(bytes[96 + proof_len], 1);
+        assert_eq!(bytes.len(), 96 + proof_len + 1 + 3 * 8 + proof_len);
     }
 
     #[test]

@@ -148,22 +148,11 @@ fn read_identity(
             made_up.ok_or(EngineError::StateLost { path, what })?
         }
     };
-    if recorded.volume != volume {
-        let (found, expected) = (recorded.volume, volume);
-        return Err(EngineError::OtherVolume {
-            path: dir.to_owned(),
-            found,
-            expected,
-        });
-    }
-    if recorded.geometry != geometry {
-        let (found, expected) = (recorded.geometry, geometry);
-        return Err(EngineError::OtherGeometry {
-            path: dir.to_owned(),
-            found,
-            expected,
-        });
-    }
+    volume_file::check_record(
+        dir,
+        (recorded.volume, recorded.geometry),
+        (volume, geometry),
+    )?;
     Ok((recorded, state_lock))
 }
 

@@ -167,24 +167,7 @@ fn read_state(
         }
         Err(what) => return Err(EngineError::StateDamaged { path, what }),
     };
-    if state.volume != volume {
-        let (found, expected) = (state.volume, volume);
-        let path = dir.to_owned();
-        return Err(EngineError::OtherVolume {
-            path,
-            found,
-            expected,
-        });
-    }
-    if state.geometry != geometry {
-        let (found, expected) = (state.geometry, geometry);
-        let path = dir.to_owned();
-        return Err(EngineError::OtherGeometry {
-            path,
-            found,
-            expected,
-        });
-    }
+    volume_file::check_record(dir, (state.volume, state.geometry), (volume, geometry))?;
     Ok(state)
 }
 

@@ -114,23 +114,7 @@ fn read_state(
         }
         Err(what) => return Err(EngineError::StateDamaged { path, what }),
     };
-    let path = dir.to_owned();
-    if state.volume != volume {
-        let (found, expected) = (state.volume, volume);
-        return Err(EngineError::OtherVolume {
-            path,
-            found,
-            expected,
-        });
-    }
-    if state.geometry != geometry {
-        let (found, expected) = (state.geometry, geometry);
-        return Err(EngineError::OtherGeometry {
-            path,
-            found,
-            expected,
-        });
-    }
+    volume_file::check_record(dir, (state.volume, state.geometry), (volume, geometry))?;
     Ok(state)
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use capture_core::scan::{
     kept::{Bits, CHUNK_BYTES, Head, chunk_count, chunk_extent},
-    moment::{Passed, Stamp},
+    moment::{FileTimes, Passed},
 };
 use parking_lot::Mutex;
 use tidemark_block::{
@@ -78,7 +78,7 @@ enum Work {
 /// What the threads share.
 struct Shared {
     at: Mutex<Position>,
-    before: Stamp,
+    before: FileTimes,
     /// Nobody needs the rest.
     stop: AtomicBool,
     disagrees: AtomicBool,
@@ -92,7 +92,7 @@ impl Pass<'_> {
             self.failed.store(true, Relaxed);
             EngineError::io("sync the volume file", error)
         };
-        let before = self.source.stamp().map_err(looked)?;
+        let before = self.source.times().map_err(looked)?;
         self.source.sync().map_err(synced)?;
         let shared = Shared {
             at: Mutex::new(Position {
@@ -108,7 +108,7 @@ impl Pass<'_> {
         self.source.sync().map_err(synced)?;
         let passed = Passed {
             before,
-            after: self.source.stamp().map_err(looked)?,
+            after: self.source.times().map_err(looked)?,
             whole: !shared.stop.load(Relaxed),
             agrees: !shared.disagrees.load(Relaxed),
         };
@@ -165,7 +165,7 @@ impl Pass<'_> {
     /// Whether the rest is worth the trouble.
     fn look(&self, shared: &Shared) -> Result<(), EngineError> {
         (self.ended)()?;
-        let now = self.source.stamp();
+        let now = self.source.times();
         let now = now.map_err(|e| EngineError::io("look at the times of the volume file", e))?;
         if now != shared.before {
             shared.stop.store(true, Relaxed);

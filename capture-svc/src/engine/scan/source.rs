@@ -9,7 +9,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-use capture_core::scan::moment::Stamp;
+use capture_core::scan::moment::FileTimes;
 use rustix::{
     fs::fstatfs,
     io::{Errno, ReadWriteFlags, preadv2},
@@ -82,10 +82,10 @@ impl Source {
     }
 
     /// Its times now.
-    pub(super) fn stamp(&self) -> io::Result<Stamp> {
+    pub(super) fn times(&self) -> io::Result<FileTimes> {
         let found = self.file.metadata()?;
         let nanos = |ns: i64| u32::try_from(ns).unwrap_or(0);
-        Ok(Stamp {
+        Ok(FileTimes {
             modified_s: found.mtime(),
             modified_ns: nanos(found.mtime_nsec()),
             changed_s: found.ctime(),

@@ -1,31 +1,17 @@
 //! Volumes of the engine `reflink` in a whole service, and volumes that change their engine.
 
-use std::{
-    fs::{self, OpenOptions},
-    os::unix::fs::FileExt,
-    path::Path,
-};
+use std::{fs, path::Path};
 
 use tidemark_block::Coherence;
 use tidemark_proto::{Reason, RpcError, capture::v1 as pb};
 
 use super::{CLONING, Disk};
-use crate::rig::{Rig, eventually, noise, state_dir};
+use crate::rig::{Rig, eventually, noise, state_dir, write};
 
 const LEN: usize = 4 << 20;
 
 async fn add(rig: &Rig, name: &str, file: &Path, engine: &str) -> Result<pb::Volume, RpcError> {
-    let request = pb::AddVolumeRequest {
-        name: name.to_owned(),
-        file: file.display().to_string(),
-        length: if file.exists() { 0 } else { LEN as u64 },
-        engine: engine.to_owned(),
-        ..pb::AddVolumeRequest::default()
-    };
-    let answer = rig.client().await.add_volume(request).await;
-    answer
-        .map(tonic::Response::into_inner)
-        .map_err(RpcError::from)
+    rig.add_file(name, file, LEN, engine).await
 }
 
 async fn readopt(rig: &Rig, name: &str, engine: &str) -> Result<pb::Volume, RpcError> {
@@ -37,11 +23,6 @@ async fn readopt(rig: &Rig, name: &str, engine: &str) -> Result<pb::Volume, RpcE
     answer
         .map(tonic::Response::into_inner)
         .map_err(RpcError::from)
-}
-
-fn write(file: &Path, seed: u64, at: u64, length: usize) {
-    let file = OpenOptions::new().write(true).open(file).unwrap();
-    file.write_all_at(&noise(seed, length), at).unwrap();
 }
 
 async fn remove(rig: &Rig, name: &str) {

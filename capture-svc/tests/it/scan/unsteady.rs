@@ -303,9 +303,7 @@ fn a_cut_that_nobody_waits_for_any_more_ends() {
 
 #[test]
 fn a_file_whose_times_cannot_be_relied_on_is_refused() {
-    let Ok(memory) = tempfile::tempdir_in("/dev/shm") else {
-        return;
-    };
+    let memory = tempfile::tempdir_in("/dev/shm").unwrap();
     let (file, state) = (memory.path().join("data.img"), tempfile::tempdir().unwrap());
     File::create(&file)
         .unwrap()
