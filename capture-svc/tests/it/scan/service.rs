@@ -215,7 +215,8 @@ async fn an_interval_that_was_compared_with_a_damaged_table_is_made_anew() {
     table.write_all_at(&[0; 16], place).unwrap();
     let written = fs::File::options().write(true).open(&file).unwrap();
     written.write_all_at(&[0; 4096], 40 * 4096).unwrap();
-    write(&file, 2, 50 * 4096, 4096);
+    // In another group, whose checksum doesn't tell.
+    write(&file, 2, 100 * 4096, 4096);
     rig.proxy.set_target(None);
     let client = rig.client().await;
     let asked = tokio::spawn(async move {
@@ -231,7 +232,8 @@ async fn an_interval_that_was_compared_with_a_damaged_table_is_made_anew() {
     .await;
     asked.abort();
     rig.stop_capture().await;
-    // What the next start finds of the table is that it isn't the base's.
+    // The next start finds that the table isn't the base's: another leaf of it is damaged, too.
+    table.write_all_at(&[0xee; 16], 7 * 16).unwrap();
     rig.proxy
         .set_target(Some(rig.vault.as_ref().unwrap().listen_addr));
     rig.start_capture().await;
