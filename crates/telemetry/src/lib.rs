@@ -16,9 +16,7 @@ use tracing_subscriber::{layer::SubscriberExt, util::SubscriberInitExt};
 pub use logs::{LogFormat, UnknownLogFormat};
 pub use propagation::{Origin, Propagate};
 pub use requests::{CallLayer, Calls, Identify, Named, RequestLayer, about_volume};
-pub use traces::{
-    CollectorSettings, Export, REQUEST, SampleRatio, SpanExt, TRACED, in_trace, standard_endpoint,
-};
+pub use traces::{CollectorSettings, Export, REQUEST, SampleRatio, SpanExt, TRACED, in_trace};
 
 use logs::Lines;
 use traces::Tracing;
@@ -39,6 +37,19 @@ pub struct Settings<'a> {
     pub log_filter: &'a str,
     /// Where traces go.
     pub traces: Export,
+}
+
+impl<'a> Settings<'a> {
+    /// Lines for people, and traces as the standard variables say: of a program without a configuration of its own.
+    #[must_use]
+    pub fn plain(service: &'static str, log_filter: &'a str) -> Self {
+        Self {
+            service,
+            log_format: LogFormat::Text,
+            log_filter,
+            traces: Export::standard(),
+        }
+    }
 }
 
 /// Keeps logs and traces going; to be held until the end of the process.

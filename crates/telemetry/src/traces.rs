@@ -17,7 +17,7 @@ use tracing::{Level, Span, Subscriber, level_filters::LevelFilter};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
 
-pub use settings::{CollectorSettings, Export, SampleRatio, standard_endpoint};
+pub use settings::{CollectorSettings, Export, SampleRatio};
 
 use export::Exporting;
 

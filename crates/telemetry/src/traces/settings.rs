@@ -167,25 +167,18 @@ pub struct Export {
 }
 
 impl Export {
-    /// Nowhere; ids are given out all the same.
-    pub const NOWHERE: Self = Self {
-        collector: None,
-        sample_ratio: SampleRatio::ALL,
-    };
-}
-
-/// Where a program without a configuration of its own is told to send its traces: by the standard variables.
-#[must_use]
-pub fn standard_endpoint() -> Export {
-    let given = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let [endpoint, ca] = STANDARD.map(|(name, _)| given(name));
-    Export {
-        collector: endpoint.map(|endpoint| Collector {
-            endpoint,
-            ca: ca.map(PathBuf::from),
-            headers_file: None,
-        }),
-        sample_ratio: SampleRatio::ALL,
+    /// As the standard variables say, of a program without a configuration of its own.
+    pub(crate) fn standard() -> Self {
+        let given = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let [endpoint, ca] = STANDARD.map(|(name, _)| given(name));
+        Self {
+            collector: endpoint.map(|endpoint| Collector {
+                endpoint,
+                ca: ca.map(PathBuf::from),
+                headers_file: None,
+            }),
+            sample_ratio: SampleRatio::ALL,
+        }
     }
 }
 
