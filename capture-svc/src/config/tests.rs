@@ -250,7 +250,11 @@ fn every_mistake_in_what_quiesces_a_volume_is_named_at_once() {
 
 #[test]
 fn traces_go_where_a_url_says_and_what_is_secret_not_in_plain_text() {
-    let told = |toml: &str, environment: &[(&str, &str)]| match load(toml, environment, Flags::default()) {
+    let told = |toml: &str, environment: &[(&str, &str)]| match load(
+        toml,
+        environment,
+        Flags::default(),
+    ) {
         Ok(_) => String::new(),
         Err(error) => error.problems.join("\n"),
     };
@@ -266,18 +270,39 @@ fn traces_go_where_a_url_says_and_what_is_secret_not_in_plain_text() {
         assert_eq!(told(good, &[]), "", "{good}");
     }
     for (bad, problem) in [
-        ("otlp_endpoint = 'collector:4317'\n".to_owned(), "must be a URL like"),
-        ("otlp_endpoint = 'ftp://collector'\n".to_owned(), "must be a URL like"),
+        (
+            "otlp_endpoint = 'collector:4317'\n".to_owned(),
+            "must be a URL like",
+        ),
+        (
+            "otlp_endpoint = 'ftp://collector'\n".to_owned(),
+            "must be a URL like",
+        ),
         (format!("{far}otlp_ca = 'ca.pem'\n"), "otlp_ca = \"ca.pem\""),
         (format!("{far}{headers}"), "in plain text"),
-        ("trace_sample_ratio = 1.5\n".to_owned(), "1.5 is no part of all traces"),
-        ("trace_sample_ratio = 'half'\n".to_owned(), "half is no part of all traces"),
-        ("trace_sample_ratio = true\n".to_owned(), "no part of all traces"),
+        (
+            "trace_sample_ratio = 1.5\n".to_owned(),
+            "1.5 is no part of all traces",
+        ),
+        (
+            "trace_sample_ratio = 'half'\n".to_owned(),
+            "half is no part of all traces",
+        ),
+        (
+            "trace_sample_ratio = true\n".to_owned(),
+            "no part of all traces",
+        ),
     ] {
         let told = told(&bad, &[]);
-        assert!(told.contains(problem) && !told.contains('\n'), "{bad}: {told}");
+        assert!(
+            told.contains(problem) && !told.contains('\n'),
+            "{bad}: {told}"
+        );
     }
     let standard = [("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")];
     let told = told("", &standard);
-    assert!(told.starts_with("otlp_endpoint = \"collector:4317\" (OTEL_EXPORTER_OTLP_ENDPOINT)"), "{told}");
+    assert!(
+        told.starts_with("otlp_endpoint = \"collector:4317\" (OTEL_EXPORTER_OTLP_ENDPOINT)"),
+        "{told}"
+    );
 }

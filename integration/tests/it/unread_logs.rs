@@ -57,7 +57,13 @@ fn a_full_disk_of_logs_holds_up_nothing() {
 fn a_pipe_that_nobody_reads_holds_up_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let pipe = dir.path().join("pipe");
-    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    assert!(
+        Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .unwrap()
+            .success()
+    );
     // Opened by its reader, who doesn't read.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK;
     let reader = rustix::fs::open(&pipe, flags, rustix::fs::Mode::empty()).unwrap();
@@ -72,7 +78,11 @@ fn a_program_that_cannot_say_why_it_fails_fails_all_the_same() {
     for name in ["capture-svc", "vault-svc"] {
         let full = File::options().write(true).open("/dev/full").unwrap();
         let mut command = crate::programs::program(name);
-        let status = command.arg("--listen=nowhere").stderr(full).status().unwrap();
+        let status = command
+            .arg("--listen=nowhere")
+            .stderr(full)
+            .status()
+            .unwrap();
         assert_eq!(status.code(), Some(1), "{name}");
     }
 }

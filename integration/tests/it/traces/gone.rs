@@ -45,7 +45,9 @@ fn intervals_go_on_and_services_end_without_the_collector_that_they_were_told_of
     add(&services, dir.path(), "data");
     ships(&services, 2..=3);
     // Each of both says it once, however often it fails.
-    wait_for("both to say so", || (told(&services, FAILS) == 2).then_some(()));
+    wait_for("both to say so", || {
+        (told(&services, FAILS) == 2).then_some(())
+    });
     ships(&services, 4..=4);
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!(told(&services, FAILS), 2);
@@ -62,7 +64,9 @@ fn intervals_go_on_and_services_end_with_a_collector_that_says_nothing() {
     services.start_capture();
     add(&services, dir.path(), "data");
     ships(&services, 2..=3);
-    wait_for("both to say so", || (told(&services, FAILS) == 2).then_some(()));
+    wait_for("both to say so", || {
+        (told(&services, FAILS) == 2).then_some(())
+    });
     stops_in_time(services);
 }
 
@@ -78,12 +82,21 @@ fn a_collector_that_is_killed_and_comes_back_is_used_again() {
     let addr = collector.addr;
     drop(collector);
     ships(&services, 2..=2);
-    wait_for("both to say so", || (told(&services, FAILS) == 2).then_some(()));
+    wait_for("both to say so", || {
+        (told(&services, FAILS) == 2).then_some(())
+    });
     let collector = Collector::start_at(addr);
     ships(&services, 3..=3);
     let interval = collector.interval("data", 3);
     collector.trace(&interval);
-    wait_for("both to say so", || (told(&services, WORKS) == 2).then_some(()));
+    wait_for("both to say so", || {
+        (told(&services, WORKS) == 2).then_some(())
+    });
     stops_in_time(services);
-    assert!(collector.seen().iter().all(|seen| seen.says("generation") != "2"));
+    assert!(
+        collector
+            .seen()
+            .iter()
+            .all(|seen| seen.says("generation") != "2")
+    );
 }
