@@ -8,6 +8,7 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     capture::v1::{capture_server::CaptureServer, coherence_server::CoherenceServer},
 };
+use tidemark_telemetry::{CallLayer, RequestLayer};
 use tidemark_tls::{Gate, Reloaded, ShieldLayer, is_loopback_url};
 use tokio::{
     net::TcpListener,
@@ -147,7 +148,9 @@ async fn serve(
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
+        .layer(RequestLayer)
         .layer(ShieldLayer::new(gate))
+        .layer(CallLayer)
         .add_service(capture)
         .add_service(coherence)
         .add_service(health_service)

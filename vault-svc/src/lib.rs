@@ -32,6 +32,7 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     vault::v1::{ingest_server::IngestServer, vault_server::VaultServer},
 };
+use tidemark_telemetry::{CallLayer, RequestLayer};
 use tidemark_tls::{Gate, Reloaded, ShieldLayer};
 use tokio::{
     net::TcpListener,
@@ -162,7 +163,9 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         .build_v1alpha()
         .context("build the reflection service")?;
     let router = rpc::builder(vault.config().bytes_in_flight_max.get())
+        .layer(RequestLayer)
         .layer(ShieldLayer::new(Arc::clone(&gate)))
+        .layer(CallLayer)
         .add_service(health_service)
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha)

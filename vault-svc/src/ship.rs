@@ -7,6 +7,7 @@
 
 mod buffers;
 mod gate;
+mod verified;
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,11 +20,13 @@ use tidemark_proto::{
     Reason, RpcError,
     convert::{FrameBatch, ShipAnswer},
 };
+use tidemark_telemetry::{SpanExt, step};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinHandle,
     time::Instant,
 };
+use tracing::{Instrument, Span};
 use vault_core::{
     ingest::{
         Admission, BATCH_BYTES_MAX, BatchError, DurablePrefix, IngestError, Interval, admit,
@@ -34,6 +37,7 @@ use vault_core::{
 
 use buffers::{BufferPermit, Buffers};
 pub(crate) use gate::{Gate, Receiving, Turn};
+use verified::Verified;
 
 use crate::{
     error::{of_ingest, of_io, of_store},
@@ -91,6 +95,7 @@ pub(crate) struct Session {
     ready: Option<(SealedSegment, Option<BufferPermit>)>,
     putting: Option<JoinHandle<Result<(), StoreError>>>,
     last_batch: Instant,
+    verified: Verified,
     turn: Option<Turn>,
     _stream: OwnedSemaphorePermit,
 }
@@ -144,6 +149,7 @@ pub(crate) async fn begin(
         ready: None,
         putting: None,
         last_batch: Instant::now(),
+        verified: Verified::default(),
         turn: Some(turn),
         _stream: stream,
     };
@@ -255,10 +261,10 @@ impl Session {
     }
 
     /// Runs a step of the interval on a blocking thread.
-    async fn on_interval(
+    async fn on_interval<T: Send + 'static>(
         &mut self,
-        step: impl FnOnce(&mut Interval, &mut FrameDecoder) -> Result<(), RpcError> + Send + 'static,
-    ) -> Result<(), RpcError> {
+        step: impl FnOnce(&mut Interval, &mut FrameDecoder) -> Result<T, RpcError> + Send + 'static,
+    ) -> Result<T, RpcError> {
         let mut interval = self.interval.take().ok_or_else(lost)?;
         let mut decoder = self.decoder.take().unwrap_or_default();
         let work = tokio::task::spawn_blocking(move || {
@@ -298,7 +304,8 @@ impl Session {
                 "bytes of frames",
             )));
         }
-        self.on_interval(move |interval, decoder| {
+        let verified = self.on_interval(move |interval, decoder| {
+            let began = Instant::now();
             interval.begin_batch(batch.end).map_err(|e| of_ingest(&e))?;
             let mut rest = batch.frames;
             let mut count = 0;
@@ -313,9 +320,10 @@ impl Session {
                 count += 1;
             }
             interval.end_batch(now, bytes as u64);
-            Ok(())
-        })
-        .await?;
+            Ok((count, began.elapsed()))
+        });
+        let (frames, time) = verified.await?;
+        self.verified.add(frames, bytes, time);
         self.last_batch = Instant::now();
         if let Some(sealed) = self.interval()?.take_full() {
             self.ready = Some((sealed, self.permit.take()));
@@ -330,16 +338,26 @@ impl Session {
         }
         if let Some((sealed, permit)) = self.ready.take() {
             let store = self.volume.store.clone();
-            self.putting = Some(tokio::spawn(async move {
+            let span = self.verified.put(&sealed);
+            let putting = async move {
                 let put = store
                     .put_segment(sealed.footer.record.id, sealed.bytes.clone())
                     .await;
                 if let Some(permit) = permit {
                     permit.put_back(sealed.bytes);
                 }
+                if let Err(error) = &put {
+                    Span::current().fail(Reason::IoFailed.as_str(), &error.to_string());
+                }
                 put
-            }));
+            };
+            self.putting = Some(tokio::spawn(putting.instrument(span)));
         }
+    }
+
+    /// Says how much was verified, and how long that took.
+    pub(crate) fn tell_verified(&self, span: &Span) {
+        self.verified.tell(span);
     }
 
     /// Waits for the next part to become durable; puts the open one when it is old enough. Can be dropped at any
@@ -399,9 +417,14 @@ impl Session {
         let interval = self.interval.take().ok_or_else(lost)?;
         let volume = Arc::clone(&self.volume);
         let table = Arc::clone(&self.table);
+        let comparing = step!("compare digests");
         let finished = tokio::task::spawn_blocking(move || interval.finish(&*table, &seal))
             .await
             .map_err(|_| lost())?;
+        if let Err(error) = &finished {
+            comparing.fail(Reason::DigestMismatch.as_str(), &error.to_string());
+        }
+        drop(comparing);
         let finished = match finished {
             Ok(finished) => finished,
             Err(error @ BatchError::Refused(IngestError::DigestMismatch { .. })) => {
@@ -432,6 +455,7 @@ impl Session {
                     .map(Some)
                     .map_err(|e| of_ingest(&e))
             })
+            .instrument(step!("commit"))
             .await?;
         let Some(recent) = manifest.committed(id) else {
             return Err(RpcError::internal(format!(

@@ -9,6 +9,7 @@ use tidemark_proto::{
     convert::{CurrentMark, TermGrant, TermRequest, WireError},
     vault::v1::ingest_client::IngestClient,
 };
+use tidemark_telemetry::Propagating;
 use tidemark_tls::{Dialer, Line};
 use tonic::transport::Endpoint;
 
@@ -22,10 +23,13 @@ const WINDOW_MIN: u32 = 16 << 20;
 /// The longest a short call may take.
 const CALL_MAX: Duration = Duration::from_secs(60);
 
+/// The generated client; each call is part of the trace that it is made in.
+pub(crate) type Client = IngestClient<Propagating<Line>>;
+
 /// A client of the vault's Ingest service.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
-    client: IngestClient<Line>,
+    client: Client,
 }
 
 impl Link {
@@ -46,14 +50,14 @@ impl Link {
             ..error
         })?;
         Ok(Self {
-            client: IngestClient::new(line)
+            client: IngestClient::new(Propagating::current(line))
                 .max_decoding_message_size(MESSAGE_LEN_MAX)
                 .max_encoding_message_size(MESSAGE_LEN_MAX),
         })
     }
 
     /// The generated client, for streams.
-    pub(crate) fn client(&self) -> IngestClient<Line> {
+    pub(crate) fn client(&self) -> Client {
         self.client.clone()
     }
 

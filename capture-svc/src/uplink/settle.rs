@@ -5,6 +5,9 @@ use std::{path::Path, sync::Arc};
 use anyhow::{Context, Result};
 use capture_core::{interval::Event as IntervalEvent, uplink::Event};
 use tidemark_block::{GenerationId, Head, Receipt};
+use tidemark_proto::Reason;
+use tidemark_telemetry::step;
+use tracing::Instrument;
 
 use super::{
     BaseTable, blocking,
@@ -51,7 +54,9 @@ impl Driver {
         record.interval = None;
         let key = self.pending_key(&interval);
         let id = interval.id;
-        let advanced = self.advance(record, interval, Some(key)).await;
+        let recording = step!("record receipt");
+        let advanced = self.advance(record, interval, Some(key));
+        let advanced = advanced.instrument(recording).await;
         if let Err(error) = advanced {
             return self.failed_here("record the receipt", &error);
         }
@@ -117,6 +122,7 @@ impl Driver {
                 let _ = waiter.send(Ok(receipt.clone()));
             }
         }
+        self.trace.succeed(&receipt);
         let base = self.record.base;
         let recovery_point_ms = self.record.recovery_point_ms;
         let digest = receipt.image_digest;
@@ -132,6 +138,8 @@ impl Driver {
 
     /// The engine gave the cut up: its blocks are in the next one.
     pub(super) async fn given_up(&mut self) -> Outcome {
+        self.trace
+            .fail(Reason::IntervalGivenUp, "the spool has lost its cut");
         tracing::warn!(
             "the interval in flight was given up: there was no room in the spool for all of it, or what was there can't be read; its blocks are in the next one"
         );
@@ -160,6 +168,8 @@ impl Driver {
         })
         .await?;
         self.record = record;
+        self.trace
+            .fail(Reason::IntervalGivenUp, "its blocks are in the next one");
         self.recut();
         Ok(())
     }
@@ -213,6 +223,8 @@ impl Driver {
             return self.failed_here("take over the vault's newest generation", &error);
         }
         self.record = record;
+        let moot = "the vault's newest generation is another than its base";
+        self.trace.fail(Reason::BaseNotHead, moot);
         self.recut();
         self.show.send_modify(|status| status.base = found);
         Outcome::Event(Event::Adopted)

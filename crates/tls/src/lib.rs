@@ -16,7 +16,7 @@ mod reasons;
 mod settings;
 mod shield;
 
-pub use dialer::{Bearer, Dialer, DialerFiles, Line, is_loopback_url};
+pub use dialer::{Bearer, Dialer, DialerFiles, Line, dial_lazily, is_loopback_url};
 pub use files::{FileError, random};
 pub use gate::{Gate, GateFiles, Reloaded};
 pub use peer::Peer;
