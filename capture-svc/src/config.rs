@@ -13,7 +13,7 @@ use tidemark_tls::{Dialer, DialerFiles, GateSettings, is_loopback_url};
 
 pub use groups::Groups;
 pub use quiesce::{Quiesces, VolumeQuiesce};
-pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
+pub use tidemark_config::{ByteSize, ConfigError, OptionalAddr, Settings, Span};
 pub use values::{CommandLine, NbdListen, NbdListens, Schedule};
 
 use values::kebab;
@@ -162,6 +162,10 @@ settings! {
     connections_max: u32 = 1024;
     /// The most calls of the control interface at a time, per connection.
     calls_max: u32 = 256;
+    /// Address of the Prometheus endpoint, /metrics over HTTP, such as 127.0.0.1:9465. Empty: none.
+    metrics_listen: OptionalAddr = OptionalAddr(None);
+    /// Let other machines read the metrics, in plain text: names of volumes, sizes and times.
+    metrics_plain_text: bool = false;
     /// Format of the log: text or json.
     log_format: LogFormat = LogFormat::Text;
     /// What is logged, by directives as in RUST_LOG.
@@ -255,6 +259,8 @@ impl Config {
             identities: &self.identities,
             allow_plain_text: self.allow_plain_text,
             reload_period: self.tls_reload_period,
+            metrics_listen: self.metrics_listen,
+            metrics_plain_text: self.metrics_plain_text,
         }
     }
 

@@ -6,7 +6,7 @@ use tidemark_config::{Rules, settings};
 use tidemark_telemetry::LogFormat;
 use tidemark_tls::GateSettings;
 
-pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
+pub use tidemark_config::{ByteSize, ConfigError, OptionalAddr, Settings, Span};
 
 /// Environment variables of Kubernetes and of the HashiCorp client, which share the prefix.
 const FOREIGN_EXACT: [&str; 9] = [
@@ -82,6 +82,10 @@ settings! {
     scrub_period: Span = Span::from_secs(7 * 24 * 3600);
     /// The most bytes per second that the scrub reads.
     scrub_bytes_per_second_max: ByteSize = ByteSize::mib(64);
+    /// Address of the Prometheus endpoint, /metrics over HTTP, such as 127.0.0.1:9464. Empty: none.
+    metrics_listen: OptionalAddr = OptionalAddr(None);
+    /// Let other machines read the metrics, in plain text: names of volumes and sources, sizes and times.
+    metrics_plain_text: bool = false;
     /// Filter of log lines, as `RUST_LOG` has it.
     log: String = "info".to_owned();
     /// `text` or `json`.
@@ -123,6 +127,8 @@ impl Config {
             identities: &self.identities,
             allow_plain_text: self.allow_plain_text,
             reload_period: self.tls_reload_period,
+            metrics_listen: self.metrics_listen,
+            metrics_plain_text: self.metrics_plain_text,
         }
     }
 

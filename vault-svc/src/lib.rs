@@ -8,7 +8,9 @@ pub mod args;
 mod cache;
 pub mod config;
 mod error;
+mod figures;
 pub mod image;
+pub mod metrics;
 mod rpc;
 mod scrub;
 mod ship;
@@ -32,6 +34,7 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     vault::v1::{ingest_server::IngestServer, vault_server::VaultServer},
 };
+use tidemark_telemetry::metrics::{Bound, CallCounts, Endpoint, Process};
 use tidemark_tls::{Gate, Reloaded, ShieldLayer};
 use tokio::{
     net::TcpListener,
@@ -43,7 +46,7 @@ use tonic_health::ServingStatus;
 pub use config::Config;
 pub use vault::Vault;
 
-use crate::{config::Settings, rpc::Service};
+use crate::{config::Settings, metrics::Sources, rpc::Service};
 
 /// How long calls may take to end once the service stops.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
@@ -56,6 +59,8 @@ const RELEASE_PERIOD: Duration = Duration::from_millis(2);
 pub struct Running {
     /// Where it listens; the port is the real one.
     pub listen_addr: SocketAddr,
+    /// Where metrics are read, if they are.
+    pub metrics_addr: Option<SocketAddr>,
     vault: Arc<Vault>,
     gate: Arc<Gate>,
     stop: watch::Sender<bool>,
@@ -63,6 +68,7 @@ pub struct Running {
     upkeep: JoinHandle<()>,
     scrub: JoinHandle<()>,
     reloading: JoinHandle<()>,
+    measuring: JoinHandle<()>,
 }
 
 impl Running {
@@ -85,6 +91,7 @@ impl Running {
         self.upkeep.await.context("join the upkeep task")?;
         self.scrub.await.context("join the scrub")?;
         self.reloading.await.context("join the gate's watch")?;
+        self.measuring.await.context("join the metrics")?;
         self.vault.close().await?;
         // Work that was cut off ends on its own; until then it holds the locks.
         let (vault, store_in_use) = (Arc::downgrade(&self.vault), self.vault.store_in_use());
@@ -141,6 +148,14 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         tracing::warn!(listen = %listen_addr, "other machines are served in plain text, as allow_plain_text has it");
     }
     let (stop, stopping) = watch::channel(false);
+    let metrics = match vault.config().metrics_listen.0 {
+        None => None,
+        Some(addr) => Some(Bound::to(addr).await?),
+    };
+    let metrics_addr = metrics.as_ref().map(|bound| bound.addr);
+    if !vault.config().gate().metrics_are_safe() {
+        tracing::warn!(metrics_listen = %vault.config().metrics_listen, "other machines may read metrics in plain text, as metrics_plain_text or allow_plain_text has it");
+    }
     let service = Service {
         restores: Arc::new(Semaphore::new(vault.config().restores_max as usize)),
         vault: Arc::clone(&vault),
@@ -161,7 +176,10 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     let reflection_v1alpha = reflection()
         .build_v1alpha()
         .context("build the reflection service")?;
+    let calls = CallCounts::default();
+    let restores = Arc::clone(&service.restores);
     let router = rpc::builder(vault.config().bytes_in_flight_max.get())
+        .layer(calls.clone())
         .layer(ShieldLayer::new(Arc::clone(&gate)))
         .add_service(health_service)
         .add_service(reflection_v1)
@@ -170,6 +188,15 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         .add_service(service.reader());
     let connections_max = vault.config().connections_max as usize;
     let incoming = Incoming::new(listener, connections_max, GREETING_MAX, Arc::clone(&gate));
+    let sources = Sources {
+        process: Process::new("vault-svc", env!("CARGO_PKG_VERSION")),
+        vault: Arc::clone(&vault),
+        gate: Arc::clone(&gate),
+        restores,
+        connections: incoming.counts(),
+        calls,
+    };
+    let measuring = tokio::spawn(measure(sources, metrics, stopping.clone()));
     let mut signal = stopping.clone();
     let server = tokio::spawn(async move {
         router
@@ -190,6 +217,7 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     let scrub = tokio::spawn(Arc::clone(&vault).scrub_always(stopping));
     Ok(Running {
         listen_addr,
+        metrics_addr,
         vault,
         gate,
         stop,
@@ -197,5 +225,14 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         upkeep,
         scrub,
         reloading,
+        measuring,
     })
+}
+
+/// Tells of the service in numbers, where that is wanted.
+async fn measure(sources: Sources, metrics: Option<Bound>, stop: watch::Receiver<bool>) {
+    if let Some(bound) = metrics {
+        let endpoint = Endpoint::new(Arc::new(move || sources.read()));
+        endpoint.serve(bound, stop).await;
+    }
 }

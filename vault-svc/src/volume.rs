@@ -72,6 +72,7 @@ pub(crate) struct Volume {
     pub(crate) receiving: crate::ship::Receiving,
     pub(crate) upkeep: Mutex<crate::upkeep::Upkeep>,
     pub(crate) scrub: crate::scrub::Account,
+    pub(crate) figures: crate::figures::Figures,
 }
 
 #[derive(Debug)]
@@ -124,6 +125,7 @@ impl Volume {
             receiving: crate::ship::Receiving::default(),
             upkeep: Mutex::default(),
             scrub: crate::scrub::Account::default(),
+            figures: crate::figures::Figures::default(),
         }
     }
 

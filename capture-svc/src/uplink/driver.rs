@@ -20,6 +20,7 @@ use tokio::{
 
 use super::{
     BaseTable, Opened, Request, Settings, UplinkState, UplinkStatus, blocking,
+    figures::{Figures, Moments},
     link::{Link, failure_of},
     now_ms, open, pending, produce, random_id,
     record::UplinkRecord,
@@ -67,6 +68,9 @@ pub(super) struct Driver {
     pub(super) waiters: HashMap<Ticket, oneshot::Sender<Result<Receipt, RpcError>>>,
     pub(super) tickets: u64,
     pub(super) show: watch::Sender<UplinkStatus>,
+    pub(super) figures: Arc<Figures>,
+    /// Of the interval under way.
+    pub(super) moments: Moments,
     pub(super) stop: watch::Receiver<bool>,
     pub(super) started: Instant,
     pub(super) stamping: Option<JoinHandle<()>>,
@@ -121,6 +125,8 @@ impl Driver {
             waiters: HashMap::new(),
             tickets: 0,
             show,
+            figures: Arc::default(),
+            moments: Moments::default(),
             stop,
             started: Instant::now(),
             stamping: None,
@@ -211,6 +217,7 @@ impl Driver {
 
     /// Takes note of a failure: logs it once, shows it, and says what it means.
     fn failed(&mut self, what: &str, error: &RpcError, failure: Failure) -> Outcome {
+        self.figures.failed(error.reason);
         if failure == Failure::Mismatch {
             tracing::error!(
                 error = %error, reason = %error.reason, action = %error.action,
@@ -489,9 +496,11 @@ impl Driver {
             },
             bytes_in_flight_max: self.in_flight_max,
             status: &self.show,
+            figures: &self.figures,
             stop: self.stop.clone(),
             announced: self.announced,
             progressed: false,
+            sealed: None,
         };
         let job = produce::Job {
             image: cut.reader,
@@ -504,6 +513,7 @@ impl Driver {
         };
         let shipped = shipment.run(job).await;
         let (announced, progressed) = (shipment.announced, shipment.progressed);
+        self.moments.sealed = shipment.sealed;
         self.announced = announced;
         if progressed {
             let now = self.now();

@@ -1,7 +1,9 @@
-//! One initialisation of logs for both services.
+//! One initialisation of logs for both services, and [`metrics`].
 //!
 //! Logs go to standard error, so that a program's own output stays clean. Each line names its level, its target and the
 //! spans it lies in; in the JSON format also the service, for collectors that see several.
+
+pub mod metrics;
 
 use std::{fmt, io::IsTerminal, str::FromStr};
 

@@ -27,6 +27,7 @@ use tonic::{
 };
 
 use crate::{
+    expiry::{self, Ends},
     files::{self, FileError},
     gate::ALPN,
     reasons,
@@ -81,6 +82,21 @@ struct Ready {
 }
 
 impl Dialer {
+    /// When the certificates end that it would use now. Reads their files.
+    ///
+    /// # Errors
+    /// One can't be read, or isn't what it must be.
+    pub fn ends(&self) -> Result<Ends, FileError> {
+        let mut ends = Ends::default();
+        if let Some(ca) = &self.files.ca {
+            ends.ca = expiry::last(&files::certificates(ca)?);
+        }
+        if let Some((cert, _)) = &self.files.certificate {
+            ends.certificate = expiry::first(&files::certificates(cert)?);
+        }
+        Ok(ends)
+    }
+
     /// Connects to `http://HOST:PORT` or `https://HOST:PORT`; `tune` sets how the connection is used.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use tidemark_config::{Rules, Span};
+use tidemark_config::{OptionalAddr, Rules, Span};
 
 use crate::{dialer::DialerFiles, gate::GateFiles};
 
@@ -26,6 +26,10 @@ pub struct GateSettings<'a> {
     pub allow_plain_text: bool,
     /// `tls_reload_period`.
     pub reload_period: Span,
+    /// `metrics_listen`.
+    pub metrics_listen: OptionalAddr,
+    /// `metrics_plain_text`.
+    pub metrics_plain_text: bool,
 }
 
 fn given(path: &Path) -> Option<PathBuf> {
@@ -69,6 +73,18 @@ impl GateSettings<'_> {
             "must be an address of this machine (127.0.0.1), unless tls_cert is given: others would be served in plain \
              text, which only allow_plain_text = true allows",
         );
+        rules.that(
+            "metrics_listen",
+            self.metrics_are_safe() || self.metrics_plain_text || self.allow_plain_text,
+            "must be an address of this machine (127.0.0.1): others would read names of volumes and sources in plain text, \
+             which only metrics_plain_text = true allows",
+        );
+        let both = self.metrics_listen.0 == Some(self.listen) && self.listen.port() != 0;
+        rules.that(
+            "metrics_listen",
+            !both,
+            "must be another address than listen",
+        );
         rules.within(
             "tls_reload_period",
             self.reload_period,
@@ -80,6 +96,13 @@ impl GateSettings<'_> {
     #[must_use]
     pub fn is_safe(&self) -> bool {
         self.listen.ip().is_loopback() || !self.cert.as_os_str().is_empty()
+    }
+
+    /// Whether no metrics leave the machine in plain text.
+    #[must_use]
+    pub fn metrics_are_safe(&self) -> bool {
+        let addr = self.metrics_listen.0;
+        addr.is_none_or(|addr| addr.ip().is_loopback())
     }
 
     /// The files.
