@@ -71,11 +71,61 @@ fn the_units_are_what_systemd_understands_and_leave_the_services_little() {
             &["security", "--offline=yes", "--threshold=20", &unit],
         );
     }
-    let drop_in = dir.path().join("tidemark-capture.service.d");
-    fs::create_dir(&drop_in).unwrap();
-    let fuse = root().join("packaging/systemd/fuse.conf");
-    fs::copy(fuse, drop_in.join("fuse.conf")).unwrap();
+    let drop_in = |service: &str, name: &str| {
+        let at = dir.path().join(format!("tidemark-{service}.service.d"));
+        fs::create_dir_all(&at).unwrap();
+        let from = root().join("packaging/systemd").join(name);
+        fs::copy(from, at.join(name)).unwrap();
+    };
+    for service in ["vault", "capture"] {
+        drop_in(service, &format!("{service}-tls.conf"));
+        verify(service);
+    }
+    drop_in("capture", "fuse.conf");
     verify("capture");
+}
+
+#[test]
+fn with_the_drop_ins_for_certificates_the_services_are_set_up_as_their_manual_says() {
+    for (service, vault, settings) in [
+        (
+            "vault",
+            "",
+            [
+                r#"listen = "0.0.0.0:7402""#,
+                r#"tls_cert = "/etc/tidemark/vault.crt""#,
+                r#"tls_key = "/run/credentials/vault.key""#,
+                r#"identities = "/etc/tidemark/identities.toml""#,
+            ],
+        ),
+        (
+            "capture",
+            "https://vault.example.com:7402",
+            [
+                r#"vault = "https://vault.example.com:7402""#,
+                r#"vault_ca = "/etc/tidemark/ca.crt""#,
+                r#"vault_cert = "/etc/tidemark/source.crt""#,
+                r#"vault_key = "/run/credentials/source.key""#,
+            ],
+        ),
+    ] {
+        let drop_in = root().join(format!("packaging/systemd/{service}-tls.conf"));
+        let text = fs::read_to_string(drop_in).unwrap();
+        let mut command = program(&format!("{service}-svc"));
+        let variables = text.lines().filter_map(|l| l.strip_prefix("Environment="));
+        for (key, value) in variables.map(|variable| variable.split_once('=').unwrap()) {
+            command.env(key, value.replace("%d", "/run/credentials"));
+        }
+        if !vault.is_empty() {
+            command.env("CAPTURE_VAULT", vault);
+        }
+        let output = command.arg("--print-config").output().unwrap();
+        assert!(output.status.success(), "{service}: {output:?}");
+        let told = String::from_utf8_lossy(&output.stdout);
+        for setting in settings {
+            assert!(told.contains(setting), "{service}: {setting}: {told}");
+        }
+    }
 }
 
 #[test]
