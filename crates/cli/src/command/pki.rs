@@ -1,6 +1,6 @@
 //! `tidemark pki`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use rcgen::KeyPair;
@@ -134,15 +134,12 @@ fn issue(global: &Global, args: PkiIssueArgs) -> Result<(), Failure> {
     };
     let identities = put(&folder, identity)?;
     if let Some(dir) = &args.copy_to {
-        let to = Folder::at(dir.clone());
-        to.create()?;
-        for path in [&folder.ca_certificate(), &certificate, &key] {
-            folder.copy(path, &to)?;
-        }
+        let mut paths = vec![folder.ca_certificate(), certificate.clone(), key.clone()];
         let known = folder.path(IDENTITIES);
         if !args.host.is_empty() && folder.has(&known) {
-            folder.copy(&known, &to)?;
+            paths.push(known);
         }
+        copy(&folder, &paths, &Folder::at(dir.clone()))?;
     }
     let made = PkiIdentity {
         name,
@@ -157,6 +154,11 @@ fn issue(global: &Global, args: PkiIssueArgs) -> Result<(), Failure> {
         copied_to: args.copy_to.as_deref().map(shown),
     };
     output::print(global.json, &made, &described(&folder, &made))
+}
+
+fn copy(folder: &Folder, paths: &[PathBuf], to: &Folder) -> Result<(), Failure> {
+    to.create()?;
+    paths.iter().try_for_each(|path| folder.copy(path, to))
 }
 
 /// The key that a certificate is made for: a new one, or the one that is there.
