@@ -243,10 +243,10 @@ impl Settings for Config {
 }
 
 impl Config {
-    /// The CAs by which the service can be asked on its own machine; none where it takes plain text.
+    /// Whether the service speaks TLS.
     #[must_use]
-    pub fn health_ca(&self) -> Option<PathBuf> {
-        self.gate().own_ca()
+    pub fn is_tls(&self) -> bool {
+        self.gate().is_tls()
     }
 
     /// How the control interface is reached, and by whom.

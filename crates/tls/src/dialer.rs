@@ -133,6 +133,13 @@ impl Dialer {
     }
 }
 
+/// Connects with TLS that is set up already.
+pub(crate) async fn over_tls(url: &str, config: Arc<ClientConfig>) -> Result<Line, RpcError> {
+    let uri: Uri = url.parse().map_err(|_| bad_url(url))?;
+    let channel = secured(uri, config, |endpoint| endpoint).await?;
+    Ok(InterceptedService::new(channel, Bearer::default()))
+}
+
 async fn secured(
     uri: Uri,
     config: Arc<ClientConfig>,

@@ -429,6 +429,30 @@ mod tests {
         assert!(matches!(gate.reload(false), Reloaded::Failed(_)));
     }
 
+    #[test]
+    fn what_kubernetes_swaps_all_at_once_is_read_again() {
+        let files = Files::new();
+        for version in ["1", "2"] {
+            fs::create_dir(files.path(version)).unwrap();
+            files.pair(&format!("{version}/own"));
+            files.write(&format!("{version}/identities"), "");
+        }
+        // As it mounts Secrets and ConfigMaps: links to what is in a folder, and a link to that, which is replaced.
+        let link = |to: &str, name: &str| {
+            std::os::unix::fs::symlink(to, files.path("new")).unwrap();
+            fs::rename(files.path("new"), files.path(name)).unwrap();
+        };
+        link("1", "..data");
+        for name in ["own.crt", "own.key", "identities"] {
+            link(&format!("..data/{name}"), name);
+        }
+        let gate = Gate::open(files.gate()).unwrap();
+        assert!(matches!(gate.reload(false), Reloaded::Unchanged));
+        link("2", "..data");
+        assert!(matches!(gate.reload(false), Reloaded::Done));
+        assert!(matches!(gate.reload(false), Reloaded::Unchanged));
+    }
+
     fn named(names: Vec<SanType>) -> CertificateDer<'static> {
         let mut params = CertificateParams::default();
         params.subject_alt_names = names;

@@ -42,11 +42,10 @@ fn pair(cert: &Path, key: &Path) -> Option<(PathBuf, PathBuf)> {
 }
 
 impl GateSettings<'_> {
-    /// The CAs that the service's own certificate can be verified by; none where it has no certificate.
+    /// Whether it speaks TLS.
     #[must_use]
-    pub fn own_ca(&self) -> Option<PathBuf> {
-        let cert = given(self.cert)?;
-        Some(given(self.ca).unwrap_or(cert))
+    pub fn is_tls(&self) -> bool {
+        !self.cert.as_os_str().is_empty()
     }
 
     /// What holds between the keys.
@@ -95,7 +94,7 @@ impl GateSettings<'_> {
     /// Whether nothing leaves the machine in plain text.
     #[must_use]
     pub fn is_safe(&self) -> bool {
-        self.listen.ip().is_loopback() || !self.cert.as_os_str().is_empty()
+        self.listen.ip().is_loopback() || self.is_tls()
     }
 
     /// Whether no metrics leave the machine in plain text.

@@ -1,5 +1,7 @@
 //! Who gets in, what they may do there, and what becomes of everybody else.
 
+#[path = "security/agents.rs"]
+mod agents;
 #[path = "security/edges.rs"]
 mod edges;
 #[path = "security/manual.rs"]
