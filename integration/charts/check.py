@@ -70,6 +70,13 @@ RENDERED = [
             "serviceAccount": {"create": False, "name": "vaults"},
             "networkPolicy": {"from": [{"namespaceSelector": {"matchLabels": {"tidemark": "source"}}}]},
             "podDisruptionBudget": {"maxUnavailable": 0},
+            "metrics": {
+                "port": 9999,
+                "from": [{"namespaceSelector": {"matchLabels": {"monitors": "all"}}}],
+                "serviceMonitor": {"enabled": True, "interval": "10s", "labels": {"release": "monitoring"}},
+                "prometheusRule": {"enabled": True, "labels": {"release": "monitoring"}, "runbook": "https://wiki.example/tidemark"},
+                "dashboard": {"enabled": True, "annotations": {"folder": "Storage"}},
+            },
             "podAnnotations": {"e": "f"},
             "podLabels": {"g": "h"},
             "nodeSelector": {"disk": "large"},
@@ -94,7 +101,8 @@ RENDERED = [
         "tidemark",
         "least",
         "tidemark",
-        PLAIN_TEXT | {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}, "resources": None},
+        PLAIN_TEXT | {"networkPolicy": {"enabled": False}, "podDisruptionBudget": {"enabled": False}, "resources": None}
+        | {"metrics": {"enabled": False}},
     ),
     ("example-app", "nbd", "diary", {}),
     (
@@ -107,6 +115,7 @@ RENDERED = [
                 "engine": "reflink",
                 "state": {"volume": "", "subPath": ""},
                 "settings": {"cut_stall_max": "2s"},
+                "metrics": {"enabled": False},
                 "vault": {"tls": {"secretName": "diary-tls", "ca": {"configMapName": "site-ca", "key": "ca-bundle.crt"}}},
             },
             "certificate": {"issuerRef": {"name": "site"}},
@@ -159,6 +168,9 @@ REFUSED = [
     ("tidemark", {"settings": {"retain": "many"}}, "retain"),
     ("tidemark", {"image": {"repository": ""}}, "repository"),
     ("tidemark", {"networkPolicy": {"from": [{}]}}, "from"),
+    ("tidemark", {"metrics": {"port": 7402}}, "port"),
+    ("tidemark", {"metrics": {"serviceMonitor": {"interval": "often"}}}, "interval"),
+    ("tidemark", {"settings": {"metrics_listen": "0.0.0.0:1"}}, "metrics_listen"),
     ("tidemark", {"podDisruptionBudget": {"maxUnavailable": 2}}, "maxUnavailable"),
     ("example-app", {CAPTURE: {"frontEnd": "iscsi"}}, "frontEnd"),
     ("example-app", {CAPTURE: {"frontEnd": "file", "engine": "intercept"}}, "intercept sees no write"),
@@ -178,6 +190,8 @@ REFUSED = [
     ("example-app", {CAPTURE: {"volumes": [{"name": "data", "file": "/d.img"}]}}, "file"),
     ("example-app", {CAPTURE: {"volumes": [{"name": "data"}]}}, "file"),
     ("example-app", {CAPTURE: {"settings": {"nbd": "tcp:0.0.0.0:10809"}}}, "nbd"),
+    ("example-app", {CAPTURE: {"metrics": {"port": 7401}}}, "port"),
+    ("example-app", {CAPTURE: {"settings": {"metrics_listen": ""}}}, "metrics_listen"),
     ("example-app", {CAPTURE: {"runAsUser": 0}}, "runAsUser"),
 ]
 

@@ -104,6 +104,12 @@ seccompProfile:
     - name: CAPTURE_FUSE_MOUNT
       value: /run/tidemark-files/volumes
     {{- end }}
+    {{- if $of.metrics.enabled }}
+    - name: CAPTURE_METRICS_LISTEN
+      value: 0.0.0.0:{{ int64 $of.metrics.port }}
+    - name: CAPTURE_METRICS_PLAIN_TEXT
+      value: "true"
+    {{- end }}
     {{- range $key, $value := $of.settings }}
     - name: CAPTURE_{{ upper $key }}
       {{- if kindIs "float64" $value }}
@@ -112,6 +118,12 @@ seccompProfile:
       value: {{ $value | quote }}
       {{- end }}
     {{- end }}
+  {{- if $of.metrics.enabled }}
+  ports:
+    - name: tidemark-metric
+      containerPort: {{ int64 $of.metrics.port }}
+      protocol: TCP
+  {{- end }}
   securityContext:
     {{- if eq $of.frontEnd "fuse" }}
     # Bidirectional propagation of a mount takes a privileged container.
