@@ -31,7 +31,7 @@ fn the_tour_with_compose_goes_as_it_is_written() {
     assert!(blocks.len() > 4);
 
     let composed = fs::read_to_string(root().join("docker/compose.yaml")).unwrap();
-    assert!(!composed.contains("PLAIN_TEXT") && !composed.contains("http:"));
+    assert!(!composed.contains("ALLOW_PLAIN_TEXT") && !composed.contains("http://vault"));
 
     let dir = tempfile::tempdir().unwrap();
     let shim = dir.path().join("docker");
