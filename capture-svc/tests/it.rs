@@ -30,7 +30,7 @@ mod rig;
 #[path = "it/scan.rs"]
 mod scan;
 #[path = "../../integration/src/scrape.rs"]
-#[allow(dead_code, reason = "others use the rest")]
+#[allow(dead_code, unreachable_pub, reason = "others use the rest")]
 mod scrape;
 #[path = "it/shipping.rs"]
 mod shipping;

@@ -126,6 +126,7 @@ async fn what_was_written_shipped_and_restored_is_what_the_metrics_say() {
         ]
     );
 
+    let connected = rig.vault_client().await;
     let seen = of_vault(&rig).await;
     let value = |name: &str| seen.value(&format!("tidemark_vault_{name}"), &with("source", "test"));
     assert_eq!(value("generations"), 2.0);
@@ -154,6 +155,7 @@ async fn what_was_written_shipped_and_restored_is_what_the_metrics_say() {
     ];
     assert_eq!(seen.value("tidemark_calls_total", &restores), 1.0);
     assert!(seen.value("tidemark_connections", &[]) >= 1.0);
+    drop(connected);
     assert_eq!(
         empty(&seen, vault_svc::metrics::FAMILIES),
         [

@@ -4,6 +4,8 @@
 mod agents;
 #[path = "security/edges.rs"]
 mod edges;
+#[path = "security/expiry.rs"]
+mod expiry;
 #[path = "security/manual.rs"]
 mod manual;
 #[path = "security/refusals.rs"]
