@@ -1,4 +1,4 @@
-//! What the capture service can be told: defaults → TOML file → `CAPTURE_…` environment → flags.
+//! What the capture service can be told: defaults → standard variables → TOML file → `CAPTURE_…` environment → flags.
 
 mod groups;
 mod quiesce;
@@ -8,7 +8,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 use tidemark_config::{Rules, settings};
-use tidemark_telemetry::LogFormat;
+use tidemark_telemetry::{CollectorSettings, LogFormat, SampleRatio};
 use tidemark_tls::{Dialer, DialerFiles, GateSettings, is_loopback_url};
 
 pub use groups::Groups;
@@ -170,10 +170,19 @@ settings! {
     log_format: LogFormat = LogFormat::Text;
     /// What is logged, by directives as in RUST_LOG.
     log_filter: String = "info".to_owned();
+    /// Collector that traces and metrics are sent to (OTLP over gRPC), as http://127.0.0.1:4317. Empty: none.
+    otlp_endpoint: String = String::new();
+    /// CAs (PEM) that the collector's certificate must be of, where its URL is https. Empty: those of the system.
+    otlp_ca: PathBuf = PathBuf::new();
+    /// File with what is shown to the collector: lines of NAME: VALUE. Empty: nothing.
+    otlp_headers_file: PathBuf = PathBuf::new();
+    /// How many of the traces that begin here are sent: from 0 (none) to 1 (all).
+    trace_sample_ratio: SampleRatio = SampleRatio::ALL;
 }
 
 impl Settings for Config {
     const PREFIX: &'static str = "CAPTURE_";
+    const STANDARD: &'static [(&'static str, &'static str)] = CollectorSettings::STANDARD;
 
     /// What Kubernetes puts into the environment of everything beside a service named `capture`.
     fn is_foreign(key: &str) -> bool {
@@ -182,6 +191,7 @@ impl Settings for Config {
 
     fn check(&self, rules: &mut Rules) {
         self.gate().check(rules);
+        self.collector().check(rules);
         self.check_vault(rules);
         rules.that(
             "state",
@@ -261,6 +271,28 @@ impl Config {
             reload_period: self.tls_reload_period,
             metrics_listen: self.metrics_listen,
             metrics_plain_text: self.metrics_plain_text,
+        }
+    }
+
+    /// Where traces go.
+    fn collector(&self) -> CollectorSettings<'_> {
+        CollectorSettings {
+            endpoint: &self.otlp_endpoint,
+            ca: &self.otlp_ca,
+            headers_file: &self.otlp_headers_file,
+            sample_ratio: self.trace_sample_ratio,
+            allow_plain_text: self.allow_plain_text,
+        }
+    }
+
+    /// What the service says of itself, and where.
+    #[must_use]
+    pub fn telemetry(&self) -> tidemark_telemetry::Settings<'_> {
+        tidemark_telemetry::Settings {
+            service: "capture-svc",
+            log_format: self.log_format,
+            log_filter: &self.log_filter,
+            traces: self.collector().export(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! The `capture-svc` program: configuration, logs, signals.
 
-use std::{process::ExitCode, time::Duration};
+use std::{io::Write, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 use capture_svc::{
@@ -16,7 +16,8 @@ fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("capture-svc: {error:#}");
+            // Whoever has closed it doesn't want it.
+            let _ = writeln!(std::io::stderr(), "capture-svc: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -36,7 +37,7 @@ fn run() -> Result<()> {
     if let Some(Command::Health { timeout }) = arguments.command {
         return health(&config, timeout);
     }
-    tidemark_telemetry::init("capture-svc", config.log_format, &config.log_filter)?;
+    let telemetry = tidemark_telemetry::init(config.telemetry())?;
     if let Err(error) = tidemark_disk::descriptors::raise_limit() {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
@@ -46,7 +47,8 @@ fn run() -> Result<()> {
         .context("start the runtime")?;
     let result = runtime.block_on(serve(config));
     // Blocking work that is stuck in a disk must not keep the process.
-    runtime.shutdown_timeout(std::time::Duration::from_millis(500));
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    telemetry.shutdown();
     result
 }
 

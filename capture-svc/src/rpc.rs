@@ -18,6 +18,7 @@ use tidemark_proto::{
     },
     convert::WireError,
 };
+use tidemark_telemetry::about_volume;
 use tidemark_tls::caller;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
@@ -72,6 +73,7 @@ impl CaptureService {
     fn find(&self, caller: &Caller, name: &str) -> Result<Arc<Volume>, RpcError> {
         let volume = self.registry.find(name)?;
         self.need(caller, &volume.record.name)?;
+        about_volume(&volume.record.name);
         Ok(volume)
     }
 

@@ -8,7 +8,10 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     capture::v1::{capture_server::CaptureServer, coherence_server::CoherenceServer},
 };
-use tidemark_telemetry::metrics::{Bound, CallCounts, Endpoint, Process};
+use tidemark_telemetry::{
+    CallLayer, RequestLayer,
+    metrics::{CallCounts, Outlets, Process},
+};
 use tidemark_tls::{Gate, Reloaded, ShieldLayer, is_loopback_url};
 use tokio::{
     net::TcpListener,
@@ -71,11 +74,8 @@ pub async fn start(mut config: Config) -> Result<Running> {
         .await
         .with_context(|| format!("listen on {}", config.listen))?;
     let control_addr = listener.local_addr().context("read the control address")?;
-    let metrics = match config.metrics_listen.0 {
-        None => None,
-        Some(addr) => Some(Bound::to(addr).await?),
-    };
-    let metrics_addr = metrics.as_ref().map(|bound| bound.addr);
+    let metrics = Outlets::open(config.metrics_listen, &config.telemetry()).await?;
+    let metrics_addr = metrics.addr();
     let gate = Gate::open(config.gate().files()).context("set up who may call")?;
     warn_of_plain_text(&config);
     let (stop, stopping) = watch::channel(false);
@@ -122,7 +122,7 @@ fn warn_of_plain_text(config: &Config) {
 /// Where others come in, and what stands there.
 struct Listening {
     listener: TcpListener,
-    metrics: Option<Bound>,
+    metrics: Outlets,
     gate: Arc<Gate>,
 }
 
@@ -186,7 +186,9 @@ async fn serve(
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
         .layer(calls)
+        .layer(RequestLayer)
         .layer(ShieldLayer::new(gate))
+        .layer(CallLayer)
         .add_service(capture)
         .add_service(coherence)
         .add_service(health_service)
@@ -225,17 +227,12 @@ async fn serve(
 }
 
 /// Tells of the service in numbers, where that is wanted.
-async fn measure(sources: Sources, metrics: Option<Bound>, stop: watch::Receiver<bool>) {
-    let Some(bound) = metrics else {
-        return;
-    };
+async fn measure(sources: Sources, metrics: Outlets, stop: watch::Receiver<bool>) {
     let registry = Arc::clone(&sources.registry);
     let ends = sources.dialer_ends.clone();
-    let endpoint = Endpoint::new(Arc::new(move || sources.read()));
-    tokio::join!(
-        ends.watch(registry.config(), stop.clone()),
-        endpoint.serve(bound, stop)
-    );
+    let looking = ends.watch(registry.config(), stop.clone());
+    let telling = metrics.run(Arc::new(move || sources.read()), stop);
+    tokio::join!(looking, telling);
 }
 
 /// Ends the clients, then the volumes. One that is just being opened is opened to the end, and closed with the others:

@@ -24,6 +24,7 @@ mod ship;
 pub(crate) mod snapshot;
 mod status;
 mod table;
+mod trace;
 pub(crate) mod walk;
 
 use std::{
@@ -40,6 +41,7 @@ use capture_core::{
 };
 use tidemark_block::{Geometry, Receipt, VolumeId};
 use tidemark_proto::{Reason, RpcError};
+use tidemark_telemetry::Origin;
 use tidemark_tls::Dialer;
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -91,7 +93,7 @@ pub(crate) struct Settings {
 #[derive(Debug)]
 pub(crate) enum Request {
     /// An interval from now on.
-    Interval(oneshot::Sender<Result<Receipt, RpcError>>),
+    Interval(oneshot::Sender<Result<Receipt, RpcError>>, Option<Origin>),
     /// Blocks have joined the doubt: an interval soon.
     Doubted,
     /// An agent holds still.
@@ -140,7 +142,7 @@ impl Uplink {
     ) -> Result<oneshot::Receiver<Result<Receipt, RpcError>>, RpcError> {
         let (answer, receipt) = oneshot::channel();
         self.requests
-            .send(Request::Interval(answer))
+            .send(Request::Interval(answer, Origin::current()))
             .await
             .map_err(|_| shutting_down())?;
         Ok(receipt)

@@ -48,7 +48,7 @@ pub fn program(name: &str) -> Command {
     let mut command = Command::new(bin_dir().join(name));
     for (key, _) in std::env::vars_os() {
         let key_text = key.to_string_lossy();
-        if ["TIDEMARK_", "CAPTURE_", "VAULT_"]
+        if ["TIDEMARK_", "CAPTURE_", "VAULT_", "OTEL_", "TRACE"]
             .iter()
             .any(|p| key_text.starts_with(p))
         {

@@ -59,5 +59,9 @@ mod security;
 mod shutdown;
 #[path = "it/snapshots.rs"]
 mod snapshots;
+#[path = "it/traces.rs"]
+mod traces;
+#[path = "it/unread_logs.rs"]
+mod unread_logs;
 #[path = "it/workload.rs"]
 mod workload;

@@ -1,9 +1,9 @@
-//! What the vault service can be told: defaults → TOML file → `VAULT_…` environment → flags.
+//! What the vault service can be told: defaults → standard variables → TOML file → `VAULT_…` environment → flags.
 
 use std::{net::SocketAddr, path::PathBuf};
 
 use tidemark_config::{Rules, settings};
-use tidemark_telemetry::LogFormat;
+use tidemark_telemetry::{CollectorSettings, LogFormat, SampleRatio};
 use tidemark_tls::GateSettings;
 
 pub use tidemark_config::{ByteSize, ConfigError, OptionalAddr, Settings, Span};
@@ -90,10 +90,19 @@ settings! {
     log: String = "info".to_owned();
     /// `text` or `json`.
     log_format: LogFormat = LogFormat::Text;
+    /// Collector that traces and metrics are sent to (OTLP over gRPC), as http://127.0.0.1:4317. Empty: none.
+    otlp_endpoint: String = String::new();
+    /// CAs (PEM) that the collector's certificate must be of, where its URL is https. Empty: those of the system.
+    otlp_ca: PathBuf = PathBuf::new();
+    /// File with what is shown to the collector: lines of NAME: VALUE. Empty: nothing.
+    otlp_headers_file: PathBuf = PathBuf::new();
+    /// How many of the traces that begin here are sent: from 0 (none) to 1 (all).
+    trace_sample_ratio: SampleRatio = SampleRatio::ALL;
 }
 
 impl Settings for Config {
     const PREFIX: &'static str = "VAULT_";
+    const STANDARD: &'static [(&'static str, &'static str)] = CollectorSettings::STANDARD;
 
     fn is_foreign(key: &str) -> bool {
         FOREIGN_EXACT.contains(&key)
@@ -104,6 +113,7 @@ impl Settings for Config {
 
     fn check(&self, rules: &mut Rules) {
         self.gate().check(rules);
+        self.collector().check(rules);
         self.check_directories(rules);
         self.check_counts_and_sizes(rules);
         self.check_times(rules);
@@ -129,6 +139,28 @@ impl Config {
             reload_period: self.tls_reload_period,
             metrics_listen: self.metrics_listen,
             metrics_plain_text: self.metrics_plain_text,
+        }
+    }
+
+    /// Where traces go.
+    fn collector(&self) -> CollectorSettings<'_> {
+        CollectorSettings {
+            endpoint: &self.otlp_endpoint,
+            ca: &self.otlp_ca,
+            headers_file: &self.otlp_headers_file,
+            sample_ratio: self.trace_sample_ratio,
+            allow_plain_text: self.allow_plain_text,
+        }
+    }
+
+    /// What the service says of itself, and where.
+    #[must_use]
+    pub fn telemetry(&self) -> tidemark_telemetry::Settings<'_> {
+        tidemark_telemetry::Settings {
+            service: "vault-svc",
+            log_format: self.log_format,
+            log_filter: &self.log,
+            traces: self.collector().export(),
         }
     }
 

@@ -34,7 +34,10 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     vault::v1::{ingest_server::IngestServer, vault_server::VaultServer},
 };
-use tidemark_telemetry::metrics::{Bound, CallCounts, Endpoint, Process};
+use tidemark_telemetry::{
+    CallLayer, RequestLayer,
+    metrics::{CallCounts, Outlets, Process},
+};
 use tidemark_tls::{Gate, Reloaded, ShieldLayer};
 use tokio::{
     net::TcpListener,
@@ -148,11 +151,9 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         tracing::warn!(listen = %listen_addr, "other machines are served in plain text, as allow_plain_text has it");
     }
     let (stop, stopping) = watch::channel(false);
-    let metrics = match vault.config().metrics_listen.0 {
-        None => None,
-        Some(addr) => Some(Bound::to(addr).await?),
-    };
-    let metrics_addr = metrics.as_ref().map(|bound| bound.addr);
+    let config = vault.config();
+    let metrics = Outlets::open(config.metrics_listen, &config.telemetry()).await?;
+    let metrics_addr = metrics.addr();
     if !vault.config().gate().metrics_are_safe() {
         tracing::warn!(metrics_listen = %vault.config().metrics_listen, "other machines may read metrics in plain text, as metrics_plain_text or allow_plain_text has it");
     }
@@ -180,7 +181,9 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     let restores = Arc::clone(&service.restores);
     let router = rpc::builder(vault.config().bytes_in_flight_max.get())
         .layer(calls.clone())
+        .layer(RequestLayer)
         .layer(ShieldLayer::new(Arc::clone(&gate)))
+        .layer(CallLayer)
         .add_service(health_service)
         .add_service(reflection_v1)
         .add_service(reflection_v1alpha)
@@ -196,7 +199,8 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         connections: incoming.counts(),
         calls,
     };
-    let measuring = tokio::spawn(measure(sources, metrics, stopping.clone()));
+    let read = Arc::new(move || sources.read());
+    let measuring = tokio::spawn(metrics.run(read, stopping.clone()));
     let mut signal = stopping.clone();
     let server = tokio::spawn(async move {
         router
@@ -227,12 +231,4 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         reloading,
         measuring,
     })
-}
-
-/// Tells of the service in numbers, where that is wanted.
-async fn measure(sources: Sources, metrics: Option<Bound>, stop: watch::Receiver<bool>) {
-    if let Some(bound) = metrics {
-        let endpoint = Endpoint::new(Arc::new(move || sources.read()));
-        endpoint.serve(bound, stop).await;
-    }
 }

@@ -1,6 +1,6 @@
 //! The `vault-svc` program.
 
-use std::{process::ExitCode, time::Duration};
+use std::{io::Write, process::ExitCode, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::Parser;
@@ -16,7 +16,8 @@ fn main() -> ExitCode {
     match run(Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vault-svc: {error:#}");
+            // Whoever has closed it doesn't want it.
+            let _ = writeln!(std::io::stderr(), "vault-svc: {error:#}");
             ExitCode::FAILURE
         }
     }
@@ -35,15 +36,18 @@ fn run(arguments: Arguments) -> Result<()> {
     if let Some(Command::Health { timeout }) = arguments.command {
         return health(&config, timeout);
     }
-    tidemark_telemetry::init("vault-svc", config.log_format, &config.log)?;
+    let telemetry = tidemark_telemetry::init(config.telemetry())?;
     if let Err(error) = tidemark_disk::descriptors::raise_limit() {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
-    tokio::runtime::Builder::new_multi_thread()
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .context("start the async runtime")?
-        .block_on(serve(config))
+        .context("start the async runtime")?;
+    let result = runtime.block_on(serve(config));
+    drop(runtime);
+    telemetry.shutdown();
+    result
 }
 
 /// Asks a service that runs with this configuration.

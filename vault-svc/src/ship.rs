@@ -22,11 +22,13 @@ use tidemark_proto::{
     Reason, RpcError,
     convert::{FrameBatch, ShipAnswer},
 };
+use tidemark_telemetry::{SpanExt, step};
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
     task::JoinHandle,
     time::Instant,
 };
+use tracing::{Instrument, Span};
 use vault_core::{
     ingest::{
         Admission, BATCH_BYTES_MAX, BatchError, DurablePrefix, IngestError, Interval, admit,
@@ -44,6 +46,9 @@ use crate::{
     store::StoreError,
     volume::{Volume, now_ms},
 };
+
+/// Parts of a stream whose puts are seen one by one in its trace.
+const PUTS_SEEN_MAX: u64 = 64;
 
 /// A part that is never left alone by its source is put at this many times `part_age_max`.
 const BUSY_AGE: u32 = 16;
@@ -100,8 +105,18 @@ pub(crate) struct Session {
     ready: Option<(SealedSegment, Option<BufferPermit>)>,
     putting: Option<JoinHandle<Result<(), StoreError>>>,
     last_batch: Instant,
+    verified: Verified,
     turn: Option<Turn>,
     _stream: OwnedSemaphorePermit,
+}
+
+/// What has come over a stream, for its trace.
+#[derive(Debug, Default)]
+struct Verified {
+    frames: u64,
+    bytes: u64,
+    time: Duration,
+    parts: u64,
 }
 
 /// Admits an interval, waits for its turn, and finds what is durable of it already.
@@ -153,6 +168,7 @@ pub(crate) async fn begin(
         ready: None,
         putting: None,
         last_batch: Instant::now(),
+        verified: Verified::default(),
         turn: Some(turn),
         _stream: stream,
     };
@@ -264,10 +280,10 @@ impl Session {
     }
 
     /// Runs a step of the interval on a blocking thread.
-    async fn on_interval(
+    async fn on_interval<T: Send + 'static>(
         &mut self,
-        step: impl FnOnce(&mut Interval, &mut FrameDecoder) -> Result<(), RpcError> + Send + 'static,
-    ) -> Result<(), RpcError> {
+        step: impl FnOnce(&mut Interval, &mut FrameDecoder) -> Result<T, RpcError> + Send + 'static,
+    ) -> Result<T, RpcError> {
         let mut interval = self.interval.take().ok_or_else(lost)?;
         let mut decoder = self.decoder.take().unwrap_or_default();
         let work = tokio::task::spawn_blocking(move || {
@@ -307,7 +323,8 @@ impl Session {
                 "bytes of frames",
             )));
         }
-        self.on_interval(move |interval, decoder| {
+        let verified = self.on_interval(move |interval, decoder| {
+            let began = Instant::now();
             interval.begin_batch(batch.end).map_err(|e| of_ingest(&e))?;
             let mut rest = batch.frames;
             let mut count = 0;
@@ -322,9 +339,12 @@ impl Session {
                 count += 1;
             }
             interval.end_batch(now, bytes as u64);
-            Ok(())
-        })
-        .await?;
+            Ok((count, began.elapsed()))
+        });
+        let (frames, time) = verified.await?;
+        self.verified.frames += frames;
+        self.verified.bytes += bytes as u64;
+        self.verified.time += time;
         self.last_batch = Instant::now();
         if let Some(sealed) = self.interval()?.take_full() {
             self.ready = Some((sealed, self.permit.take()));
@@ -339,16 +359,43 @@ impl Session {
         }
         if let Some((sealed, permit)) = self.ready.take() {
             let store = self.volume.store.clone();
-            self.putting = Some(tokio::spawn(async move {
+            self.verified.parts += 1;
+            let span = if self.verified.parts <= PUTS_SEEN_MAX {
+                step!("put segment")
+            } else {
+                Span::none()
+            };
+            span.count("part", sealed.footer.record.id.part.into());
+            span.count("bytes", sealed.bytes.len() as u64);
+            let putting = async move {
                 let put = store
                     .put_segment(sealed.footer.record.id, sealed.bytes.clone())
                     .await;
                 if let Some(permit) = permit {
                     permit.put_back(sealed.bytes);
                 }
+                if let Err(error) = &put {
+                    Span::current().fail(Reason::IoFailed.as_str(), &error.to_string());
+                }
                 put
-            }));
+            };
+            self.putting = Some(tokio::spawn(putting.instrument(span)));
         }
+    }
+
+    /// Says how much was verified, and how long that took.
+    pub(crate) fn tell_verified(&self, span: &Span) {
+        let Verified {
+            frames,
+            bytes,
+            time,
+            parts,
+        } = self.verified;
+        span.count("frames", frames);
+        span.count("bytes", bytes);
+        span.count("parts", parts);
+        let busy = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        span.count("busy_ms", busy);
     }
 
     /// Waits for the next part to become durable; puts the open one when it is old enough. Can be dropped at any
@@ -409,9 +456,14 @@ impl Session {
         let interval = self.interval.take().ok_or_else(lost)?;
         let volume = Arc::clone(&self.volume);
         let table = Arc::clone(&self.table);
+        let comparing = step!("compare digests");
         let finished = tokio::task::spawn_blocking(move || interval.finish(&*table, &seal))
             .await
             .map_err(|_| lost())?;
+        if let Err(error) = &finished {
+            comparing.fail(Reason::DigestMismatch.as_str(), &error.to_string());
+        }
+        drop(comparing);
         let finished = match finished {
             Ok(finished) => finished,
             Err(error @ BatchError::Refused(IngestError::DigestMismatch { .. })) => {
@@ -443,6 +495,7 @@ impl Session {
                     .map(Some)
                     .map_err(|e| of_ingest(&e))
             })
+            .instrument(step!("commit"))
             .await?;
         let Some(recent) = manifest.committed(id) else {
             return Err(RpcError::internal(format!(

@@ -11,6 +11,7 @@ use tidemark_proto::{
     Reason, RpcError,
     convert::{self, Head, TermGrant},
 };
+use tidemark_telemetry::about_volume;
 use tokio::sync::{Mutex, Notify};
 use vault_core::{
     manifest::{Manifest, StoreMarker, TermRequest, grant_term},
@@ -237,6 +238,7 @@ impl Vault {
         let volume = self.volume(id)?;
         let manifest = volume.manifest();
         caller.need_own(&manifest.source, &manifest.name)?;
+        about_volume(&manifest.name);
         Ok(volume)
     }
 
@@ -246,6 +248,7 @@ impl Vault {
             let volume = self.volume(id)?;
             let manifest = volume.manifest();
             caller.need(&manifest.source, &manifest.name)?;
+            about_volume(&manifest.name);
             return Ok(volume);
         }
         let mut found: Vec<_> = self.volumes();
@@ -265,7 +268,9 @@ impl Vault {
                 format!("name one by its UUID: {}", ids.join(", ")),
             ));
         }
-        found.pop().ok_or_else(|| no_volume(name))
+        let volume = found.pop().ok_or_else(|| no_volume(name))?;
+        about_volume(name);
+        Ok(volume)
     }
 
     /// Grants the next writer term. The source that the volume is recorded under is one that the caller may be.

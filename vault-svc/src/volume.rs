@@ -15,7 +15,9 @@ use futures::{FutureExt, Stream, StreamExt, stream};
 use parking_lot::{Mutex as SyncMutex, RwLock};
 use tidemark_block::{Checksum128, Extent, GenerationId, VolumeId};
 use tidemark_proto::{Reason, RpcError};
+use tidemark_telemetry::step;
 use tokio::sync::Mutex;
+use tracing::Instrument;
 use vault_core::{
     manifest::{CondemnedObject, Current, Manifest, NewPage, StoreMarker, check_invariants},
     segment::{SegmentIndex, SegmentRecord},
@@ -158,12 +160,14 @@ impl Volume {
             }
             // Should this future be dropped, the next one finds out what became of the put.
             owner.unsettled = true;
-            let put = self.store.put_manifest(&next).await;
+            let putting = step!("put manifest");
+            let put = self.store.put_manifest(&next).instrument(putting).await;
             if put.is_ok() {
                 owner.unsettled = false;
                 owner.stale = true;
             }
-            self.settle(&mut owner).await.map_err(|error| match &put {
+            let settled = self.settle(&mut owner).instrument(step!("read back")).await;
+            settled.map_err(|error| match &put {
                 Err(first) => of_store(first),
                 Ok(()) => error,
             })?;

@@ -247,3 +247,62 @@ fn every_mistake_in_what_quiesces_a_volume_is_named_at_once() {
         );
     }
 }
+
+#[test]
+fn traces_go_where_a_url_says_and_what_is_secret_not_in_plain_text() {
+    let told = |toml: &str, environment: &[(&str, &str)]| match load(
+        toml,
+        environment,
+        Flags::default(),
+    ) {
+        Ok(_) => String::new(),
+        Err(error) => error.problems.join("\n"),
+    };
+    let far = "otlp_endpoint = 'http://collector.example.com:4317'\n";
+    let headers = "otlp_headers_file = '/etc/headers'\n";
+    for good in [
+        "otlp_endpoint = 'http://127.0.0.1:4317'\ntrace_sample_ratio = 0.25\n",
+        "otlp_endpoint = 'https://collector.example.com:4317'\notlp_ca = '/ca.pem'\ntrace_sample_ratio = 1\n",
+        &format!("otlp_endpoint = 'http://[::1]:4317'\n{headers}"),
+        &format!("{far}{headers}allow_plain_text = true\n"),
+        far,
+    ] {
+        assert_eq!(told(good, &[]), "", "{good}");
+    }
+    for (bad, problem) in [
+        (
+            "otlp_endpoint = 'collector:4317'\n".to_owned(),
+            "must be a URL like",
+        ),
+        (
+            "otlp_endpoint = 'ftp://collector'\n".to_owned(),
+            "must be a URL like",
+        ),
+        (format!("{far}otlp_ca = 'ca.pem'\n"), "otlp_ca = \"ca.pem\""),
+        (format!("{far}{headers}"), "in plain text"),
+        (
+            "trace_sample_ratio = 1.5\n".to_owned(),
+            "1.5 is no part of all traces",
+        ),
+        (
+            "trace_sample_ratio = 'half'\n".to_owned(),
+            "half is no part of all traces",
+        ),
+        (
+            "trace_sample_ratio = true\n".to_owned(),
+            "no part of all traces",
+        ),
+    ] {
+        let told = told(&bad, &[]);
+        assert!(
+            told.contains(problem) && !told.contains('\n'),
+            "{bad}: {told}"
+        );
+    }
+    let standard = [("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4317")];
+    let told = told("", &standard);
+    assert!(
+        told.starts_with("otlp_endpoint = \"collector:4317\" (OTEL_EXPORTER_OTLP_ENDPOINT)"),
+        "{told}"
+    );
+}

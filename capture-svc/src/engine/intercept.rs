@@ -48,6 +48,7 @@ use tidemark_block::{
     BlockCount, BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
 };
 use tidemark_disk::lock::FileLock;
+use tidemark_telemetry::step;
 
 /// Somebody waits until something has changed; a time limit makes up for a signal that comes too early.
 #[derive(Debug, Default)]
@@ -332,6 +333,7 @@ impl Intercept {
     fn cut(&self, purpose: Purpose) -> Result<(Epoch, Sample), EngineError> {
         let _cutting = self.cutting.lock();
         self.check_open()?;
+        let flipping = step!("flip");
         let begun = Instant::now();
         let cut = self
             .capture
@@ -339,11 +341,13 @@ impl Intercept {
             .map_err(|error| self.explain(error))?;
         let at_flip = self.activity.sample();
         *self.last_flip.lock() = begun.elapsed();
+        drop(flipping);
         Ok((self.finish(cut)?, at_flip))
     }
 
     /// Waits for the settle of a cut that has begun, and finishes it.
     fn finish(&self, cut: Cut) -> Result<Epoch, EngineError> {
+        let _settling = step!("settle").entered();
         self.settle(&cut);
         let epoch = Epoch::new(cut.epoch());
         let finished = self.capture.finish_cut(cut);

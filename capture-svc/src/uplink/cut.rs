@@ -18,7 +18,9 @@ use capture_core::{
 };
 use tidemark_block::{IntervalId, Trigger};
 use tidemark_proto::{Reason, RpcError};
+use tidemark_telemetry::{SpanExt, step};
 use tokio::sync::{oneshot, watch};
+use tracing::{Instrument, Span};
 
 use super::{
     Request, blocking,
@@ -73,6 +75,11 @@ impl Driver {
     }
 
     async fn cut(&mut self, trigger: Trigger) -> Outcome {
+        let span = self.trace.begin(trigger);
+        self.cut_within(trigger).instrument(span).await
+    }
+
+    async fn cut_within(&mut self, trigger: Trigger) -> Outcome {
         // What an earlier failure left open is in neither the record nor the hint.
         let (engine, committed) = (self.engine.clone(), self.record.committed_epoch);
         let released = blocking(move || open::release_unrecorded(&engine, committed));
@@ -83,7 +90,8 @@ impl Driver {
             due: Some(Instant::now()),
             ..Moments::default()
         };
-        let (found, late) = self.find_moment(trigger).await;
+        let finding = step!("find moment");
+        let (found, late) = self.find_moment(trigger).instrument(finding).await;
         let outcome = self.found(found, trigger).await;
         if let Some(late) = late {
             self.take(late);
@@ -167,6 +175,7 @@ impl Driver {
                 member,
                 limits,
                 answer,
+                span: Span::current(),
             };
             group.join(&self.settings.name, trigger, waiting);
         } else {
@@ -180,8 +189,7 @@ impl Driver {
                     let _ = answer.send(found);
                 }
             };
-            let span = tracing::Span::current();
-            tokio::spawn(tracing::Instrument::instrument(search, span));
+            tokio::spawn(search.in_current_span());
         }
         finding
     }
@@ -228,7 +236,8 @@ impl Driver {
             trigger,
             reason: graded.reason(),
         });
-        if let Err(error) = self.store(record.clone()).await {
+        let recorded = self.store(record.clone()).instrument(step!("record cut"));
+        if let Err(error) = recorded.await {
             let engine = self.engine.clone();
             let given_up = blocking(move || {
                 drop(cut);
@@ -243,6 +252,12 @@ impl Driver {
             epoch = %cut.epoch, blocks = %cut.changed.len(), %trigger, coherence = %graded.coherence,
             reason = %graded.reason(), "cut"
         );
+        let span = Span::current();
+        span.count("epoch", cut.epoch.get());
+        span.count("blocks", cut.changed.len().get());
+        span.note("coherence", graded.coherence);
+        span.note("reason", graded.reason());
+        self.trace.cut(id);
         self.record = record;
         self.figures.cut(graded);
         self.cut = Some(cut);
@@ -257,6 +272,7 @@ impl Driver {
     fn cut_failed(&mut self, error: String) -> Outcome {
         tracing::error!(error, "cut the volume");
         self.figures.ended(Ending::CutFailed);
+        self.trace.fail(Reason::IoFailed, &error);
         self.show
             .send_modify(|status| status.error = Some(error.clone()));
         self.cut_error = Some(error);
@@ -269,6 +285,8 @@ impl Driver {
         if *self.stop.borrow() {
             return Outcome::Stop;
         }
+        self.trace
+            .fail(Reason::Busy, "another volume of the group stops");
         self.try_again();
         Outcome::Again
     }
@@ -290,6 +308,7 @@ impl Driver {
         };
         let now = self.now();
         let message = format!("no cut was made: {why}");
+        self.trace.fail(Reason::NotQuiesced, &message);
         let action = "see to what quiesces the workload; it is tried again by itself";
         for ticket in self.controller.on(now, event).tickets {
             if let Some(waiter) = self.waiters.remove(&ticket) {

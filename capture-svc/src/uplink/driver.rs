@@ -12,11 +12,13 @@ use tidemark_proto::{
     ErrorKind, Reason, RpcError,
     convert::{CurrentMark, TermRequest},
 };
+use tidemark_telemetry::SpanExt;
 use tokio::{
     sync::{Mutex, mpsc, oneshot, watch},
     task::JoinHandle,
     time::Instant,
 };
+use tracing::{Instrument, Span};
 
 use super::{
     BaseTable, Opened, Request, Settings, UplinkState, UplinkStatus, blocking,
@@ -28,6 +30,7 @@ use super::{
     ship::{ShipError, Shipment, Shipped, stopped},
     shutting_down,
     snapshot::Seat,
+    trace::Trace,
     walk,
 };
 use crate::{
@@ -81,6 +84,7 @@ pub(super) struct Driver {
     pub(super) hints: Hints,
     /// The next time of the schedule, in milliseconds since the Unix epoch.
     pub(super) scheduled_ms: Option<u64>,
+    pub(super) trace: Trace,
 }
 
 /// What performing an action led to.
@@ -113,6 +117,7 @@ impl Driver {
             ))),
             hints: Hints::default(),
             scheduled_ms: settings.schedule.next_after(now_ms()),
+            trace: Trace::of(settings.name.clone()),
             settings,
             engine,
             table: opened.table,
@@ -165,17 +170,11 @@ impl Driver {
             if action != Action::AwaitCut {
                 self.hints.decline("no cut can be made now");
             }
-            let outcome = match action {
-                Action::StartTerm => self.start_term().await,
-                Action::AdoptHead { head, doubt } => self.adopt_head(head, doubt).await,
-                Action::RepairTable => self.repair_table().await,
-                Action::DropInterval => self.drop_interval().await,
-                Action::AwaitCut => self.await_cut().await,
-                Action::Ship(_) => self.ship().await,
-                Action::Wait { until } => self.wait(until).await,
-                Action::Halt => self.halt().await,
-            };
-            match outcome {
+            let open = self.record.interval.as_ref();
+            let span = self
+                .trace
+                .step(action, open.map(|open| (open.id, open.trigger)));
+            match self.perform(action).instrument(span).await {
                 Outcome::Event(event) => self.machine.on(self.now(), event),
                 Outcome::Again => {}
                 Outcome::Stop => break,
@@ -188,11 +187,26 @@ impl Driver {
         for (_, waiter) in self.waiters.drain() {
             let _ = waiter.send(Err(shutting_down()));
         }
+        let resumed = "the service, or the volume, stops: it is resumed at the next start";
+        self.trace.fail(Reason::ShuttingDown, resumed);
         self.hints.decline("the service stops");
         // What hangs is killed with this process.
         let thawed = async { self.quiesce.lock().await.settled().await };
         let _ = tokio::time::timeout(THAW_MAX, thawed).await;
         self.stamp_at_end().await;
+    }
+
+    async fn perform(&mut self, action: Action) -> Outcome {
+        match action {
+            Action::StartTerm => self.start_term().await,
+            Action::AdoptHead { head, doubt } => self.adopt_head(head, doubt).await,
+            Action::RepairTable => self.repair_table().await,
+            Action::DropInterval => self.drop_interval().await,
+            Action::AwaitCut => self.await_cut().await,
+            Action::Ship(_) => self.ship().await,
+            Action::Wait { until } => self.wait(until).await,
+            Action::Halt => self.halt().await,
+        }
     }
 
     fn show_action(&self, action: Action) {
@@ -228,6 +242,7 @@ impl Driver {
         } else {
             tracing::warn!(error = %error, reason = %error.reason, action = %error.action, "{what}");
         }
+        Span::current().fail(error.reason.as_str(), &error.message);
         self.show.send_modify(|status| {
             status.error = Some(if error.action.is_empty() {
                 error.message.clone()
@@ -407,6 +422,7 @@ impl Driver {
             "find the other writer; to ship from here again, remove the volume and add it anew",
         );
         self.controller.drain();
+        self.trace.fail(Reason::Fenced, &fenced.message);
         for (_, waiter) in self.waiters.drain() {
             let _ = waiter.send(Err(fenced.clone()));
         }
@@ -441,7 +457,8 @@ impl Driver {
     pub(super) fn take(&mut self, request: Request) {
         let now = self.now();
         match request {
-            Request::Interval(answer) => {
+            Request::Interval(answer, asker) => {
+                self.trace.asked_by(asker);
                 self.tickets += 1;
                 let ticket = Ticket(self.tickets);
                 // Whoever hung up isn't waited for, but the interval comes all the same.
@@ -573,6 +590,7 @@ impl Driver {
                     let now = self.now();
                     self.controller
                         .on(now, IntervalEvent::GivenUp { jitter_permille: 0 });
+                    self.trace.fail(error.reason, &error.message);
                 }
                 let failure = failure_of(&error);
                 self.failed("mark the image as current", &error, failure)

@@ -13,7 +13,9 @@ use std::{
 use capture_core::coherence::Limits;
 use parking_lot::Mutex;
 use tidemark_block::Trigger;
+use tidemark_telemetry::{Origin, traced};
 use tokio::sync::{oneshot, watch};
+use tracing::{Instrument, Span};
 
 use super::search::{Found, Member, Want, find};
 use crate::config::Groups;
@@ -24,6 +26,8 @@ pub(super) struct Waiting {
     pub(super) member: Member,
     pub(super) limits: Limits,
     pub(super) answer: oneshot::Sender<Found>,
+    /// Of its interval's trace, while it waits.
+    pub(super) span: Span,
 }
 
 #[derive(Debug, Default)]
@@ -112,12 +116,20 @@ impl Group {
             return;
         };
         self.wanted.send_replace(None);
+        let names: Vec<_> = waiting.keys().map(String::as_str).collect();
+        // A trace of its own, as it belongs to all of them: each is linked with it.
+        let span = traced!(parent: None, "group", group = self.name, volumes = names.join(","));
         let (members, answers): (Vec<_>, Vec<_>) = waiting
             .into_values()
-            .map(|waiting| (waiting.member, waiting.answer))
+            .map(|waiting| {
+                for (from, to) in [(&waiting.span, &span), (&span, &waiting.span)] {
+                    if let Some(origin) = Origin::of(to) {
+                        origin.link(from);
+                    }
+                }
+                (waiting.member, waiting.answer)
+            })
             .unzip();
-        let names: Vec<_> = members.iter().map(|member| &*member.name).collect();
-        let span = tracing::info_span!("group", group = self.name, volumes = names.join(","));
         tracing::debug!(parent: &span, "all are ready to be cut");
         let search = async move {
             let found = find(members, Want::intervals(limits), std::future::pending()).await;
@@ -126,7 +138,7 @@ impl Group {
                 let _ = answer.send(found);
             }
         };
-        tokio::spawn(tracing::Instrument::instrument(search, span));
+        tokio::spawn(search.instrument(span));
     }
 }
 

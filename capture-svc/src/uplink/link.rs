@@ -9,8 +9,9 @@ use tidemark_proto::{
     convert::{CurrentMark, TermGrant, TermRequest, WireError},
     vault::v1::ingest_client::IngestClient,
 };
+use tidemark_telemetry::Propagate;
 use tidemark_tls::{Dialer, Line};
-use tonic::transport::Endpoint;
+use tonic::{service::interceptor::InterceptedService, transport::Endpoint};
 
 /// The most bytes of a message, decoded.
 const MESSAGE_LEN_MAX: usize = 4 << 20;
@@ -22,10 +23,13 @@ const WINDOW_MIN: u32 = 16 << 20;
 /// The longest a short call may take.
 const CALL_MAX: Duration = Duration::from_secs(60);
 
+/// The generated client; each call is part of the trace that it is made in.
+pub(crate) type Client = IngestClient<InterceptedService<Line, Propagate>>;
+
 /// A client of the vault's Ingest service.
 #[derive(Debug, Clone)]
 pub(crate) struct Link {
-    client: IngestClient<Line>,
+    client: Client,
 }
 
 impl Link {
@@ -46,14 +50,14 @@ impl Link {
             ..error
         })?;
         Ok(Self {
-            client: IngestClient::new(line)
+            client: IngestClient::with_interceptor(line, Propagate::default())
                 .max_decoding_message_size(MESSAGE_LEN_MAX)
                 .max_encoding_message_size(MESSAGE_LEN_MAX),
         })
     }
 
     /// The generated client, for streams.
-    pub(crate) fn client(&self) -> IngestClient<Line> {
+    pub(crate) fn client(&self) -> Client {
         self.client.clone()
     }
 

@@ -6,13 +6,16 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use capture_core::codec::{CodecPolicy, CodecRule};
 use tidemark_block::{BlockCount, BlockIndex, BlockSet, Extent, frame::CodecChoice};
 use tidemark_disk::ChecksumTable;
+use tidemark_proto::Reason;
+use tidemark_telemetry::{SpanExt, step};
 use tokio::{sync::mpsc, task::JoinHandle};
+use tracing::Span;
 
 use super::{
     pending::{Entry, PendingKey, PendingWriter},
@@ -66,11 +69,24 @@ impl Producer {
         let stop = Arc::new(AtomicBool::new(false));
         let walked = Arc::new(AtomicU64::new(0));
         let (thread_stop, thread_walked) = (Arc::clone(&stop), Arc::clone(&walked));
+        let span = step!("read");
         let task = tokio::task::spawn_blocking(move || {
+            let within = span.enter();
             let last = match produce(&job, from, &sender, thread_stop, thread_walked) {
                 Ok(total) => Produced::Done(total),
                 Err(error) => Produced::Failed(error),
             };
+            match &last {
+                Produced::Done(total) => {
+                    span.count("changed_blocks", total.changed_blocks);
+                    span.count("frames", total.frame_count);
+                }
+                // Nobody wanted more.
+                Produced::Failed(WalkError::Stopped) | Produced::Batch(_) => {}
+                Produced::Failed(error) => span.fail(Reason::IoFailed.as_str(), &error.to_string()),
+            }
+            drop(within);
+            drop(span);
             // The reader's cut is let go before anyone hears that it ended.
             drop(job);
             let _ = sender.blocking_send(last);
@@ -116,6 +132,8 @@ struct Sending<'a> {
     policy: CodecPolicy,
     zstd_level: i32,
     since: Instant,
+    /// Reading and encoding; the rest of the time the link, or the vault, was waited for.
+    worked: Duration,
     /// While a prefix that the vault has is only accounted for.
     discard: bool,
 }
@@ -135,6 +153,7 @@ impl Emit for Sending<'_> {
             return Ok(());
         }
         let worked = self.since.elapsed();
+        self.worked += worked;
         let encoded = batch.frames.len();
         let waiting = Instant::now();
         self.to
@@ -174,6 +193,7 @@ fn produce<I: ImageAtCut>(
             policy: CodecPolicy::new(job.codec),
             zstd_level: job.zstd_level,
             since: Instant::now(),
+            worked: Duration::ZERO,
             discard: false,
         };
         Assembler::new(Arc::clone(&job.table), BATCH_LEN, sending)
@@ -199,6 +219,12 @@ fn produce<I: ImageAtCut>(
         }
     }
     walk(&job.image, &*job.table, &job.changed, from, &mut books)?;
+    let sending = books.emit_mut();
+    let worked = sending.worked + sending.since.elapsed();
+    Span::current().count(
+        "worked_ms",
+        u64::try_from(worked.as_millis()).unwrap_or(u64::MAX),
+    );
     books.finish()
 }
 

@@ -16,10 +16,13 @@ use std::{
 use capture_core::coherence::{Effect, Event, Graded, Limits, Search, Seen, Why};
 use futures::future::select_all;
 use tidemark_block::Coherence;
+use tidemark_proto::Reason;
+use tidemark_telemetry::{SpanExt, step};
 use tokio::{
     sync::{Mutex, OwnedMutexGuard, watch},
     task::JoinHandle,
 };
+use tracing::{Instrument, Span};
 
 use super::{BaseTable, blocking, now_ms, ship::stopped};
 use crate::{
@@ -197,6 +200,8 @@ struct Searching<A> {
     quiesces: Vec<OwnedMutexGuard<Quiesce>>,
     /// By party: the member, and its number there.
     parties: Vec<(usize, usize)>,
+    /// By party: its name, and its span from when it is asked to freeze until it is told to thaw.
+    quiescing: Vec<(String, Span)>,
     /// Times are counted from here.
     origin: Instant,
 }
@@ -215,6 +220,7 @@ impl<A: Aim> Searching<A> {
             members,
             quiesces,
             parties: Vec::new(),
+            quiescing: Vec::new(),
         }
     }
 
@@ -229,6 +235,7 @@ impl<A: Aim> Searching<A> {
                     party.name = format!("{} of {}", party.name, member.name);
                 }
                 self.parties.push((at, local));
+                self.quiescing.push((party.name.clone(), Span::none()));
                 all.push(party);
             }
         }
@@ -254,7 +261,14 @@ impl<A: Aim> Searching<A> {
         loop {
             match self.perform(&effects) {
                 Next::Look => {}
-                Next::Cut => return self.cut(search).await,
+                Next::Cut => {
+                    let span = step!("cut");
+                    let ended = self.cut(search).instrument(span.clone()).await;
+                    if let Ended::Failed(error) = &ended {
+                        span.fail(Reason::IoFailed.as_str(), &error.message);
+                    }
+                    return ended;
+                }
                 Next::Skip(why) => return Ended::Skipped(why),
             }
             let wake = self.origin + search.wake().unwrap_or_default();
@@ -263,6 +277,10 @@ impl<A: Aim> Searching<A> {
                 () = &mut unwanted => None,
                 () = tokio::time::sleep_until(wake.into()) => Some(Event::Look),
                 (party, answer) = answered(&mut self.quiesces, &self.parties) => {
+                    if let Err(failure) = &answer {
+                        let (_, span) = &self.quiescing[party];
+                        span.fail(Reason::NotQuiesced.as_str(), &format!("{failure:?}"));
+                    }
                     Some(of_answer(party, answer))
                 }
             };
@@ -383,7 +401,9 @@ impl<A: Aim> Searching<A> {
         let abandoned = Arc::new(AtomicBool::new(false));
         let (limits, stop) = (self.want.limits, Arc::clone(&abandoned));
         let aim = Arc::clone(&self.want.aim);
+        let span = Span::current();
         let task = tokio::task::spawn_blocking(move || {
+            let _within = span.enter();
             let at = CutAt {
                 quiesced,
                 base: base.as_deref(),
@@ -504,12 +524,16 @@ impl<A: Aim> Searching<A> {
             match effect {
                 Effect::Freeze(party) => {
                     let (at, local) = self.parties[*party];
+                    let (name, span) = &mut self.quiescing[*party];
+                    *span = step!("quiesce");
+                    span.note("party", name);
                     let epoch = self.members[at].engine.epoch();
                     self.quiesces[at].freeze(local, epoch);
                 }
                 Effect::Cut => next = Next::Cut,
                 Effect::Skip(why) => next = Next::Skip(why.clone()),
-                Effect::Thaw(_) | Effect::Graded(_) => {}
+                Effect::Thaw(party) => self.quiescing[*party].1 = Span::none(),
+                Effect::Graded(_) => {}
             }
         }
         next

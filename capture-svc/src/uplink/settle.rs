@@ -5,6 +5,9 @@ use std::{path::Path, sync::Arc, time::Instant};
 use anyhow::{Context, Result};
 use capture_core::{interval::Event as IntervalEvent, uplink::Event};
 use tidemark_block::{GenerationId, Head, Receipt};
+use tidemark_proto::Reason;
+use tidemark_telemetry::step;
+use tracing::Instrument;
 
 use super::{
     BaseTable, blocking,
@@ -53,7 +56,9 @@ impl Driver {
         record.interval = None;
         let key = self.pending_key(&interval);
         let id = interval.id;
-        let advanced = self.advance(record, interval, Some(key)).await;
+        let recording = step!("record receipt");
+        let advanced = self.advance(record, interval, Some(key));
+        let advanced = advanced.instrument(recording).await;
         if let Err(error) = advanced {
             return self.failed_here("record the receipt", &error);
         }
@@ -123,6 +128,7 @@ impl Driver {
                 let _ = waiter.send(Ok(receipt.clone()));
             }
         }
+        self.trace.succeed(&receipt);
         let base = self.record.base;
         let recovery_point_ms = self.record.recovery_point_ms;
         let digest = receipt.image_digest;
@@ -138,6 +144,8 @@ impl Driver {
 
     /// The engine gave the cut up: its blocks are in the next one.
     pub(super) async fn given_up(&mut self) -> Outcome {
+        self.trace
+            .fail(Reason::IntervalGivenUp, "the spool has lost its cut");
         tracing::warn!(
             "the interval in flight was given up: there was no room in the spool for all of it, or what was there can't be read; its blocks are in the next one"
         );
@@ -169,6 +177,8 @@ impl Driver {
         if was_open {
             self.figures.ended(Ending::GivenUp);
         }
+        self.trace
+            .fail(Reason::IntervalGivenUp, "its blocks are in the next one");
         self.recut();
         Ok(())
     }
@@ -229,6 +239,8 @@ impl Driver {
         if let Some(ending) = ending {
             self.figures.ended(ending);
         }
+        let moot = "the vault's newest generation is another than its base";
+        self.trace.fail(Reason::BaseNotHead, moot);
         self.recut();
         let recovery_point_ms = self.record.recovery_point_ms;
         self.show.send_modify(|status| {

@@ -8,12 +8,14 @@ use tidemark_proto::{
     convert::{FrameBatch, ShipAnswer, ShipMessage},
     vault::v1::{ShipRequest, ShipResponse},
 };
+use tidemark_telemetry::{SpanExt, step};
 use tokio::{
     sync::{mpsc, watch},
     time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
+use tracing::{Instrument, Span};
 
 use super::{
     figures::Figures,
@@ -57,8 +59,26 @@ pub(crate) enum ShipError {
     Stopped,
 }
 
+impl ShipError {
+    /// Marks what it has ended.
+    fn mark(&self, span: &Span) {
+        let reason = match self {
+            Self::Rpc(error) => error.reason,
+            Self::GivenUp => Reason::IntervalGivenUp,
+            Self::Local(_) => Reason::IoFailed,
+            Self::Stopped => Reason::ShuttingDown,
+        };
+        span.fail(reason.as_str(), &self.to_string());
+    }
+}
+
 /// Both directions of a call.
-type Stream = (mpsc::Sender<ShipRequest>, Streaming<ShipResponse>);
+struct Stream {
+    sender: mpsc::Sender<ShipRequest>,
+    answers: Streaming<ShipResponse>,
+    /// From the header to the receipt.
+    span: Span,
+}
 
 /// What shipping needs, besides the cut.
 #[derive(Debug)]
@@ -95,9 +115,9 @@ impl Shipment<'_> {
             status.blocks_done = 0;
         });
         let (mut producer, stream) = if self.announced {
-            let (sender, mut answers) = self.open().await?;
-            match self.ready(&mut answers).await? {
-                Ok(from) => (Producer::start(job.clone(), from), Some((sender, answers))),
+            let mut stream = self.open().await?;
+            match self.ready(&mut stream).await? {
+                Ok(from) => (Producer::start(job.clone(), from), Some(stream)),
                 Err(receipt) => return self.receipt(receipt, None),
             }
         } else {
@@ -124,11 +144,11 @@ impl Shipment<'_> {
         {
             return Ok(Shipped::Unchanged);
         }
-        let (sender, mut answers) = match stream {
+        let mut stream = match stream {
             Some(stream) => stream,
             None => {
-                let (sender, mut answers) = self.open().await?;
-                match self.ready(&mut answers).await? {
+                let mut stream = self.open().await?;
+                match self.ready(&mut stream).await? {
                     Ok(from) if from == BlockIndex::ZERO => {}
                     Ok(from) => {
                         let resumed = Producer::start(job, from);
@@ -137,18 +157,21 @@ impl Shipment<'_> {
                     }
                     Err(receipt) => return self.receipt(receipt, None),
                 }
-                (sender, answers)
+                stream
             }
         };
-        Exchange {
+        let mut exchange = Exchange {
             sent: 0,
             acked: 0,
             sealed: None,
             held: Some(first),
             open: true,
-        }
-        .run(self, producer, &sender, &mut answers)
-        .await
+        };
+        let span = stream.span.clone();
+        let ended = exchange.run(self, producer, &mut stream);
+        let ended = ended.instrument(span.clone()).await;
+        span.count("bytes", exchange.sent);
+        ended.inspect_err(|error| error.mark(&span))
     }
 
     /// The first thing that the reading thread finds.
@@ -170,9 +193,10 @@ impl Shipment<'_> {
     /// What the vault says to the header: from where to go on, or the receipt.
     async fn ready(
         &mut self,
-        answers: &mut Streaming<ShipResponse>,
+        stream: &mut Stream,
     ) -> Result<Result<BlockIndex, Receipt>, ShipError> {
-        match self.answer(answers).await? {
+        let answer = self.answer(&mut stream.answers).await;
+        match answer.inspect_err(|error| error.mark(&stream.span))? {
             ShipAnswer::Receipt(receipt) => Ok(Err(receipt)),
             ShipAnswer::Ready { durable_end } => {
                 self.announced = true;
@@ -190,15 +214,22 @@ impl Shipment<'_> {
         let header = ShipMessage::Header(self.header.clone());
         sender.try_send(header.into()).map_err(|_| out_of_order())?;
         let mut client = self.link.client();
+        let span = step!("send", otel.kind = "client");
+        span.note("rpc.system", "grpc");
         let call = client.ship(ReceiverStream::new(receiver));
+        let call = timeout(STALL_MAX, call.instrument(span.clone()));
         let answers = tokio::select! {
-            () = stopped(&mut self.stop) => return Err(ShipError::Stopped),
-            answers = timeout(STALL_MAX, call) => match answers {
-                Ok(answers) => answers.map_err(RpcError::from)?,
-                Err(_) => return Err(stalled().into()),
+            () = stopped(&mut self.stop) => Err(ShipError::Stopped),
+            answers = call => match answers {
+                Ok(answers) => answers.map_err(|status| RpcError::from(status).into()),
+                Err(_) => Err(stalled().into()),
             },
         };
-        Ok((sender, answers.into_inner()))
+        Ok(Stream {
+            sender,
+            answers: answers.inspect_err(|error| error.mark(&span))?.into_inner(),
+            span,
+        })
     }
 
     async fn answer(
@@ -286,12 +317,14 @@ struct Exchange {
 
 impl Exchange {
     async fn run(
-        mut self,
+        &mut self,
         shipment: &mut Shipment<'_>,
         producer: &mut Producer,
-        sender: &mpsc::Sender<ShipRequest>,
-        answers: &mut Streaming<ShipResponse>,
+        stream: &mut Stream,
     ) -> Result<Shipped, ShipError> {
+        let Stream {
+            sender, answers, ..
+        } = stream;
         let mut progress = interval(PROGRESS_PERIOD);
         progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let began = Instant::now();

@@ -8,6 +8,7 @@ use std::{
 use capture_core::coherence::{Graded, Limits};
 use tidemark_proto::{Reason, RpcError};
 use tokio::sync::{Mutex, oneshot, watch};
+use tracing::Instrument;
 
 use super::{
     BaseTable, blocking,
@@ -108,10 +109,7 @@ pub(crate) async fn take(
         // Where nobody waits for it any more it is listed all the same.
         let _ = answer.send(taken);
     };
-    tokio::spawn(tracing::Instrument::instrument(
-        search,
-        tracing::Span::current(),
-    ));
+    tokio::spawn(search.in_current_span());
     let taken = answered.await.map_err(|_| shutting_down())?;
     let taken: Result<Vec<_>, _> = taken.into_iter().collect();
     let taken = taken.map_err(|found| not_taken(&seats, found))?;

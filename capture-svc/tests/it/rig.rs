@@ -4,7 +4,7 @@ use std::{
     future::Future,
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::{Duration, Instant},
 };
 
@@ -25,6 +25,7 @@ use tidemark_proto::{
     common::v1 as common,
     vault::v1::{self as vault, restore_response, vault_client::VaultClient},
 };
+use tidemark_telemetry::{Settings, Telemetry};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::{nbd::Nbd, proxy::Proxy};
@@ -122,7 +123,10 @@ impl Rig {
     pub(crate) async fn with(change: impl FnOnce(&mut Config)) -> Self {
         // RUST_LOG=info shows what the services say.
         if let Ok(filter) = std::env::var("RUST_LOG") {
-            let _ = tidemark_telemetry::init("test", tidemark_telemetry::LogFormat::Text, &filter);
+            static TOLD: OnceLock<Telemetry> = OnceLock::new();
+            TOLD.get_or_init(|| {
+                tidemark_telemetry::init(Settings::plain("test", &filter)).unwrap()
+            });
         }
         let dir = tempfile::tempdir().unwrap();
         let vault = vault_svc::start(vault_config(dir.path())).await.unwrap();

@@ -18,6 +18,7 @@ use anyhow::Result;
 use clap::Parser;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tidemark_agent::{Dialer, DialerFiles, Workload, attach_with};
+use tidemark_telemetry::Settings;
 
 #[derive(Debug, Parser)]
 struct Arguments {
@@ -105,7 +106,7 @@ impl Workload for Commands {
 #[tokio::main]
 async fn main() -> Result<()> {
     let arguments = Arguments::parse();
-    tidemark_telemetry::init("agent", tidemark_telemetry::LogFormat::Text, "info")?;
+    let _telemetry = tidemark_telemetry::init(Settings::plain("agent", "info"))?;
     let mut commands = Commands {
         freeze: arguments.freeze,
         thaw: arguments.thaw,

@@ -6,8 +6,9 @@ use tidemark_proto::{
     Reason, RpcError, capture::v1::capture_client::CaptureClient,
     vault::v1::vault_client::VaultClient,
 };
+use tidemark_telemetry::{Origin, Propagate};
 use tidemark_tls::{Dialer, DialerFiles, Line, is_loopback_url};
-use tonic::transport::Endpoint;
+use tonic::{service::interceptor::InterceptedService, transport::Endpoint};
 
 use crate::{
     args::Global,
@@ -21,10 +22,13 @@ const WINDOW: u32 = 64 << 20;
 /// HTTP/2 frames: a batch of an image is one of them, not sixty.
 const FRAME_BYTES: u32 = 1 << 20;
 
+/// A connection whose calls belong to the trace that the environment names, where it names one.
+type Traced = InterceptedService<Line, Propagate>;
+
 /// The capture service's control interface.
-pub type Capture = CaptureClient<Line>;
+pub type Capture = CaptureClient<Traced>;
 /// The vault service's interface for readers.
-pub type Vault = VaultClient<Line>;
+pub type Vault = VaultClient<Traced>;
 
 impl Global {
     /// Connects to the capture service.
@@ -57,7 +61,7 @@ impl Global {
         }
     }
 
-    async fn dial(&self, service: &str, url: &str) -> Result<Line, Failure> {
+    async fn dial(&self, service: &str, url: &str) -> Result<Traced, Failure> {
         if self.allow_plain_text
             && url.starts_with("http://")
             && !is_loopback_url(url)
@@ -65,10 +69,10 @@ impl Global {
         {
             eprintln!("warning: {url} is another machine, and is spoken to in plain text");
         }
-        self.dialer()
-            .dial(url, tuned)
-            .await
-            .map_err(|error| failed(service, url, error))
+        let line = self.dialer().dial(url, tuned).await;
+        let line = line.map_err(|error| failed(service, url, error))?;
+        let propagate = Propagate::from(Origin::of_environment());
+        Ok(InterceptedService::new(line, propagate))
     }
 }
 

@@ -20,6 +20,8 @@ use crate::Rules;
 #[derive(Debug, Clone)]
 enum Origin {
     Default,
+    /// Variables that many programs heed, each for the key that it sets.
+    Standard(&'static [(&'static str, &'static str)]),
     File(PathBuf),
     Environment(&'static str),
     Flags,
@@ -30,6 +32,12 @@ impl Origin {
     fn of(&self, key: &str) -> String {
         match self {
             Self::Default => "the default".to_owned(),
+            Self::Standard(variables) => {
+                let variable = variables.iter().find(|(_, set)| *set == key);
+                variable
+                    .map_or("the environment", |(name, _)| name)
+                    .to_owned()
+            }
             Self::File(path) => path.display().to_string(),
             Self::Environment(prefix) => format!("{prefix}{}", key.to_ascii_uppercase()),
             Self::Flags => format!("--{}", key.replace('_', "-")),
@@ -88,6 +96,28 @@ impl Layers {
                 path.display()
             )),
         }
+    }
+
+    /// Takes the values of variables that many programs heed. An empty one is as good as none.
+    pub(crate) fn add_standard(
+        &mut self,
+        variables: &'static [(&'static str, &'static str)],
+        environment: &[(OsString, OsString)],
+    ) {
+        let origin = Origin::Standard(variables);
+        let mut values = Vec::new();
+        for (name, key) in variables {
+            let given = environment.iter().find(|(given, _)| given == name);
+            match given.map(|(_, value)| value.to_str().ok_or(value)) {
+                Some(Ok("")) | None => {}
+                Some(Ok(value)) => values.push(((*key).to_owned(), value.to_owned())),
+                Some(Err(value)) => self.problems.push(format!(
+                    "{key} = {value:?} ({}): isn't UTF-8",
+                    origin.of(key)
+                )),
+            }
+        }
+        self.add_texts(origin, values);
     }
 
     pub(crate) fn add_environment(

@@ -1,4 +1,4 @@
-//! How a service is configured: defaults → TOML file → environment → flags, checked as a whole.
+//! How a service is configured: defaults → standard variables → TOML file → environment → flags, checked as a whole.
 //!
 //! Each key is listed once, in [`settings!`]: field, flag, environment variable and `--print-config` follow from it.
 //! An unknown key is an error wherever it stands, because a misspelt limit that is silently ignored is found out when
@@ -57,6 +57,10 @@ pub trait Settings: Keys {
     /// What the names of its environment variables begin with.
     const PREFIX: &'static str;
 
+    /// Variables without the prefix that many programs heed, each with the key that it sets. The file wins over them, and
+    /// so does whatever wins over the file.
+    const STANDARD: &'static [(&'static str, &'static str)] = &[];
+
     /// Whether a variable that shares the prefix is none of ours to judge; `key` is in lower case and without it.
     /// `config`, the path of the file, never gets here.
     fn is_foreign(key: &str) -> bool;
@@ -73,7 +77,9 @@ pub trait Settings: Keys {
         environment: impl IntoIterator<Item = (OsString, OsString)>,
         flags: Self::Flags,
     ) -> Result<Self, ConfigError> {
+        let environment: Vec<_> = environment.into_iter().collect();
         let mut layers = Layers::new(&Self::default(), Self::KEYS);
+        layers.add_standard(Self::STANDARD, &environment);
         if let Some(path) = file {
             layers.add_file(path);
         }

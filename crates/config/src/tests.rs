@@ -23,6 +23,9 @@ settings! {
 impl Settings for Config {
     const PREFIX: &'static str = "SAMPLE_";
 
+    const STANDARD: &'static [(&'static str, &'static str)] =
+        &[("COMMON_NAME", "name"), ("COMMON_TIME", "time")];
+
     fn is_foreign(key: &str) -> bool {
         key == "port"
     }
@@ -153,4 +156,24 @@ fn values_of_the_wrong_kind_are_told_what_would_do() {
     assert!(found[0].contains("number = \"3\"") && found[0].contains("expected u32"));
     assert!(found[1].contains("size = true") && found[1].contains("write 4096"));
     assert!(found[2].contains("time = 15") && found[2].contains("write 15s"));
+}
+
+#[test]
+fn a_standard_variable_counts_where_nothing_of_our_own_says_otherwise() {
+    let standard = [("COMMON_NAME", "common"), ("COMMON_TIME", "")];
+    let named = |toml: &str, environment: &[(&str, &str)]| {
+        let config = load(toml, environment, Flags::default()).unwrap();
+        (config.name, config.time)
+    };
+    let second = Span::from_secs(1);
+    assert_eq!(named("", &standard), ("common".to_owned(), second));
+    assert_eq!(named("name = 'file'\n", &standard).0, "file");
+    let both = [standard[0], ("SAMPLE_NAME", "own")];
+    assert_eq!(named("", &both).0, "own");
+    let found = problems("", &[("COMMON_TIME", "soon")]);
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(
+        found[0].starts_with("time = \"soon\" (COMMON_TIME): "),
+        "{found:?}"
+    );
 }

@@ -1,7 +1,7 @@
 //! Metrics: what each one is, one reading of all of them, and the two ways in which a reading is told.
 //!
 //! A service names its families once, with [`families!`](crate::families), and fills a [`Reading`] whenever one is wanted:
-//! for a scrape of its Prometheus endpoint ([`Endpoint`]) and for each push by OTLP. What it fills it with are the figures
+//! for a scrape of its Prometheus endpoint and for each push by OTLP ([`Outlets`]). What it fills it with are the figures
 //! that it keeps anyway, so nothing is counted twice, the data path pays nothing, and what is gone, as a volume that was
 //! removed, is gone from the next reading, its histograms too.
 //!
@@ -12,6 +12,8 @@ mod calls;
 mod common;
 mod endpoint;
 mod histogram;
+mod otlp;
+mod outlets;
 mod text;
 
 use std::{collections::BTreeMap, sync::Arc};
@@ -21,8 +23,10 @@ pub use common::{
     BUILD_INFO, CALLS, CERTIFICATE_NOT_AFTER, COMMON, CONNECTIONS, CONNECTIONS_REFUSED,
     PROCESS_START_TIME, Process,
 };
-pub use endpoint::{Bound, Endpoint};
+use endpoint::{Bound, Endpoint};
 pub use histogram::{Histogram, HistogramCounts, STAGE_SECONDS};
+use otlp::Push;
+pub use outlets::Outlets;
 pub use text::Format;
 
 /// What a family counts or measures.

@@ -3,7 +3,7 @@
 use std::{
     io,
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -11,7 +11,10 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
-use rustls::{ClientConfig, pki_types::ServerName, sign::SingleCertAndKey};
+use rustls::{
+    ClientConfig, ConfigBuilder, RootCertStore, client::WantsClientCert, pki_types::ServerName,
+    sign::SingleCertAndKey,
+};
 use tidemark_proto::{Reason, RpcError, error::TLS_REFUSED_MARK};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf},
@@ -140,32 +143,84 @@ pub(crate) async fn over_tls(url: &str, config: Arc<ClientConfig>) -> Result<Lin
     Ok(InterceptedService::new(channel, Bearer::default()))
 }
 
+/// A connection to a service of somebody else's, such as a collector of traces: it is made when it is first used, and
+/// again whenever it has broken. Without `ca` an `https` one is verified by the CAs of the system. To be called within a
+/// runtime, to which the connection then belongs.
+///
+/// # Errors
+/// The URL is none, or the CAs can't be used.
+pub fn dial_lazily(
+    url: &str,
+    ca: Option<&Path>,
+    tune: impl FnOnce(Endpoint) -> Endpoint,
+) -> Result<Channel, RpcError> {
+    let uri: Uri = url.parse().map_err(|_| bad_url(url))?;
+    match uri.scheme_str() {
+        Some("http") => Ok(tune(Endpoint::from(uri)).connect_lazy()),
+        Some("https") => {
+            let roots = match ca {
+                Some(path) => files::roots(path),
+                None => files::system_roots(),
+            };
+            let config = roots
+                .and_then(trusting)
+                .map_err(|error| not_ready(url, &error))?;
+            let mut config = config.with_no_client_auth();
+            config.alpn_protocols = vec![ALPN.to_vec()];
+            let config = Arc::new(config);
+            let host = Host::of(&uri)?;
+            let connector = tower::service_fn(move |_: Uri| {
+                let (host, config) = (host.clone(), Arc::clone(&config));
+                async move { host.connect(config).await.map(TokioIo::new) }
+            });
+            Ok(tune(Endpoint::from(uri)).connect_with_connector_lazy(connector))
+        }
+        _ => Err(bad_url(url)),
+    }
+}
+
 async fn secured(
     uri: Uri,
     config: Arc<ClientConfig>,
     tune: impl FnOnce(Endpoint) -> Endpoint,
 ) -> Result<Channel, RpcError> {
-    let host = uri
-        .host()
-        .unwrap_or_default()
-        .trim_matches(['[', ']'])
-        .to_owned();
-    let name = ServerName::try_from(host.clone())
-        .map_err(|_| RpcError::invalid(format!("{host:?} is no name of a host")))?;
-    let port = uri.port_u16().unwrap_or(443);
+    let host = Host::of(&uri)?;
     let endpoint = tune(Endpoint::from(uri));
     let connector = tower::service_fn(move |_: Uri| {
-        let (config, name, host) = (Arc::clone(&config), name.clone(), host.clone());
+        let (host, config) = (host.clone(), Arc::clone(&config));
         async move {
-            let stream = TcpStream::connect((host.as_str(), port)).await?;
-            stream.set_nodelay(true)?;
-            let connected = TlsConnector::from(config).connect(name, stream).await;
-            Wire::open(connected.map_err(marked)?)
+            Wire::open(host.connect(config).await?)
                 .await
                 .map(TokioIo::new)
         }
     });
     Ok(endpoint.connect_with_connector(connector).await?)
+}
+
+/// Whom a connection with TLS leads to.
+#[derive(Debug, Clone)]
+struct Host {
+    address: (String, u16),
+    name: ServerName<'static>,
+}
+
+impl Host {
+    fn of(uri: &Uri) -> Result<Self, RpcError> {
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let name = ServerName::try_from(host.to_owned())
+            .map_err(|_| RpcError::invalid(format!("{host:?} is no name of a host")))?;
+        Ok(Self {
+            address: (host.to_owned(), uri.port_u16().unwrap_or(443)),
+            name,
+        })
+    }
+
+    async fn connect(self, config: Arc<ClientConfig>) -> io::Result<TlsStream<TcpStream>> {
+        let stream = TcpStream::connect(self.address).await?;
+        stream.set_nodelay(true)?;
+        let connected = TlsConnector::from(config).connect(self.name, stream).await;
+        connected.map_err(marked)
+    }
 }
 
 fn ready(files: &DialerFiles, is_tls: bool) -> Result<Ready, FileError> {
@@ -194,11 +249,7 @@ fn client_config(files: &DialerFiles) -> Result<ClientConfig, FileError> {
             "no CA is named whose certificates are trusted".to_owned(),
         ));
     };
-    let roots = files::roots(ca)?;
-    let builder = ClientConfig::builder_with_provider(files::provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(|error| FileError::Setup(error.to_string()))?
-        .with_root_certificates(roots);
+    let builder = trusting(files::roots(ca)?)?;
     let mut config = match &files.certificate {
         None => builder.with_no_client_auth(),
         Some((cert, key)) => {
@@ -208,6 +259,15 @@ fn client_config(files: &DialerFiles) -> Result<ClientConfig, FileError> {
     };
     config.alpn_protocols = vec![ALPN.to_vec()];
     Ok(config)
+}
+
+fn trusting(
+    roots: RootCertStore,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, FileError> {
+    let builder = ClientConfig::builder_with_provider(files::provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| FileError::Setup(error.to_string()))?;
+    Ok(builder.with_root_certificates(roots))
 }
 
 /// Whether a URL leads to this machine itself.

@@ -131,6 +131,22 @@ pub(crate) fn roots(path: &Path) -> Result<RootCertStore, FileError> {
     Ok(roots)
 }
 
+/// The CAs that this machine's system trusts.
+pub(crate) fn system_roots() -> Result<RootCertStore, FileError> {
+    let found = rustls_native_certs::load_native_certs();
+    let mut roots = RootCertStore::empty();
+    // What one of them has wrong is no reason to do without the others.
+    roots.add_parsable_certificates(found.certs);
+    if roots.is_empty() {
+        let errors = found.errors.iter().map(|error| format!(": {error}"));
+        let why = "the system has no CAs whose certificates could be trusted";
+        return Err(FileError::Setup(
+            errors.fold(why.to_owned(), |told, error| told + &error),
+        ));
+    }
+    Ok(roots)
+}
+
 /// A token.
 pub(crate) fn token(path: &Path) -> Result<String, FileError> {
     let token = read_text(path)?.trim().to_owned();

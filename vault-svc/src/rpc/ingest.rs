@@ -15,10 +15,12 @@ use tidemark_proto::{
         ShipResponse, StartTermRequest, StartTermResponse, ingest_server::Ingest,
     },
 };
+use tidemark_telemetry::{SpanExt, step};
 use tidemark_tls::caller;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::{Instrument, Span};
 
 use super::{Service, stopping, to_the_end};
 use crate::{
@@ -58,12 +60,13 @@ impl Ingest for Service {
         let service = self.clone();
         let caller = caller(request.extensions());
         let incoming = request.into_inner();
-        tokio::spawn(async move {
+        let receiving = async move {
             if let Err(error) = service.receive(incoming, &answers, &caller).await {
                 tracing::info!(reason = %error.reason, %error, "interval's stream ended");
                 let _ = answers.send(Err(error.into())).await;
             }
-        });
+        };
+        tokio::spawn(receiving.in_current_span());
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
@@ -257,7 +260,10 @@ impl Service {
         let idle_max = self.vault.config().stream_idle_max.get();
         let vault = Arc::clone(&self.vault);
         let id = header.volume;
-        let mut session = match vault.ship(header, caller).await? {
+        let (span, interval) = (Span::current(), header.interval);
+        span.note("interval", interval);
+        let admitted = vault.ship(header, caller).instrument(step!("admit"));
+        let mut session = match admitted.await? {
             Begun::Committed(receipt) => {
                 let _ = answers.send(Ok(ShipAnswer::Receipt(receipt).into())).await;
                 return Ok(None);
@@ -268,16 +274,23 @@ impl Service {
         let _ = answers
             .send(Ok(ShipAnswer::Ready { durable_end }.into()))
             .await;
-        let sealed = self
-            .receive_frames(&mut session, incoming, answers, idle_max)
-            .await;
+        let verify = step!("verify");
+        let sealed = self.receive_frames(&mut session, incoming, answers, idle_max);
+        let sealed = sealed.instrument(verify.clone()).await;
+        session.tell_verified(&verify);
+        if let Err(error) = &sealed {
+            verify.fail(error.reason.as_str(), &error.message);
+        }
+        drop(verify);
         match sealed {
             Ok(Some(seal)) => {
-                let receipt = tokio::spawn(session.commit(seal))
+                let receipt = tokio::spawn(session.commit(seal).in_current_span())
                     .await
                     .map_err(|_| RpcError::internal("a commit failed"))??;
                 self.vault.wake.notify_one();
-                let _ = answers.send(Ok(ShipAnswer::Receipt(receipt).into())).await;
+                span.count("generation", receipt.generation.get());
+                let answer = answers.send(Ok(ShipAnswer::Receipt(receipt).into()));
+                let _ = answer.instrument(step!("receipt")).await;
                 // The table follows now, so that the next interval needn't wait for it.
                 let volume = self.vault.volume(id)?;
                 tokio::spawn(async move {
@@ -289,6 +302,7 @@ impl Service {
             }
             // The connection broke, or the vault stops: what was received is kept for the next try.
             Ok(None) => {
+                span.fail(Reason::Unreachable.as_str(), "the source has gone");
                 session.abandon().await;
                 Ok(Some(Received::Interrupted))
             }

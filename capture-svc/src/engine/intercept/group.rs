@@ -5,6 +5,7 @@ use std::{sync::Arc, time::Instant};
 use capture_core::engine::{cut::Purpose, group::begin_cuts, records::LABEL_MAX};
 use thiserror::Error;
 use tidemark_block::Epoch;
+use tidemark_telemetry::step;
 
 use super::{EngineError, Intercept, IntervalCut, Sample, SnapshotInfo};
 
@@ -79,6 +80,7 @@ fn cut_all<T>(
     for &(index, engine) in &order {
         engine.check_open().map_err(|error| fail(index, error))?;
     }
+    let flipping = step!("flip");
     let begun = Instant::now();
     let parts = order
         .iter()
@@ -94,6 +96,7 @@ fn cut_all<T>(
         engine.activity.sample()
     });
     let samples: Vec<_> = flipped.collect();
+    drop(flipping);
     let mut done = Vec::with_capacity(engines.len());
     let mut failed = None;
     for ((&(index, engine), cut), sample) in order.iter().zip(cuts).zip(samples) {

@@ -10,7 +10,6 @@ use tidemark_disk::{
     durable,
     lock::{FileLock, LockError},
 };
-use tidemark_telemetry::LogFormat;
 
 use crate::{
     args::{Global, UpArgs},
@@ -24,9 +23,22 @@ pub(super) async fn run(
     args: UpArgs,
     stop: impl Future<Output = ()>,
 ) -> Result<(), Failure> {
-    tidemark_telemetry::init("tidemark", LogFormat::Text, &args.log).map_err(|error| {
-        Failure::new(Kind::Usage, "LOG_FILTER_INVALID", format!("{error:#}"), "")
-    })?;
+    let telemetry =
+        tidemark_telemetry::init(tidemark_telemetry::Settings::plain("tidemark", &args.log))
+            .map_err(|error| {
+                Failure::new(Kind::Usage, "LOG_FILTER_INVALID", format!("{error:#}"), "")
+            })?;
+    let done = serve(global, args, stop).await;
+    // It waits for what is still to be written and exported.
+    let _ = tokio::task::spawn_blocking(|| telemetry.shutdown()).await;
+    done
+}
+
+async fn serve(
+    global: &Global,
+    args: UpArgs,
+    stop: impl Future<Output = ()>,
+) -> Result<(), Failure> {
     if let Err(error) = tidemark_disk::descriptors::raise_limit() {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }

@@ -1,0 +1,121 @@
+//! The trace of an interval: one span from what made a cut due to the receipt, with a child for each step on the way.
+//!
+//! It goes on over failures and disconnects for as long as this process lives. One that an earlier process began is not
+//! known any more; its interval's id, which spans of both services carry, leads from one to the other.
+
+use capture_core::uplink::Action;
+use tidemark_block::{IntervalId, Receipt, Trigger};
+use tidemark_proto::Reason;
+use tidemark_telemetry::{Origin, SpanExt, traced};
+use tracing::Span;
+
+/// The most requests whose traces are linked with that of the interval that answers them.
+const ASKERS_MAX: usize = 8;
+
+/// The trace of the interval that is open, or whose cut is being made.
+#[derive(Debug)]
+pub(super) struct Trace {
+    volume: String,
+    interval: Option<Span>,
+    /// Those who have asked for the interval that comes next.
+    askers: Vec<Origin>,
+    attempts: u64,
+}
+
+impl Trace {
+    pub(super) const fn of(volume: String) -> Self {
+        Self {
+            volume,
+            interval: None,
+            askers: Vec::new(),
+            attempts: 0,
+        }
+    }
+
+    /// Somebody asks for an interval, in a trace of their own.
+    pub(super) fn asked_by(&mut self, asker: Option<Origin>) {
+        if self.askers.len() < ASKERS_MAX {
+            self.askers.extend(asker);
+        }
+    }
+
+    fn start(&mut self, trigger: Trigger) -> Span {
+        let span = traced!("interval", %trigger);
+        span.note("volume", &self.volume);
+        self.attempts = 0;
+        self.interval = Some(span.clone());
+        span
+    }
+
+    /// A cut is due. The interval is a child of the first request that it answers.
+    pub(super) fn begin(&mut self, trigger: Trigger) -> Span {
+        let span = self.start(trigger);
+        if !self.askers.is_empty() {
+            self.askers.remove(0).adopt(&span);
+        }
+        span
+    }
+
+    /// The cut was made: it answers all who have asked before.
+    pub(super) fn cut(&mut self, id: IntervalId) {
+        let askers = std::mem::take(&mut self.askers);
+        if let Some(span) = &self.interval {
+            span.note("interval", id);
+            askers.iter().for_each(|asker| asker.link(span));
+        }
+    }
+
+    /// The span of the open interval.
+    pub(super) const fn interval(&self) -> Option<&Span> {
+        self.interval.as_ref()
+    }
+
+    /// The span within which an action is performed. `open`: the interval that was open when the service started.
+    pub(super) fn step(&mut self, action: Action, open: Option<(IntervalId, Trigger)>) -> Span {
+        if let (Action::Ship(_), None, Some((id, trigger))) = (action, &self.interval, open) {
+            let span = self.start(trigger);
+            span.note("interval", id);
+            span.note("resumed", true);
+        }
+        let Some(interval) = &self.interval else {
+            let is_resync = action == Action::RepairTable;
+            let span = if is_resync {
+                traced!("resync")
+            } else {
+                Span::none()
+            };
+            span.note("volume", &self.volume);
+            return span;
+        };
+        match action {
+            Action::StartTerm => traced!(parent: interval, "connect"),
+            Action::RepairTable => traced!(parent: interval, "resync"),
+            Action::Wait { .. } => traced!(parent: interval, "wait"),
+            Action::Ship(_) => {
+                let span = traced!(parent: interval, "ship");
+                self.attempts += 1;
+                span.count("attempt", self.attempts);
+                span
+            }
+            _ => interval.clone(),
+        }
+    }
+
+    /// The vault has given the receipt, and it is recorded.
+    pub(super) fn succeed(&mut self, receipt: &Receipt) {
+        if let Some(span) = self.interval.take() {
+            span.count("generation", receipt.generation.get());
+            span.note("unchanged", !receipt.created);
+            span.count("changed_blocks", receipt.changed_blocks.get());
+            span.count("bytes", receipt.frame_bytes);
+            span.succeed();
+        }
+    }
+
+    /// No generation comes of it.
+    pub(super) fn fail(&mut self, reason: Reason, message: &str) {
+        if let Some(span) = self.interval.take() {
+            span.fail(reason.as_str(), message);
+        }
+    }
+}

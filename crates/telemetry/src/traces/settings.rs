@@ -1,0 +1,229 @@
+//! Where traces go, from the configuration of a service.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use tidemark_config::Rules;
+use tidemark_tls::is_loopback_url;
+use tonic::transport::Uri;
+
+/// The variable that says to many programs where the collector is.
+const STANDARD_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+/// Standard variables, with the keys of both services that they set.
+pub(crate) const STANDARD: [(&str, &str); 2] = [
+    (STANDARD_ENDPOINT, "otlp_endpoint"),
+    ("OTEL_EXPORTER_OTLP_CERTIFICATE", "otlp_ca"),
+];
+/// What the exporter takes from the environment itself.
+const STANDARD_HEADERS: [&str; 2] = [
+    "OTEL_EXPORTER_OTLP_HEADERS",
+    "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+];
+const STANDARD_PROTOCOL: &str = "OTEL_EXPORTER_OTLP_PROTOCOL";
+
+/// How many of the traces that begin here are exported: from none (0) to all (1), in millionths.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SampleRatio(u32);
+
+const MILLION: f64 = 1e6;
+
+impl SampleRatio {
+    /// All of them.
+    pub const ALL: Self = Self(1_000_000);
+
+    /// From 0 to 1.
+    #[must_use]
+    pub fn get(self) -> f64 {
+        f64::from(self.0) / MILLION
+    }
+
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "it is from 0 to 1, and so from 0 to a million"
+    )]
+    fn of(ratio: f64) -> Option<Self> {
+        (0.0..=1.0)
+            .contains(&ratio)
+            .then(|| Self((ratio * MILLION).round() as u32))
+    }
+}
+
+impl fmt::Display for SampleRatio {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.get().fmt(f)
+    }
+}
+
+fn no_ratio(text: impl fmt::Display) -> String {
+    format!("{text} is no part of all traces: write a number from 0 (none) to 1 (all), as 0.1")
+}
+
+impl FromStr for SampleRatio {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let ratio = text.trim().parse().ok().and_then(Self::of);
+        ratio.ok_or_else(|| no_ratio(text))
+    }
+}
+
+impl Serialize for SampleRatio {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(self.get())
+    }
+}
+
+impl<'de> Deserialize<'de> for SampleRatio {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(
+            untagged,
+            expecting = "no part of all traces: write a number from 0 (none) to 1 (all), as 0.1"
+        )]
+        enum Raw {
+            Text(String),
+            Number(f64),
+        }
+        match Raw::deserialize(deserializer)? {
+            Raw::Text(text) => text.parse().map_err(D::Error::custom),
+            Raw::Number(ratio) => Self::of(ratio).ok_or_else(|| D::Error::custom(no_ratio(ratio))),
+        }
+    }
+}
+
+/// The keys of both services that say where traces go.
+#[derive(Debug, Clone, Copy)]
+pub struct CollectorSettings<'a> {
+    /// `otlp_endpoint`.
+    pub endpoint: &'a str,
+    /// `otlp_ca`.
+    pub ca: &'a Path,
+    /// `otlp_headers_file`.
+    pub headers_file: &'a Path,
+    /// `trace_sample_ratio`.
+    pub sample_ratio: SampleRatio,
+    /// `allow_plain_text`.
+    pub allow_plain_text: bool,
+}
+
+impl CollectorSettings<'_> {
+    /// Standard variables, with the keys that they set.
+    pub const STANDARD: &'static [(&'static str, &'static str)] = &STANDARD;
+
+    /// What holds between the keys.
+    pub fn check(&self, rules: &mut Rules) {
+        let is_https = self.endpoint.starts_with("https://");
+        let is_url = (is_https || self.endpoint.starts_with("http://"))
+            && self.endpoint.parse::<Uri>().is_ok();
+        let has = |path: &Path| !path.as_os_str().is_empty();
+        rules.that(
+            "otlp_endpoint",
+            self.endpoint.is_empty() || is_url,
+            "must be a URL like http://127.0.0.1:4317 or https://HOST:PORT, or empty",
+        );
+        rules.that(
+            "otlp_ca",
+            !has(self.ca) || is_https || self.endpoint.is_empty(),
+            "is of no use unless otlp_endpoint begins with https",
+        );
+        rules.that(
+            "otlp_headers_file",
+            !has(self.headers_file)
+                || !is_url
+                || is_https
+                || self.allow_plain_text
+                || is_loopback_url(self.endpoint),
+            "would be sent to another machine in plain text: let otlp_endpoint begin with https, or set \
+             allow_plain_text = true",
+        );
+    }
+
+    /// Where traces go.
+    #[must_use]
+    pub fn export(&self) -> Export {
+        let given = |path: &Path| (!path.as_os_str().is_empty()).then(|| path.to_owned());
+        let collector = (!self.endpoint.is_empty()).then(|| Collector {
+            endpoint: self.endpoint.to_owned(),
+            ca: given(self.ca),
+            headers_file: given(self.headers_file),
+        });
+        Export {
+            collector,
+            sample_ratio: self.sample_ratio,
+        }
+    }
+}
+
+/// Where traces go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Export {
+    pub(crate) collector: Option<Collector>,
+    pub(crate) sample_ratio: SampleRatio,
+}
+
+impl Export {
+    /// As the standard variables say, of a program without a configuration of its own.
+    pub(crate) fn standard() -> Self {
+        let given = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let [endpoint, ca] = STANDARD.map(|(name, _)| given(name));
+        Self {
+            collector: endpoint.map(|endpoint| Collector {
+                endpoint,
+                ca: ca.map(PathBuf::from),
+                headers_file: None,
+            }),
+            sample_ratio: SampleRatio::ALL,
+        }
+    }
+}
+
+/// Who takes the traces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Collector {
+    pub(crate) endpoint: String,
+    pub(crate) ca: Option<PathBuf>,
+    pub(crate) headers_file: Option<PathBuf>,
+}
+
+impl Collector {
+    /// Says where it is, and what is odd about it.
+    pub(crate) fn tell(&self) {
+        let endpoint = &self.endpoint;
+        tracing::info!(%endpoint, "traces are exported");
+        if endpoint.starts_with("http://") && !is_loopback_url(endpoint) {
+            tracing::warn!(%endpoint, "traces leave this machine in plain text: names of volumes and hosts can be read on their way");
+            let is_set =
+                |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+            if let Some(variable) = STANDARD_HEADERS.iter().find(|name| is_set(name)) {
+                tracing::warn!(%endpoint, variable, "and so do the headers of this variable");
+            }
+        }
+        if let Ok(protocol) = std::env::var(STANDARD_PROTOCOL)
+            && !matches!(protocol.as_str(), "" | "grpc")
+        {
+            tracing::warn!(%endpoint, variable = STANDARD_PROTOCOL, %protocol, "only grpc is spoken with the collector, whatever the variable says; its port is mostly 4317");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ratio_is_a_number_from_none_to_all() {
+        for (text, ratio) in [("0", 0.0), ("1", 1.0), ("0.25", 0.25), (" 1e-6 ", 1e-6)] {
+            let read: SampleRatio = text.parse().unwrap();
+            assert!((read.get() - ratio).abs() < 1e-9, "{text}");
+            assert_eq!(read.to_string().parse(), Ok(read));
+        }
+        for text in ["", "all", "-0.1", "1.01", "NaN", "inf", "50%"] {
+            assert!(text.parse::<SampleRatio>().is_err(), "{text}");
+        }
+    }
+}
