@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tidemark_proto::capture::v1 as pb;
+use tidemark_proto::{capture::v1 as pb, vault::v1 as vault};
 use tidemark_telemetry::metrics::{Family, Kind};
 
 use crate::{
@@ -126,7 +126,9 @@ async fn what_was_written_shipped_and_restored_is_what_the_metrics_say() {
         ]
     );
 
-    let connected = rig.vault_client().await;
+    let mut connected = rig.vault_client().await;
+    let maintain = vault::MaintainRequest::default();
+    connected.maintain(maintain).await.unwrap();
     let seen = of_vault(&rig).await;
     let value = |name: &str| seen.value(&format!("tidemark_vault_{name}"), &with("source", "test"));
     assert_eq!(value("generations"), 2.0);
@@ -135,6 +137,7 @@ async fn what_was_written_shipped_and_restored_is_what_the_metrics_say() {
     assert_eq!(value("received_bytes_total"), receipt.frame_bytes as f64);
     assert_eq!(value("commit_duration_seconds_count"), 2.0);
     assert!(value("stored_bytes") > receipt.frame_bytes as f64);
+    assert!((1.0..=value("stored_bytes")).contains(&value("live_bytes")));
     assert!(value("restored_bytes_total") > 0.0);
     assert!((began..=now()).contains(&value("recovery_point_timestamp_seconds")));
     let intervals = |result| seen.value("tidemark_vault_intervals_total", &with("result", result));
