@@ -7,6 +7,7 @@
 
 mod buffers;
 mod gate;
+mod verified;
 
 use std::{
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -39,6 +40,7 @@ use vault_core::{
 
 use buffers::{BufferPermit, Buffers};
 pub(crate) use gate::{Gate, Receiving, Turn};
+use verified::Verified;
 
 use crate::{
     error::{of_ingest, of_io, of_store},
@@ -46,9 +48,6 @@ use crate::{
     store::StoreError,
     volume::{Volume, now_ms},
 };
-
-/// Parts of a stream whose puts are seen one by one in its trace.
-const PUTS_SEEN_MAX: u64 = 64;
 
 /// A part that is never left alone by its source is put at this many times `part_age_max`.
 const BUSY_AGE: u32 = 16;
@@ -108,15 +107,6 @@ pub(crate) struct Session {
     verified: Verified,
     turn: Option<Turn>,
     _stream: OwnedSemaphorePermit,
-}
-
-/// What has come over a stream, for its trace.
-#[derive(Debug, Default)]
-struct Verified {
-    frames: u64,
-    bytes: u64,
-    time: Duration,
-    parts: u64,
 }
 
 /// Admits an interval, waits for its turn, and finds what is durable of it already.
@@ -342,9 +332,7 @@ impl Session {
             Ok((count, began.elapsed()))
         });
         let (frames, time) = verified.await?;
-        self.verified.frames += frames;
-        self.verified.bytes += bytes as u64;
-        self.verified.time += time;
+        self.verified.add(frames, bytes, time);
         self.last_batch = Instant::now();
         if let Some(sealed) = self.interval()?.take_full() {
             self.ready = Some((sealed, self.permit.take()));
@@ -359,14 +347,7 @@ impl Session {
         }
         if let Some((sealed, permit)) = self.ready.take() {
             let store = self.volume.store.clone();
-            self.verified.parts += 1;
-            let span = if self.verified.parts <= PUTS_SEEN_MAX {
-                step!("put segment")
-            } else {
-                Span::none()
-            };
-            span.count("part", sealed.footer.record.id.part.into());
-            span.count("bytes", sealed.bytes.len() as u64);
+            let span = self.verified.put(&sealed);
             let putting = async move {
                 let put = store
                     .put_segment(sealed.footer.record.id, sealed.bytes.clone())
@@ -385,17 +366,7 @@ impl Session {
 
     /// Says how much was verified, and how long that took.
     pub(crate) fn tell_verified(&self, span: &Span) {
-        let Verified {
-            frames,
-            bytes,
-            time,
-            parts,
-        } = self.verified;
-        span.count("frames", frames);
-        span.count("bytes", bytes);
-        span.count("parts", parts);
-        let busy = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        span.count("busy_ms", busy);
+        self.verified.tell(span);
     }
 
     /// Waits for the next part to become durable; puts the open one when it is old enough. Can be dropped at any

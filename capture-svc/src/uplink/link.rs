@@ -9,9 +9,9 @@ use tidemark_proto::{
     convert::{CurrentMark, TermGrant, TermRequest, WireError},
     vault::v1::ingest_client::IngestClient,
 };
-use tidemark_telemetry::Propagate;
+use tidemark_telemetry::Propagating;
 use tidemark_tls::{Dialer, Line};
-use tonic::{service::interceptor::InterceptedService, transport::Endpoint};
+use tonic::transport::Endpoint;
 
 /// The most bytes of a message, decoded.
 const MESSAGE_LEN_MAX: usize = 4 << 20;
@@ -24,7 +24,7 @@ const WINDOW_MIN: u32 = 16 << 20;
 const CALL_MAX: Duration = Duration::from_secs(60);
 
 /// The generated client; each call is part of the trace that it is made in.
-pub(crate) type Client = IngestClient<InterceptedService<Line, Propagate>>;
+pub(crate) type Client = IngestClient<Propagating<Line>>;
 
 /// A client of the vault's Ingest service.
 #[derive(Debug, Clone)]
@@ -50,7 +50,7 @@ impl Link {
             ..error
         })?;
         Ok(Self {
-            client: IngestClient::with_interceptor(line, Propagate::default())
+            client: IngestClient::new(Propagating::current(line))
                 .max_decoding_message_size(MESSAGE_LEN_MAX)
                 .max_encoding_message_size(MESSAGE_LEN_MAX),
         })

@@ -65,11 +65,6 @@ impl Trace {
         }
     }
 
-    /// The span of the open interval.
-    pub(super) const fn interval(&self) -> Option<&Span> {
-        self.interval.as_ref()
-    }
-
     /// The span within which an action is performed. `open`: the interval that was open when the service started.
     pub(super) fn step(&mut self, action: Action, open: Option<(IntervalId, Trigger)>) -> Span {
         if let (Action::Ship(_), None, Some((id, trigger))) = (action, &self.interval, open) {

@@ -6,9 +6,9 @@ use tidemark_proto::{
     Reason, RpcError, capture::v1::capture_client::CaptureClient,
     vault::v1::vault_client::VaultClient,
 };
-use tidemark_telemetry::{Origin, Propagate};
+use tidemark_telemetry::{Origin, Propagating};
 use tidemark_tls::{Dialer, DialerFiles, Line, is_loopback_url};
-use tonic::{service::interceptor::InterceptedService, transport::Endpoint};
+use tonic::transport::Endpoint;
 
 use crate::{
     args::Global,
@@ -23,7 +23,7 @@ const WINDOW: u32 = 64 << 20;
 const FRAME_BYTES: u32 = 1 << 20;
 
 /// A connection whose calls belong to the trace that the environment names, where it names one.
-type Traced = InterceptedService<Line, Propagate>;
+type Traced = Propagating<Line>;
 
 /// The capture service's control interface.
 pub type Capture = CaptureClient<Traced>;
@@ -71,8 +71,7 @@ impl Global {
         }
         let line = self.dialer().dial(url, tuned).await;
         let line = line.map_err(|error| failed(service, url, error))?;
-        let propagate = Propagate::from(Origin::of_environment());
-        Ok(InterceptedService::new(line, propagate))
+        Ok(Propagating::from(Origin::of_environment(), line))
     }
 }
 

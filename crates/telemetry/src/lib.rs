@@ -15,7 +15,7 @@ use anyhow::{Context, Result};
 use tracing_subscriber::{layer::SubscriberExt, util::SubscriberInitExt};
 
 pub use logs::{LogFormat, UnknownLogFormat};
-pub use propagation::{Origin, Propagate};
+pub use propagation::{Origin, Propagating};
 pub use requests::{CallLayer, Calls, Identify, Named, RequestLayer, about_volume};
 pub use traces::{CollectorSettings, Export, REQUEST, SampleRatio, SpanExt, TRACED, in_trace};
 

@@ -14,7 +14,6 @@ use tracing::Subscriber;
 use tracing_subscriber::{
     EnvFilter, Layer,
     fmt::{MakeWriter, format},
-    layer::SubscriberExt,
     registry::LookupSpan,
 };
 
@@ -105,7 +104,7 @@ where
                 .with_ansi(colours)
                 .fmt_fields(WithoutMarks::default())
                 .event_format(format);
-            Box::new(lines.with_filter(filter).and_then(known))
+            Box::new(lines.and_then(known).with_filter(filter))
         }
         LogFormat::Json => {
             let inner = format::json()
@@ -115,7 +114,7 @@ where
             let lines = lines
                 .fmt_fields(format::JsonFields::new())
                 .event_format(Identified::json(service, inner, known.clone()));
-            Box::new(lines.with_filter(filter).and_then(known))
+            Box::new(lines.and_then(known).with_filter(filter))
         }
     }
 }

@@ -2,14 +2,16 @@
 //!
 //! What comes from outside is taken only where it is as the standard has it, and no longer than that.
 
-use http::{HeaderMap, HeaderName, HeaderValue};
+use std::task::{Context as TaskContext, Poll};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Request};
 use opentelemetry::{
     Context,
     propagation::{Extractor, Injector, TextMapPropagator},
     trace::{SpanContext, TraceContextExt},
 };
 use opentelemetry_sdk::propagation::TraceContextPropagator;
-use tonic::{Request, Status, metadata::MetadataMap, service::Interceptor};
+use tower::Service;
 use tracing::Span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
@@ -117,34 +119,53 @@ impl Extractor for Variables {
     }
 }
 
-/// Puts the trace into each call of a client: that of the span in which the call is made.
-#[derive(Debug, Clone, Default)]
-pub struct Propagate {
+/// A connection that puts the trace into each call: that of the span in which the call is made, or always the same.
+#[derive(Debug, Clone)]
+pub struct Propagating<S> {
+    inner: S,
     origin: Option<Origin>,
 }
 
-impl Propagate {
-    /// All calls belong to this one, whatever span they are made in.
-    #[must_use]
-    pub const fn from(origin: Option<Origin>) -> Self {
-        Self { origin }
+impl<S> Propagating<S> {
+    /// Each call is part of what it is made in.
+    pub const fn current(inner: S) -> Self {
+        Self {
+            inner,
+            origin: None,
+        }
+    }
+
+    /// All calls are part of `origin`, where there is one.
+    pub const fn from(origin: Option<Origin>, inner: S) -> Self {
+        Self { inner, origin }
     }
 }
 
-impl Interceptor for Propagate {
-    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+impl<S, B> Service<Request<B>> for Propagating<S>
+where
+    S: Service<Request<B>>,
+{
+    type Response = S::Response;
+    type Error = S::Error;
+    type Future = S::Future;
+
+    fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, mut request: Request<B>) -> S::Future {
         if let Some(Origin(origin)) = self.origin.clone().or_else(Origin::current) {
             let context = Context::new().with_remote_span_context(origin);
-            TraceContextPropagator::new()
-                .inject_context(&context, &mut Metadata(request.metadata_mut()));
+            let mut headers = Sent(request.headers_mut());
+            TraceContextPropagator::new().inject_context(&context, &mut headers);
         }
-        Ok(request)
+        self.inner.call(request)
     }
 }
 
-struct Metadata<'a>(&'a mut MetadataMap);
+struct Sent<'a>(&'a mut HeaderMap);
 
-impl Injector for Metadata<'_> {
+impl Injector for Sent<'_> {
     fn set(&mut self, key: &str, value: String) {
         // An empty state says nothing.
         if value.is_empty() {
@@ -152,13 +173,15 @@ impl Injector for Metadata<'_> {
         }
         let name = HeaderName::from_bytes(key.as_bytes());
         if let (Ok(name), Ok(value)) = (name, HeaderValue::from_str(&value)) {
-            self.0.as_mut().insert(name, value);
+            self.0.insert(name, value);
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use super::*;
 
     const TRACE: &str = "0af7651916cd43dd8448eb211c80319c";
@@ -172,6 +195,17 @@ mod tests {
         headers
     }
 
+    /// The headers of a call.
+    fn sent_by(origin: Option<Origin>) -> HeaderMap {
+        let seen = |request: Request<()>| {
+            let headers = request.headers().clone();
+            std::future::ready(Ok::<_, Infallible>(headers))
+        };
+        let mut connection = Propagating::from(origin, tower::service_fn(seen));
+        let answer = connection.call(Request::new(()));
+        answer.into_inner().unwrap()
+    }
+
     fn read(given: &[(&'static str, &str)]) -> Option<Origin> {
         Origin::of_headers(&headers(given))
     }
@@ -180,18 +214,15 @@ mod tests {
     fn what_is_sent_along_is_what_was_received() {
         let origin = read(&[(TRACEPARENT, PARENT), (TRACESTATE, "vendor=1,other=2")]).unwrap();
         assert!(origin.is_sampled());
-        let request = Propagate::from(Some(origin))
-            .call(Request::new(()))
-            .unwrap();
-        let sent = |key| request.metadata().get(key).unwrap().to_str().unwrap();
+        let headers = sent_by(Some(origin));
+        let sent = |key| headers[key].to_str().unwrap();
         assert_eq!(sent(TRACEPARENT), PARENT);
         assert_eq!(sent(TRACESTATE), "vendor=1,other=2");
     }
 
     #[test]
     fn a_call_outside_of_any_trace_carries_none() {
-        let request = Propagate::default().call(Request::new(())).unwrap();
-        assert!(request.metadata().is_empty());
+        assert!(sent_by(None).is_empty());
     }
 
     #[test]

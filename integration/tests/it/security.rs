@@ -13,6 +13,6 @@ mod refusals;
 #[path = "security/roles.rs"]
 mod roles;
 #[path = "security/site.rs"]
-mod site;
+pub(crate) mod site;
 #[path = "security/volumes.rs"]
 mod volumes;

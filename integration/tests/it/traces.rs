@@ -15,6 +15,7 @@ use crate::{
     docs::root,
     nbd::Client,
     programs::{Split, args, wait_for},
+    security::site::Site,
 };
 use collector::{Collector, Seen};
 
@@ -50,6 +51,46 @@ fn add(services: &Split, dir: &Path, name: &str) {
 fn write(services: &Split, name: &str, fill: u8, blocks: usize) {
     let mut client = Client::connect(&services.socket, name).unwrap();
     client.write(0, &vec![fill; blocks * BLOCK]).unwrap();
+}
+
+#[test]
+fn a_hosted_collector_is_verified_and_shown_a_secret_that_nobody_else_sees() {
+    const SECRET: &str = "Bearer 7e1f-of-nobodys-business";
+    let (dir, site) = (tempfile::tempdir().unwrap(), Site::new());
+    let collector = Collector::start_with_tls((site.path("service.crt"), site.path("service.key")));
+    let headers = dir.path().join("headers");
+    fs::write(&headers, format!("# ours\nAuthorization: {SECRET}\n")).unwrap();
+    let endpoint = format!("--otlp-endpoint=https://{}", collector.addr);
+    let mut services = services(dir.path(), &endpoint);
+    let trusted = format!("--otlp-ca={}", site.ca().display());
+    let shown = format!("--otlp-headers-file={}", headers.display());
+    services
+        .vault_flags
+        .extend([trusted, shown, "--log=trace".to_owned()]);
+    services.start_vault();
+    // This one trusts the CAs of the system, and ours is none.
+    services.start_capture();
+    add(&services, dir.path(), "data");
+    collector.span("the vault's span", |seen| {
+        seen.name.ends_with("Ingest/Ship")
+    });
+    assert_eq!(collector.authorization().as_deref(), Some(SECRET));
+    wait_for("the capture service to say why not", || {
+        lines(
+            &services,
+            "traces can't be exported, and are lost; nothing else waits for that",
+        )
+        .into_iter()
+        .find(|line| line["service"] == "capture-svc")
+    });
+    assert!(!services.logged().contains("nobodys"));
+    services.stop();
+    assert!(
+        collector
+            .seen()
+            .iter()
+            .all(|seen| seen.service() == "vault-svc")
+    );
 }
 
 /// What is between these lines of the manual.

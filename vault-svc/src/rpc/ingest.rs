@@ -260,8 +260,8 @@ impl Service {
         let idle_max = self.vault.config().stream_idle_max.get();
         let vault = Arc::clone(&self.vault);
         let id = header.volume;
-        let (span, interval) = (Span::current(), header.interval);
-        span.note("interval", interval);
+        let span = Span::current();
+        span.note("interval", header.interval);
         let admitted = vault.ship(header, caller).instrument(step!("admit"));
         let mut session = match admitted.await? {
             Begun::Committed(receipt) => {

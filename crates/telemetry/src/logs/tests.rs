@@ -5,9 +5,14 @@ use std::{
 
 use opentelemetry::trace::TracerProvider;
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt;
 
 use super::*;
-use crate::traces::SpanExt;
+use crate::{
+    Export,
+    traces::{SpanExt, Tracing},
+};
 
 #[derive(Clone, Default)]
 struct Captured(Arc<Mutex<Vec<u8>>>);
@@ -149,6 +154,28 @@ fn the_filter_decides_per_module_what_is_logged() {
             .count(),
         2
     );
+}
+
+/// What is below the filter must cost nothing: it is not even asked for.
+#[test]
+fn nothing_below_the_filter_is_taken_note_of() {
+    let level = |filter: &str| {
+        let lines = layer(
+            "capture-svc",
+            LogFormat::Json,
+            parse_filter(filter).unwrap(),
+            false,
+            io::sink,
+        );
+        let traces = Tracing::start("capture-svc", &Export::NOWHERE).unwrap();
+        let subscriber = tracing_subscriber::registry()
+            .with(traces.layer())
+            .with(lines);
+        subscriber.max_level_hint()
+    };
+    assert_eq!(level("info"), Some(LevelFilter::INFO));
+    assert_eq!(level("error"), Some(LevelFilter::INFO));
+    assert_eq!(level("info,capture_svc=debug"), Some(LevelFilter::DEBUG));
 }
 
 #[test]

@@ -167,6 +167,13 @@ pub struct Export {
 }
 
 impl Export {
+    /// Nowhere; ids are given out all the same.
+    #[cfg(test)]
+    pub(crate) const NOWHERE: Self = Self {
+        collector: None,
+        sample_ratio: SampleRatio::ALL,
+    };
+
     /// As the standard variables say, of a program without a configuration of its own.
     pub(crate) fn standard() -> Self {
         let given = |name| std::env::var(name).ok().filter(|value| !value.is_empty());

@@ -14,13 +14,12 @@ use opentelemetry_proto::tonic::{
     common::v1::{AnyValue, KeyValue, any_value::Value},
     trace::v1::{Span, status::StatusCode},
 };
-use tokio::runtime::Runtime;
-use tonic::{
-    Request, Response, Status,
-    transport::{Server, server::TcpIncoming},
-};
+use tidemark_listen::{GREETING_MAX, Incoming};
+use tidemark_tls::{Gate, GateFiles};
+use tokio::{net::TcpListener, runtime::Runtime};
+use tonic::{Request, Response, Status, transport::Server};
 
-use crate::programs::wait_for;
+use crate::{programs::wait_for, security::site::Pair};
 
 /// A span that was received.
 #[derive(Debug, Clone)]
@@ -85,7 +84,11 @@ impl Seen {
 }
 
 #[derive(Debug, Clone, Default)]
-struct Sink(Arc<Mutex<Vec<Seen>>>);
+struct Sink {
+    spans: Arc<Mutex<Vec<Seen>>>,
+    /// Who the last ones said that they were.
+    authorization: Arc<Mutex<Option<String>>>,
+}
 
 #[tonic::async_trait]
 impl TraceService for Sink {
@@ -93,7 +96,9 @@ impl TraceService for Sink {
         &self,
         request: Request<ExportTraceServiceRequest>,
     ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        let mut seen = self.0.lock().unwrap();
+        let shown = request.metadata().get("authorization");
+        *self.authorization.lock().unwrap() = shown.map(|it| it.to_str().unwrap().to_owned());
+        let mut seen = self.spans.lock().unwrap();
         for of_process in request.into_inner().resource_spans {
             let resource = of_process
                 .resource
@@ -121,14 +126,29 @@ impl Collector {
     }
 
     pub(super) fn start_at(addr: SocketAddr) -> Self {
+        Self::serving(addr, None)
+    }
+
+    /// With a certificate and its key.
+    pub(super) fn start_with_tls(certificate: Pair) -> Self {
+        Self::serving("127.0.0.1:0".parse().unwrap(), Some(certificate))
+    }
+
+    fn serving(addr: SocketAddr, certificate: Option<Pair>) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .unwrap();
         let seen = Sink::default();
-        let incoming = runtime.block_on(async { TcpIncoming::bind(addr).unwrap() });
-        let addr = incoming.local_addr().unwrap();
+        let listener = runtime.block_on(TcpListener::bind(addr)).unwrap();
+        let addr = listener.local_addr().unwrap();
+        let files = GateFiles {
+            certificate,
+            ..GateFiles::default()
+        };
+        let gate = Gate::open(files).unwrap();
+        let incoming = Incoming::new(listener, 16, GREETING_MAX, gate);
         let server = Server::builder().add_service(TraceServiceServer::new(seen.clone()));
         runtime.spawn(server.serve_with_incoming(incoming));
         Self {
@@ -138,13 +158,17 @@ impl Collector {
         }
     }
 
+    pub(super) fn authorization(&self) -> Option<String> {
+        self.seen.authorization.lock().unwrap().clone()
+    }
+
     /// The flag of both services that leads here.
     pub(super) fn flag(&self) -> String {
         format!("--otlp-endpoint=http://{}", self.addr)
     }
 
     pub(super) fn seen(&self) -> Vec<Seen> {
-        self.seen.0.lock().unwrap().clone()
+        self.seen.spans.lock().unwrap().clone()
     }
 
     /// The first span for which this holds, as soon as it has come.
