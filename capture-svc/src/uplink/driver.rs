@@ -7,7 +7,7 @@ use capture_core::{
     interval::{Controller, Event as IntervalEvent, Ticket},
     uplink::{Action, Event, Failure, Uplink as Machine},
 };
-use tidemark_block::{BlockSet, IntervalHeader, IntervalId, Receipt};
+use tidemark_block::{IntervalHeader, IntervalId, Receipt};
 use tidemark_proto::{
     ErrorKind, Reason, RpcError,
     convert::{CurrentMark, TermRequest},
@@ -26,7 +26,7 @@ use super::{
     link::{Link, failure_of},
     now_ms, open, pending, produce, random_id,
     record::UplinkRecord,
-    resync::{self, Doubt, ResyncError, Target},
+    resync::{self, EngineDoubt, ResyncError, Target},
     ship::{ShipError, Shipment, Shipped, stopped},
     shutting_down,
     snapshot::Seat,
@@ -40,18 +40,6 @@ use crate::{
 
 /// How long the end of an uplink waits for the workload to be let go on.
 const THAW_MAX: Duration = Duration::from_secs(5);
-
-#[derive(Clone)]
-struct EngineDoubt(Arc<Engine>);
-
-impl Doubt for EngineDoubt {
-    fn doubt(&self, blocks: &BlockSet) -> Result<()> {
-        if !blocks.is_empty() {
-            self.0.doubt(blocks).context("put blocks in doubt")?;
-        }
-        Ok(())
-    }
-}
 
 /// The state of one uplink; its one owner is its task.
 pub(super) struct Driver {
