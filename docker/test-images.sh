@@ -4,7 +4,8 @@
 #
 #   docker/test-images.sh --bin-dir target/debug [--tag test] [IMAGE...]
 #
-# An IMAGE is vault, capture, cli or workload; all of them unless some are named. Prints the names that it gave.
+# An IMAGE is vault, capture, cli or workload; all of them unless some are named. Prints the names that it gave. One that was
+# made of the same programs before stays as it is.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export DOCKER_BUILDKIT=1
@@ -65,21 +66,44 @@ make_debian_image() {
     tar -C "$root" -c . | docker import -c 'ENV PATH=/usr/local/bin:/usr/bin:/bin' - "$debian_image" >/dev/null
 }
 
+# What an image is made of: the same programs are those of the same size and time.
+inputs_label=tidemark.inputs
+inputs_of() {
+    if [[ "$1" == workload ]]; then
+        cat "$here"/workload/* && docker image inspect --format '{{.Id}}' "$debian_image"
+    else
+        cat "$here/Dockerfile" && docker image inspect --format '{{.Id}}' "$runtime_image" &&
+            stat --dereference --format '%n %s %y' "$(realpath "$bin_dir")"/{tidemark,capture-svc,vault-svc}
+    fi | sha256sum | cut --delimiter ' ' --fields 1
+}
+is_made_of() {
+    [[ "$(docker image inspect --format "{{index .Config.Labels \"$inputs_label\"}}" "$1" 2>/dev/null)" == "$2" ]]
+}
+
 context="$work/context"
 mkdir -p "$context"
 for image in "${images[@]}"; do
     name="tidemark-$image:$tag"
     if [[ "$image" == workload ]]; then
         has_image "$debian_image" || make_debian_image
-        docker build --quiet --build-arg "DEBIAN_IMAGE=$debian_image" --tag "$name" "$here/workload" >/dev/null
     else
         has_image "$runtime_image" || make_runtime_image
+    fi
+    inputs="$(inputs_of "$image")"
+    if is_made_of "$name" "$inputs"; then
+        echo "$name"
+        continue
+    fi
+    if [[ "$image" == workload ]]; then
+        docker build --quiet --build-arg "DEBIAN_IMAGE=$debian_image" --label "$inputs_label=$inputs" --tag "$name" \
+            "$here/workload" >/dev/null
+    else
         for program in tidemark capture-svc vault-svc; do
             [[ -f "$context/$program" ]] || strip -o "$context/$program" "$bin_dir/$program"
         done
         docker build --quiet --file "$here/Dockerfile" --target "$image" --tag "$name" \
             --build-arg BINARIES=prebuilt --build-arg "RUNTIME_IMAGE=$runtime_image" \
-            --build-arg "VERSION=$tag" "$context" >/dev/null
+            --build-arg "VERSION=$tag" --label "$inputs_label=$inputs" "$context" >/dev/null
     fi
     echo "$name"
 done

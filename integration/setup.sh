@@ -148,6 +148,23 @@ if ! cat "${requirements[@]}" | cmp -s - "$venv/installed.txt"; then
     cat "${requirements[@]}" >"$venv/installed.txt"
 fi
 
+# promtool, of Debian's Prometheus: the program alone, without the service that the package would start.
+fetch_promtool() {
+    local fetched
+    fetched="$(mktemp -d)"
+    (cd "$fetched" && apt-get -q download prometheus && dpkg-deb --extract prometheus_*.deb .) >/dev/null 2>&1 &&
+        mkdir -p "$here/.tools" && install "$fetched/usr/bin/promtool" "$here/.tools/promtool"
+    local fetching=$?
+    rm -rf "$fetched"
+    return $fetching
+}
+if [[ $# -eq 0 ]] && ! command -v promtool >/dev/null && [[ ! -x "$here/.tools/promtool" ]]; then
+    echo "setup: fetching promtool into integration/.tools"
+    # What is known of packages may be older than what there is.
+    fetch_promtool || { [[ "$(id -u)" -eq 0 ]] && apt-get update -qq && fetch_promtool; } ||
+        echo "setup: the package prometheus can't be fetched: tests with promtool are skipped" >&2
+fi
+
 # A Docker engine for the tests with containers. One that answers is left as it is. Else, for root, dockerd is started
 # here and goes on after this script: its log is in /var/log/tidemark-dockerd.log, and `kill $(cat /run/docker.pid)` ends it.
 # It makes the kernel drop what is forwarded between other networks, which tests with network namespaces need.

@@ -13,7 +13,7 @@ use tidemark_tls::{Dialer, DialerFiles, GateSettings, is_loopback_url};
 
 pub use groups::Groups;
 pub use quiesce::{Quiesces, VolumeQuiesce};
-pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
+pub use tidemark_config::{ByteSize, ConfigError, OptionalAddr, Settings, Span};
 pub use values::{CommandLine, NbdListen, NbdListens, Schedule};
 
 use values::kebab;
@@ -162,11 +162,15 @@ settings! {
     connections_max: u32 = 1024;
     /// The most calls of the control interface at a time, per connection.
     calls_max: u32 = 256;
+    /// Address of the Prometheus endpoint, /metrics over HTTP, such as 127.0.0.1:9465. Empty: none.
+    metrics_listen: OptionalAddr = OptionalAddr(None);
+    /// Let other machines read the metrics, in plain text: names of volumes, sizes and times.
+    metrics_plain_text: bool = false;
     /// Format of the log: text or json.
     log_format: LogFormat = LogFormat::Text;
     /// What is logged, by directives as in RUST_LOG.
     log_filter: String = "info".to_owned();
-    /// Collector that traces are sent to (OTLP over gRPC), as http://127.0.0.1:4317. Empty: none.
+    /// Collector that traces and metrics are sent to (OTLP over gRPC), as http://127.0.0.1:4317. Empty: none.
     otlp_endpoint: String = String::new();
     /// CAs (PEM) that the collector's certificate must be of, where its URL is https. Empty: those of the system.
     otlp_ca: PathBuf = PathBuf::new();
@@ -249,10 +253,10 @@ impl Settings for Config {
 }
 
 impl Config {
-    /// The CAs by which the service can be asked on its own machine; none where it takes plain text.
+    /// Whether the service speaks TLS.
     #[must_use]
-    pub fn health_ca(&self) -> Option<PathBuf> {
-        self.gate().own_ca()
+    pub fn is_tls(&self) -> bool {
+        self.gate().is_tls()
     }
 
     /// How the control interface is reached, and by whom.
@@ -265,6 +269,8 @@ impl Config {
             identities: &self.identities,
             allow_plain_text: self.allow_plain_text,
             reload_period: self.tls_reload_period,
+            metrics_listen: self.metrics_listen,
+            metrics_plain_text: self.metrics_plain_text,
         }
     }
 

@@ -242,6 +242,16 @@ impl Engine {
         }
     }
 
+    /// As [`Self::stats`], without waiting for the disk: what would have to wait is as it was at the last look.
+    #[must_use]
+    pub fn stats_now(&self) -> EngineStats {
+        match self {
+            Self::Intercept(engine) => engine.stats_now(),
+            // Their figures are under a lock that nobody holds while he waits.
+            Self::Reflink(_) | Self::Scan(_) => self.stats(),
+        }
+    }
+
     /// Blocks that the next interval will hold, an upper bound that is cheap to ask for; none where only a cut tells.
     #[must_use]
     pub fn changed_hint(&self) -> Option<u64> {

@@ -6,6 +6,7 @@
 pub mod args;
 pub mod config;
 mod front;
+pub mod metrics;
 mod quiesce;
 mod registry;
 mod rollback;

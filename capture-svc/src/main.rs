@@ -58,7 +58,7 @@ fn health(config: &Config, patience: Duration) -> Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?
-        .block_on(check_local(config.listen, config.health_ca(), patience))
+        .block_on(check_local(config.listen, config.is_tls(), patience))
         .with_context(|| format!("ask the capture service that listens on {}", config.listen))?;
     println!("the capture service serves at {at}");
     Ok(())

@@ -32,7 +32,7 @@ use tokio::{
 
 use crate::{
     engine::Engine,
-    uplink::{BaseTable, Request, blocking, random_id, stopped},
+    uplink::{BaseTable, Request, blocking, now_ms, random_id, stopped},
 };
 
 /// Bytes read at a time, while table and tracking are held.
@@ -56,6 +56,19 @@ pub(crate) struct ScrubCounts {
     /// Of the pass under way.
     pub(crate) blocks_done: AtomicU64,
     pub(crate) mismatches: AtomicU64,
+    /// Clean blocks that were compared.
+    pub(crate) compared: AtomicU64,
+    /// When the last pass ended, milliseconds since the Unix epoch; 0: none has.
+    pub(crate) completed_ms: AtomicU64,
+    /// Steps that could not be made.
+    pub(crate) failures: AtomicU64,
+}
+
+impl ScrubCounts {
+    fn pass_ended(&self) {
+        self.passes.fetch_add(1, Ordering::Relaxed);
+        self.completed_ms.store(now_ms(), Ordering::Relaxed);
+    }
 }
 
 /// A volume's scrub.
@@ -190,7 +203,7 @@ impl Worker {
                     }
                     if seen >= geometry.block_count().get() {
                         seen = 0;
-                        self.counts.passes.fetch_add(1, Ordering::Relaxed);
+                        self.counts.pass_ended();
                     }
                     let bytes = step.bytes_read.max(geometry.bytes(count).min(STEP_LEN));
                     let due = Duration::from_secs_f64(bytes as f64 / rate);
@@ -223,7 +236,17 @@ impl Worker {
                 self.ask_for_repair();
                 Ok(None)
             }
-            looked => Ok(looked?),
+            Err(error) => {
+                self.counts.failures.fetch_add(1, Ordering::Relaxed);
+                Err(error.into())
+            }
+            Ok(step) => {
+                if let Some(step) = &step {
+                    let compared = step.next.since(at).get() - step.changed.get();
+                    self.counts.compared.fetch_add(compared, Ordering::Relaxed);
+                }
+                Ok(step)
+            }
         }
     }
 

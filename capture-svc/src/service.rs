@@ -8,7 +8,10 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     capture::v1::{capture_server::CaptureServer, coherence_server::CoherenceServer},
 };
-use tidemark_telemetry::{CallLayer, RequestLayer};
+use tidemark_telemetry::{
+    CallLayer, RequestLayer,
+    metrics::{CallCounts, Outlets, Process},
+};
 use tidemark_tls::{Gate, Reloaded, ShieldLayer, is_loopback_url};
 use tokio::{
     net::TcpListener,
@@ -22,6 +25,7 @@ use tonic_health::ServingStatus;
 use crate::{
     config::{Config, NbdListen, Settings},
     front::FrontEnds,
+    metrics::{DialerEnds, Sources},
     registry::Registry,
     rpc::CaptureService,
     uplink::stopped,
@@ -32,6 +36,7 @@ use crate::{
 pub struct Running {
     control_addr: SocketAddr,
     nbd: Vec<NbdListen>,
+    metrics_addr: Option<SocketAddr>,
     gate: Arc<Gate>,
     stop: watch::Sender<bool>,
     task: JoinHandle<Result<()>>,
@@ -69,6 +74,8 @@ pub async fn start(mut config: Config) -> Result<Running> {
         .await
         .with_context(|| format!("listen on {}", config.listen))?;
     let control_addr = listener.local_addr().context("read the control address")?;
+    let metrics = Outlets::open(config.metrics_listen, &config.telemetry()).await?;
+    let metrics_addr = metrics.addr();
     let gate = Gate::open(config.gate().files()).context("set up who may call")?;
     warn_of_plain_text(&config);
     let (stop, stopping) = watch::channel(false);
@@ -82,11 +89,17 @@ pub async fn start(mut config: Config) -> Result<Running> {
         }
     };
     let nbd = fronts.nbd_endpoints();
-    let served = serve(listener, Arc::clone(&gate), registry, fronts, stopping);
+    let listening = Listening {
+        listener,
+        metrics,
+        gate: Arc::clone(&gate),
+    };
+    let served = serve(listening, registry, fronts, stopping);
     let task = tokio::spawn(served);
     Ok(Running {
         control_addr,
         nbd,
+        metrics_addr,
         gate,
         stop,
         task,
@@ -98,19 +111,33 @@ fn warn_of_plain_text(config: &Config) {
     if !config.gate().is_safe() {
         tracing::warn!(listen = %config.listen, "other machines control this service in plain text, as allow_plain_text has it");
     }
+    if !config.gate().metrics_are_safe() {
+        tracing::warn!(metrics_listen = %config.metrics_listen, "other machines may read metrics in plain text, as metrics_plain_text or allow_plain_text has it");
+    }
     if config.vault.starts_with("http://") && !is_loopback_url(&config.vault) {
         tracing::warn!(vault = %config.vault, "intervals are shipped in plain text, as allow_plain_text has it");
     }
 }
 
-async fn serve(
+/// Where others come in, and what stands there.
+struct Listening {
     listener: TcpListener,
+    metrics: Outlets,
     gate: Arc<Gate>,
+}
+
+async fn serve(
+    listening: Listening,
     registry: Arc<Registry>,
     fronts: FrontEnds,
     mut stopping: watch::Receiver<bool>,
 ) -> Result<()> {
     let retry = tokio::spawn(retry(Arc::clone(&registry), stopping.clone()));
+    let Listening {
+        listener,
+        metrics,
+        gate,
+    } = listening;
     let period = registry.config().tls_reload_period.get();
     let reloading = tokio::spawn(Arc::clone(&gate).watch(period, stopping.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -138,6 +165,16 @@ async fn serve(
         .context("build reflection")?;
     let connections_max = registry.config().connections_max as usize;
     let incoming = Incoming::new(listener, connections_max, GREETING_MAX, Arc::clone(&gate));
+    let calls = CallCounts::default();
+    let sources = Sources {
+        process: Process::new("capture-svc", env!("CARGO_PKG_VERSION")),
+        registry: Arc::clone(&registry),
+        gate: Arc::clone(&gate),
+        dialer_ends: DialerEnds::default(),
+        connections: incoming.counts(),
+        calls: calls.clone(),
+    };
+    let measuring = tokio::spawn(measure(sources, metrics, stopping.clone()));
     let mut stop = stopping.clone();
     let server = Server::builder()
         .concurrency_limit_per_connection(registry.config().calls_max as usize)
@@ -148,6 +185,7 @@ async fn serve(
         .http2_max_header_list_size(HEADER_BYTES_MAX)
         .http2_keepalive_interval(Some(KEEPALIVE))
         .http2_keepalive_timeout(Some(KEEPALIVE_MAX))
+        .layer(calls)
         .layer(RequestLayer)
         .layer(ShieldLayer::new(gate))
         .layer(CallLayer)
@@ -183,8 +221,18 @@ async fn serve(
             .unwrap_or(Ok(())),
     };
     reloading.await.context("join the gate's watch")?;
+    measuring.await.context("join the metrics")?;
     served.context("serve the control interface")?;
     ended
+}
+
+/// Tells of the service in numbers, where that is wanted.
+async fn measure(sources: Sources, metrics: Outlets, stop: watch::Receiver<bool>) {
+    let registry = Arc::clone(&sources.registry);
+    let ends = sources.dialer_ends.clone();
+    let looking = ends.watch(registry.config(), stop.clone());
+    let telling = metrics.run(Arc::new(move || sources.read()), stop);
+    tokio::join!(looking, telling);
 }
 
 /// Ends the clients, then the volumes. One that is just being opened is opened to the end, and closed with the others:
@@ -218,6 +266,12 @@ impl Running {
     #[must_use]
     pub const fn control_addr(&self) -> SocketAddr {
         self.control_addr
+    }
+
+    /// Where metrics are read, if they are.
+    #[must_use]
+    pub const fn metrics_addr(&self) -> Option<SocketAddr> {
+        self.metrics_addr
     }
 
     /// Where the NBD server listens.

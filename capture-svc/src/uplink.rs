@@ -10,6 +10,7 @@ mod cut;
 #[cfg(test)]
 mod damage;
 mod driver;
+pub(crate) mod figures;
 pub(crate) mod group;
 mod link;
 mod open;
@@ -58,6 +59,7 @@ use crate::{
     quiesce::{QuiesceSettings, agents::Hint},
 };
 use driver::Driver;
+use figures::Figures;
 use group::Group;
 use snapshot::Seat;
 
@@ -103,6 +105,7 @@ pub(crate) enum Request {
 pub(crate) struct Uplink {
     requests: mpsc::Sender<Request>,
     status: watch::Receiver<UplinkStatus>,
+    figures: Arc<Figures>,
     table: Arc<BaseTable>,
     seat: Seat,
     stop: watch::Sender<bool>,
@@ -125,6 +128,7 @@ impl Uplink {
         Self {
             requests,
             status,
+            figures: Arc::clone(&driver.figures),
             table,
             seat: driver.seat(),
             stop,
@@ -161,6 +165,11 @@ impl Uplink {
     /// What it shows.
     pub(crate) fn status(&self) -> watch::Receiver<UplinkStatus> {
         self.status.clone()
+    }
+
+    /// What it has done.
+    pub(crate) const fn figures(&self) -> &Arc<Figures> {
+        &self.figures
     }
 
     /// The checksum table of the base.

@@ -2,7 +2,7 @@
 
 mod record;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, time::Instant};
 
 use anyhow::{Context, Result};
 use capture_core::{
@@ -61,6 +61,8 @@ pub(crate) struct Serving {
     pub(crate) engine: Arc<Engine>,
     pub(crate) uplink: Uplink,
     pub(crate) scrub: Scrub,
+    /// Since when it is served.
+    pub(crate) since: Instant,
     name: String,
     /// None where clients don't write through the engine.
     export: Option<RwLock<Arc<Export>>>,
@@ -336,6 +338,7 @@ impl Volume {
             engine,
             uplink,
             scrub,
+            since: Instant::now(),
             name: self.record.name.clone(),
             export: export.map(RwLock::new),
             snapshots: SnapshotExports::new(Arc::clone(&shared.scratch_room)),

@@ -15,6 +15,8 @@ mod disk;
 mod engine;
 #[path = "it/groups.rs"]
 mod groups;
+#[path = "it/metrics.rs"]
+mod metrics;
 #[path = "it/nbd.rs"]
 mod nbd;
 #[path = "it/proxy.rs"]
@@ -27,6 +29,9 @@ mod reflink;
 mod rig;
 #[path = "it/scan.rs"]
 mod scan;
+#[path = "../../integration/src/scrape.rs"]
+#[allow(dead_code, unreachable_pub, reason = "others use the rest")]
+mod scrape;
 #[path = "it/shipping.rs"]
 mod shipping;
 #[path = "it/snapshot_grades.rs"]

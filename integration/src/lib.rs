@@ -9,4 +9,5 @@
 
 pub mod nbd;
 pub mod programs;
+pub mod scrape;
 pub mod small_disk;

@@ -39,6 +39,8 @@ mod kills;
 mod mount;
 #[path = "it/mutants.rs"]
 mod mutants;
+#[path = "it/observability.rs"]
+mod observability;
 #[path = "it/packaging.rs"]
 mod packaging;
 #[path = "it/peers.rs"]

@@ -6,7 +6,7 @@ use tidemark_config::{Rules, settings};
 use tidemark_telemetry::{CollectorSettings, LogFormat, SampleRatio};
 use tidemark_tls::GateSettings;
 
-pub use tidemark_config::{ByteSize, ConfigError, Settings, Span};
+pub use tidemark_config::{ByteSize, ConfigError, OptionalAddr, Settings, Span};
 
 /// Environment variables of Kubernetes and of the HashiCorp client, which share the prefix.
 const FOREIGN_EXACT: [&str; 9] = [
@@ -82,11 +82,15 @@ settings! {
     scrub_period: Span = Span::from_secs(7 * 24 * 3600);
     /// The most bytes per second that the scrub reads.
     scrub_bytes_per_second_max: ByteSize = ByteSize::mib(64);
+    /// Address of the Prometheus endpoint, /metrics over HTTP, such as 127.0.0.1:9464. Empty: none.
+    metrics_listen: OptionalAddr = OptionalAddr(None);
+    /// Let other machines read the metrics, in plain text: names of volumes and sources, sizes and times.
+    metrics_plain_text: bool = false;
     /// Filter of log lines, as `RUST_LOG` has it.
     log: String = "info".to_owned();
     /// `text` or `json`.
     log_format: LogFormat = LogFormat::Text;
-    /// Collector that traces are sent to (OTLP over gRPC), as http://127.0.0.1:4317. Empty: none.
+    /// Collector that traces and metrics are sent to (OTLP over gRPC), as http://127.0.0.1:4317. Empty: none.
     otlp_endpoint: String = String::new();
     /// CAs (PEM) that the collector's certificate must be of, where its URL is https. Empty: those of the system.
     otlp_ca: PathBuf = PathBuf::new();
@@ -117,10 +121,10 @@ impl Settings for Config {
 }
 
 impl Config {
-    /// The CAs by which the service can be asked on its own machine; none where it takes plain text.
+    /// Whether the service speaks TLS.
     #[must_use]
-    pub fn health_ca(&self) -> Option<PathBuf> {
-        self.gate().own_ca()
+    pub fn is_tls(&self) -> bool {
+        self.gate().is_tls()
     }
 
     /// How the service is reached, and by whom.
@@ -133,6 +137,8 @@ impl Config {
             identities: &self.identities,
             allow_plain_text: self.allow_plain_text,
             reload_period: self.tls_reload_period,
+            metrics_listen: self.metrics_listen,
+            metrics_plain_text: self.metrics_plain_text,
         }
     }
 

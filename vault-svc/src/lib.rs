@@ -8,7 +8,9 @@ pub mod args;
 mod cache;
 pub mod config;
 mod error;
+mod figures;
 pub mod image;
+pub mod metrics;
 mod rpc;
 mod scrub;
 mod ship;
@@ -32,7 +34,10 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     vault::v1::{ingest_server::IngestServer, vault_server::VaultServer},
 };
-use tidemark_telemetry::{CallLayer, RequestLayer};
+use tidemark_telemetry::{
+    CallLayer, RequestLayer,
+    metrics::{CallCounts, Outlets, Process},
+};
 use tidemark_tls::{Gate, Reloaded, ShieldLayer};
 use tokio::{
     net::TcpListener,
@@ -44,7 +49,7 @@ use tonic_health::ServingStatus;
 pub use config::Config;
 pub use vault::Vault;
 
-use crate::{config::Settings, rpc::Service};
+use crate::{config::Settings, metrics::Sources, rpc::Service};
 
 /// How long calls may take to end once the service stops.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
@@ -57,6 +62,8 @@ const RELEASE_PERIOD: Duration = Duration::from_millis(2);
 pub struct Running {
     /// Where it listens; the port is the real one.
     pub listen_addr: SocketAddr,
+    /// Where metrics are read, if they are.
+    pub metrics_addr: Option<SocketAddr>,
     vault: Arc<Vault>,
     gate: Arc<Gate>,
     stop: watch::Sender<bool>,
@@ -64,6 +71,7 @@ pub struct Running {
     upkeep: JoinHandle<()>,
     scrub: JoinHandle<()>,
     reloading: JoinHandle<()>,
+    measuring: JoinHandle<()>,
 }
 
 impl Running {
@@ -86,6 +94,7 @@ impl Running {
         self.upkeep.await.context("join the upkeep task")?;
         self.scrub.await.context("join the scrub")?;
         self.reloading.await.context("join the gate's watch")?;
+        self.measuring.await.context("join the metrics")?;
         self.vault.close().await?;
         // Work that was cut off ends on its own; until then it holds the locks.
         let (vault, store_in_use) = (Arc::downgrade(&self.vault), self.vault.store_in_use());
@@ -142,6 +151,12 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         tracing::warn!(listen = %listen_addr, "other machines are served in plain text, as allow_plain_text has it");
     }
     let (stop, stopping) = watch::channel(false);
+    let config = vault.config();
+    let metrics = Outlets::open(config.metrics_listen, &config.telemetry()).await?;
+    let metrics_addr = metrics.addr();
+    if !vault.config().gate().metrics_are_safe() {
+        tracing::warn!(metrics_listen = %vault.config().metrics_listen, "other machines may read metrics in plain text, as metrics_plain_text or allow_plain_text has it");
+    }
     let service = Service {
         restores: Arc::new(Semaphore::new(vault.config().restores_max as usize)),
         vault: Arc::clone(&vault),
@@ -162,7 +177,10 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     let reflection_v1alpha = reflection()
         .build_v1alpha()
         .context("build the reflection service")?;
+    let calls = CallCounts::default();
+    let restores = Arc::clone(&service.restores);
     let router = rpc::builder(vault.config().bytes_in_flight_max.get())
+        .layer(calls.clone())
         .layer(RequestLayer)
         .layer(ShieldLayer::new(Arc::clone(&gate)))
         .layer(CallLayer)
@@ -173,6 +191,16 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         .add_service(service.reader());
     let connections_max = vault.config().connections_max as usize;
     let incoming = Incoming::new(listener, connections_max, GREETING_MAX, Arc::clone(&gate));
+    let sources = Sources {
+        process: Process::new("vault-svc", env!("CARGO_PKG_VERSION")),
+        vault: Arc::clone(&vault),
+        gate: Arc::clone(&gate),
+        restores,
+        connections: incoming.counts(),
+        calls,
+    };
+    let read = Arc::new(move || sources.read());
+    let measuring = tokio::spawn(metrics.run(read, stopping.clone()));
     let mut signal = stopping.clone();
     let server = tokio::spawn(async move {
         router
@@ -193,6 +221,7 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     let scrub = tokio::spawn(Arc::clone(&vault).scrub_always(stopping));
     Ok(Running {
         listen_addr,
+        metrics_addr,
         vault,
         gate,
         stop,
@@ -200,5 +229,6 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         upkeep,
         scrub,
         reloading,
+        measuring,
     })
 }

@@ -56,7 +56,7 @@ fn health(config: &Config, patience: Duration) -> Result<()> {
         .enable_all()
         .build()
         .context("start the runtime")?
-        .block_on(check_local(config.listen, config.health_ca(), patience))
+        .block_on(check_local(config.listen, config.is_tls(), patience))
         .with_context(|| format!("ask the vault service that listens on {}", config.listen))?;
     println!("the vault service serves at {at}");
     Ok(())

@@ -81,8 +81,10 @@ impl Volume {
             },
             told,
         };
-        pass.roots().await?;
-        pass.segments().await?;
+        if let Err(error) = pass.everything().await {
+            self.scrub.failed();
+            return Err(error);
+        }
         self.scrub.end(pass.begun, now_ms());
         Ok(pass.found)
     }
@@ -100,6 +102,17 @@ fn sound<T>(read: Result<T, StoreError>) -> Result<Result<T, String>, StoreError
 }
 
 impl Pass<'_> {
+    async fn everything(&mut self) -> Result<(), RpcError> {
+        self.roots().await?;
+        self.segments().await
+    }
+
+    /// So many bytes were read.
+    fn has_read(&mut self, bytes: u64) {
+        self.found.progress.bytes += bytes;
+        self.volume.scrub.read(bytes);
+    }
+
     /// Notes how an object was found.
     fn note(&mut self, object: &str, damage: Option<Damage>) {
         self.found.progress.objects += 1;
@@ -119,7 +132,7 @@ impl Pass<'_> {
         } = damage;
         let volume = &self.volume.id;
         if damage.repaired {
-            self.volume.scrub.sound(object);
+            self.volume.scrub.repaired(object);
             tracing::error!(
                 %volume, object, problem,
                 "a stored object was damaged, and has been written again: look at the disk of the store before more is lost"

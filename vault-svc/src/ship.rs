@@ -9,7 +9,10 @@ mod buffers;
 mod gate;
 mod verified;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 use tidemark_block::{
     FrameDecoder, Geometry, IntervalHeader, IntervalSeal, Receipt, SegmentId, UnverifiedFrame,
@@ -41,6 +44,7 @@ use verified::Verified;
 
 use crate::{
     error::{of_ingest, of_io, of_store},
+    figures::Received,
     store::StoreError,
     volume::{Volume, now_ms},
 };
@@ -69,6 +73,11 @@ impl IngestLimits {
             part_bytes_max: config.part_bytes_max.get(),
             part_age_max: config.part_age_max.get(),
         }
+    }
+
+    /// Streams that may still be opened.
+    pub(crate) fn free_streams(&self) -> usize {
+        self.streams.available_permits()
     }
 }
 
@@ -414,6 +423,7 @@ impl Session {
 
     /// Commits the interval; everything is durable. Not to be dropped before it ends.
     pub(crate) async fn commit(mut self, seal: IntervalSeal) -> Result<Receipt, RpcError> {
+        let began = Instant::now();
         let interval = self.interval.take().ok_or_else(lost)?;
         let volume = Arc::clone(&self.volume);
         let table = Arc::clone(&self.table);
@@ -429,6 +439,7 @@ impl Session {
             Ok(finished) => finished,
             Err(error @ BatchError::Refused(IngestError::DigestMismatch { .. })) => {
                 tracing::error!(volume = %volume.id, %error, "nothing was committed");
+                volume.figures.digest_mismatches.fetch_add(1, Relaxed);
                 return Err(if volume.recheck_table().await? {
                     RpcError::new(
                         Reason::Busy,
@@ -477,6 +488,11 @@ impl Session {
             changed_blocks = recent.changed_blocks, frame_bytes = recent.frame_bytes,
             digest = %recent.digest, "generation committed"
         );
+        let figures = &volume.figures;
+        figures.commit.record(began.elapsed());
+        let (bytes, blocks) = (recent.frame_bytes, recent.changed_blocks);
+        figures.received_bytes.fetch_add(bytes, Relaxed);
+        figures.changed_blocks.fetch_add(blocks, Relaxed);
         Ok(receipt)
     }
 }
@@ -537,6 +553,7 @@ pub(crate) fn mark_current(
     }
     let cut_time_ms = believed(volume, mark.cut_time_ms, now_ms());
     volume.mark_current(head.id, cut_time_ms);
+    volume.figures.received(Received::Unchanged);
     Ok(Receipt {
         interval: mark.interval,
         created: false,

@@ -28,7 +28,11 @@ use vault_core::manifest::StoreMarker;
 
 use self::error::short_or;
 pub use self::{
-    check::Whose, error::StoreError, found::Found, local::Reserve, volume::VolumeStore,
+    check::Whose,
+    error::StoreError,
+    found::Found,
+    local::{Reserve, Space},
+    volume::VolumeStore,
 };
 pub(crate) use check::MARKER;
 pub(crate) use local::Settle;

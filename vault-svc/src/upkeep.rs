@@ -48,6 +48,11 @@ impl Vault {
         let period = self.config().maintenance_period.get();
         let mut next_tick = Instant::now() + period;
         loop {
+            tokio::select! {
+                () = self.look_at_space() => {}
+                // A disk that hangs keeps nobody.
+                _ = stopping.wait_for(|stop| *stop) => return,
+            }
             let tick = tokio::select! {
                 _ = stopping.wait_for(|stop| *stop) => return,
                 () = self.wake.notified() => false,
@@ -144,30 +149,48 @@ impl Vault {
             volume_id: volume_id_field(volume.id),
             ..MaintainedVolume::default()
         };
-        let result = self
-            .pass_within(volume, &mut upkeep, thorough, self.policy(), &mut done)
+        let passed = self
+            .pass_with_reserve(volume, &mut upkeep, thorough, &mut done)
             .await;
-        if let Err(error) = result {
-            if error.reason != Reason::StoreFull || !self.reserve.release() {
-                return Err(error);
-            }
-            tracing::warn!(volume = %volume.id, "the store is full: the reserve is used to retire and reclaim");
-            let tight = Policy {
-                round_bytes: TIGHT_ROUND_BYTES,
-                ..self.policy()
-            };
-            let again = self
-                .pass_within(volume, &mut upkeep, thorough, tight, &mut done)
-                .await;
-            let reserve = self.reserve.clone();
-            let _ = tokio::task::spawn_blocking(move || reserve.fill()).await;
-            again?;
-        }
+        let live_bytes = upkeep.estimate.map(|estimate| estimate.live_bytes());
+        let failed = passed.as_ref().err().map(|error| error.reason);
+        volume.figures.looked_after(&done, live_bytes, failed);
+        passed?;
         let manifest = volume.manifest();
         done.name.clone_from(&manifest.name);
         done.stored_bytes = manifest.stored_bytes();
-        done.live_bytes = upkeep.estimate.map_or(0, |estimate| estimate.live_bytes());
+        done.live_bytes = live_bytes.unwrap_or(0);
         Ok(done)
+    }
+
+    /// A pass; where the store is full, another one within the reserve.
+    async fn pass_with_reserve(
+        &self,
+        volume: &Arc<Volume>,
+        upkeep: &mut Upkeep,
+        thorough: bool,
+        done: &mut MaintainedVolume,
+    ) -> Result<(), RpcError> {
+        let result = self
+            .pass_within(volume, upkeep, thorough, self.policy(), done)
+            .await;
+        let Err(error) = result else {
+            return Ok(());
+        };
+        if error.reason != Reason::StoreFull || !self.reserve.release() {
+            return Err(error);
+        }
+        tracing::warn!(volume = %volume.id, "the store is full: the reserve is used to retire and reclaim");
+        let tight = Policy {
+            round_bytes: TIGHT_ROUND_BYTES,
+            ..self.policy()
+        };
+        let again = self
+            .pass_within(volume, upkeep, thorough, tight, done)
+            .await;
+        let reserve = self.reserve.clone();
+        let _ = tokio::task::spawn_blocking(move || reserve.fill()).await;
+        again
     }
 
     async fn pass_within(

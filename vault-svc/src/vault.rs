@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use anyhow::{Context, Result, bail};
-use parking_lot::RwLock;
+use parking_lot::{Mutex as SyncMutex, RwLock};
 use tidemark_block::{IntervalHeader, VolumeId};
 use tidemark_disk::{durable, lock::FileLock, record};
 use tidemark_identity::Caller;
@@ -25,7 +25,7 @@ use crate::{
     error::{no_volume, of_store, of_term},
     image::{FRAMES_BYTES_MAX, MAPS_BYTES_MAX},
     ship::{self, Begun, IngestLimits},
-    store::{Reserve, Store, VolumeStore},
+    store::{Reserve, Space, Store, VolumeStore},
     volume::{Shared, TableFiles, Volume, now_ms},
 };
 
@@ -47,6 +47,8 @@ pub struct Vault {
     /// Held while a volume is made, so that it is made once.
     creating: Mutex<()>,
     pub(crate) reserve: Reserve,
+    /// Of the file system that the store is on, as it was last looked at.
+    space: SyncMutex<Option<Space>>,
     /// Something was committed, or the store is full: look after the volumes.
     pub(crate) wake: Notify,
     _state_lock: FileLock,
@@ -107,6 +109,7 @@ impl Vault {
             volumes: RwLock::default(),
             broken: RwLock::default(),
             creating: Mutex::new(()),
+            space: SyncMutex::default(),
             reserve: Reserve::new(&config.store_dir, config.reserve_bytes.get()),
             wake: Notify::new(),
             _state_lock: state_lock,
@@ -178,6 +181,29 @@ impl Vault {
     /// When reclaim does what.
     pub(crate) const fn policy(&self) -> Policy {
         self.policy
+    }
+
+    /// Looks how much room there is for the store.
+    pub(crate) async fn look_at_space(&self) {
+        let dir = self.config.store_dir.clone();
+        let space = tokio::task::spawn_blocking(move || Space::of(&dir)).await;
+        *self.space.lock() = space.ok().and_then(Result::ok);
+    }
+
+    /// How much room there was for the store at the last look; none where that can't be told.
+    pub(crate) fn space(&self) -> Option<Space> {
+        *self.space.lock()
+    }
+
+    /// Volumes that can't be opened.
+    pub(crate) fn broken_count(&self) -> usize {
+        self.broken.read().len()
+    }
+
+    /// Streams of intervals that are open.
+    pub(crate) fn open_streams(&self) -> usize {
+        let max = self.config.streams_max as usize;
+        max.saturating_sub(self.limits.free_streams())
     }
 
     /// All volumes, by id.

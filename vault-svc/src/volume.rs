@@ -74,6 +74,7 @@ pub(crate) struct Volume {
     pub(crate) receiving: crate::ship::Receiving,
     pub(crate) upkeep: Mutex<crate::upkeep::Upkeep>,
     pub(crate) scrub: crate::scrub::Account,
+    pub(crate) figures: crate::figures::Figures,
 }
 
 #[derive(Debug)]
@@ -126,6 +127,7 @@ impl Volume {
             receiving: crate::ship::Receiving::default(),
             upkeep: Mutex::default(),
             scrub: crate::scrub::Account::default(),
+            figures: crate::figures::Figures::default(),
         }
     }
 

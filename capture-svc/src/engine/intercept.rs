@@ -72,6 +72,13 @@ impl Signal {
     }
 }
 
+/// Figures that can't be had at every moment without waiting.
+#[derive(Debug, Default)]
+struct Seen {
+    spool_used: AtomicU64,
+    snapshots: AtomicU64,
+}
+
 /// The engine of one volume. Every call blocks; none may be made on an async worker.
 #[derive(Debug)]
 pub struct Intercept {
@@ -86,6 +93,8 @@ pub struct Intercept {
     /// One cut after the other.
     cutting: Mutex<()>,
     last_flip: Mutex<Duration>,
+    /// What was seen of the spool and the snapshots at the last look.
+    seen: Seen,
     /// One makes room in the spool, the others wait for it.
     relieving: Mutex<()>,
     /// It was said that the disk is full, and nothing could be given up since.
@@ -217,13 +226,33 @@ impl Intercept {
     /// Figures of this moment.
     #[must_use]
     pub fn stats(&self) -> EngineStats {
-        let counters = &self.capture.counters;
         let (_, slots) = self.capture.spool().used();
+        let snapshots = self.capture.snapshots().len() as u64;
+        self.stats_with(self.geometry().bytes(BlockCount::new(slots)), snapshots)
+    }
+
+    /// As [`Self::stats`], without waiting for the disk: what would have to wait is as it was at the last look.
+    #[must_use]
+    pub fn stats_now(&self) -> EngineStats {
+        let capture = &self.capture;
+        if let Some((_, slots)) = capture.spool().used_now() {
+            let used = self.geometry().bytes(BlockCount::new(slots));
+            self.seen.spool_used.store(used, SeqCst);
+        }
+        if let Some(count) = capture.snapshot_count_now() {
+            self.seen.snapshots.store(count as u64, SeqCst);
+        }
+        let (used, snapshots) = (&self.seen.spool_used, &self.seen.snapshots);
+        self.stats_with(used.load(SeqCst), snapshots.load(SeqCst))
+    }
+
+    fn stats_with(&self, spool_used: u64, snapshots: u64) -> EngineStats {
+        let counters = &self.capture.counters;
         EngineStats {
             changed_blocks: self.changed_hint(),
-            spool_used: self.geometry().bytes(BlockCount::new(slots)),
+            spool_used,
             spool_max: self.options.spool_bytes_max,
-            snapshots: self.capture.snapshots().len() as u64,
+            snapshots,
             give_ups: counters.give_ups.load(SeqCst),
             trims_ignored: counters.trims_ignored.load(SeqCst),
             blocks_copied: counters.copied.load(SeqCst),

@@ -1,6 +1,6 @@
 //! A pass that somebody asked for: the whole volume, now and at full speed.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use tidemark_block::BlockIndex;
 use tidemark_proto::{Reason, RpcError};
@@ -73,7 +73,7 @@ impl ByHand {
                 return Ok(None);
             }
         }
-        self.worker.counts.passes.fetch_add(1, Ordering::Relaxed);
+        self.worker.counts.pass_ended();
         Ok(Some(pass))
     }
 

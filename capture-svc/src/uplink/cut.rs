@@ -8,7 +8,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::SeqCst},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use capture_core::{
@@ -25,6 +25,7 @@ use tracing::{Instrument, Span};
 use super::{
     Request, blocking,
     driver::{Driver, Outcome, jitter},
+    figures::{Ending, Moments},
     group::Waiting,
     now_ms, open, random_id,
     record::IntervalRecord,
@@ -85,6 +86,10 @@ impl Driver {
         if let Err(error) = released.await {
             return self.cut_failed(format!("{error:#}"));
         }
+        self.moments = Moments {
+            due: Some(Instant::now()),
+            ..Moments::default()
+        };
         let finding = step!("find moment");
         let (found, late) = self.find_moment(trigger).instrument(finding).await;
         let outcome = self.found(found, trigger).await;
@@ -100,7 +105,10 @@ impl Driver {
                 cut,
                 cut_time_ms,
                 graded,
-            } => self.record_cut(cut, cut_time_ms, trigger, &graded).await,
+            } => {
+                self.moments.cut = Some(Instant::now());
+                self.record_cut(cut, cut_time_ms, trigger, &graded).await
+            }
             Found::Unchanged { cut_time_ms } => {
                 self.cut_error = None;
                 let now = self.now();
@@ -251,6 +259,7 @@ impl Driver {
         span.note("reason", graded.reason());
         self.trace.cut(id);
         self.record = record;
+        self.figures.cut(graded);
         self.cut = Some(cut);
         self.cut_error = None;
         self.announced = false;
@@ -262,6 +271,7 @@ impl Driver {
 
     fn cut_failed(&mut self, error: String) -> Outcome {
         tracing::error!(error, "cut the volume");
+        self.figures.ended(Ending::CutFailed);
         self.trace.fail(Reason::IoFailed, &error);
         self.show
             .send_modify(|status| status.error = Some(error.clone()));
@@ -292,6 +302,7 @@ impl Driver {
     /// By policy nothing is cut: whoever asked for an interval is told so.
     fn skipped(&mut self, why: &Why) -> Outcome {
         tracing::warn!(%why, "the workload can't be quiesced: no cut is made");
+        self.figures.skipped(why);
         let event = IntervalEvent::Skipped {
             jitter_permille: jitter(),
         };

@@ -7,7 +7,7 @@ use capture_core::{
     interval::{Controller, Event as IntervalEvent, Ticket},
     uplink::{Action, Event, Failure, Uplink as Machine},
 };
-use tidemark_block::{BlockSet, IntervalHeader, IntervalId, Receipt};
+use tidemark_block::{IntervalHeader, IntervalId, Receipt};
 use tidemark_proto::{
     ErrorKind, Reason, RpcError,
     convert::{CurrentMark, TermRequest},
@@ -22,10 +22,11 @@ use tracing::{Instrument, Span};
 
 use super::{
     BaseTable, Opened, Request, Settings, UplinkState, UplinkStatus, blocking,
+    figures::{Figures, Moments},
     link::{Link, failure_of},
     now_ms, open, pending, produce, random_id,
     record::UplinkRecord,
-    resync::{self, Doubt, ResyncError, Target},
+    resync::{self, EngineDoubt, ResyncError, Target},
     ship::{ShipError, Shipment, Shipped, stopped},
     shutting_down,
     snapshot::Seat,
@@ -39,18 +40,6 @@ use crate::{
 
 /// How long the end of an uplink waits for the workload to be let go on.
 const THAW_MAX: Duration = Duration::from_secs(5);
-
-#[derive(Clone)]
-struct EngineDoubt(Arc<Engine>);
-
-impl Doubt for EngineDoubt {
-    fn doubt(&self, blocks: &BlockSet) -> Result<()> {
-        if !blocks.is_empty() {
-            self.0.doubt(blocks).context("put blocks in doubt")?;
-        }
-        Ok(())
-    }
-}
 
 /// The state of one uplink; its one owner is its task.
 pub(super) struct Driver {
@@ -70,6 +59,9 @@ pub(super) struct Driver {
     pub(super) waiters: HashMap<Ticket, oneshot::Sender<Result<Receipt, RpcError>>>,
     pub(super) tickets: u64,
     pub(super) show: watch::Sender<UplinkStatus>,
+    pub(super) figures: Arc<Figures>,
+    /// Of the interval under way.
+    pub(super) moments: Moments,
     pub(super) stop: watch::Receiver<bool>,
     pub(super) started: Instant,
     pub(super) stamping: Option<JoinHandle<()>>,
@@ -126,6 +118,8 @@ impl Driver {
             waiters: HashMap::new(),
             tickets: 0,
             show,
+            figures: Arc::default(),
+            moments: Moments::default(),
             stop,
             started: Instant::now(),
             stamping: None,
@@ -225,6 +219,7 @@ impl Driver {
 
     /// Takes note of a failure: logs it once, shows it, and says what it means.
     fn failed(&mut self, what: &str, error: &RpcError, failure: Failure) -> Outcome {
+        self.figures.failed(error.reason);
         if failure == Failure::Mismatch {
             tracing::error!(
                 error = %error, reason = %error.reason, action = %error.action,
@@ -506,9 +501,11 @@ impl Driver {
             },
             bytes_in_flight_max: self.in_flight_max,
             status: &self.show,
+            figures: &self.figures,
             stop: self.stop.clone(),
             announced: self.announced,
             progressed: false,
+            sealed: None,
         };
         let job = produce::Job {
             image: cut.reader,
@@ -521,6 +518,7 @@ impl Driver {
         };
         let shipped = shipment.run(job).await;
         let (announced, progressed) = (shipment.announced, shipment.progressed);
+        self.moments.sealed = shipment.sealed;
         self.announced = announced;
         if progressed {
             let now = self.now();

@@ -19,6 +19,7 @@ use tidemark_proto::{
 };
 
 use super::link::{Link, bad_answer, stalled};
+use crate::engine::Engine;
 
 /// Nodes asked for in one call, at most: bounds what is held in memory.
 const NODES_PER_CALL: u64 = 64 << 10;
@@ -54,6 +55,19 @@ pub(crate) struct Target {
 pub(crate) trait Doubt: Clone + Send + 'static {
     /// Puts blocks into the next interval, durably.
     fn doubt(&self, blocks: &BlockSet) -> Result<()>;
+}
+
+/// The doubt of a volume's engine.
+#[derive(Debug, Clone)]
+pub(crate) struct EngineDoubt(pub(crate) Arc<Engine>);
+
+impl Doubt for EngineDoubt {
+    fn doubt(&self, blocks: &BlockSet) -> Result<()> {
+        if !blocks.is_empty() {
+            self.0.doubt(blocks).context("put blocks in doubt")?;
+        }
+        Ok(())
+    }
 }
 
 /// Walks; returns how many blocks differed.

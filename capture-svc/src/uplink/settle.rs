@@ -1,6 +1,6 @@
 //! The ends of an interval: committed, unchanged, given up, or made moot by another head.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use anyhow::{Context, Result};
 use capture_core::{interval::Event as IntervalEvent, uplink::Event};
@@ -12,6 +12,7 @@ use tracing::Instrument;
 use super::{
     BaseTable, blocking,
     driver::{Driver, Outcome, jitter},
+    figures::Ending,
     open::record_path,
     pending::{PendingKey, path_in},
     record::{IntervalRecord, UplinkRecord},
@@ -44,6 +45,7 @@ impl Driver {
     /// The vault has committed. In this order: base recorded; interval released and table advanced, as one step;
     /// later, in the background, the table synced and stamped.
     pub(super) async fn settle(&mut self, interval: IntervalRecord, receipt: Receipt) -> Outcome {
+        self.moments.receipt = Some(Instant::now());
         self.end_stamping().await;
         let mut record = self.record.clone();
         record.base = receipt.generation;
@@ -64,6 +66,9 @@ impl Driver {
             interval = %id, generation = %receipt.generation, blocks = %receipt.changed_blocks,
             bytes = receipt.frame_bytes, "committed"
         );
+        let raw_bytes = self.settings.geometry.bytes(receipt.changed_blocks);
+        let moments = std::mem::take(&mut self.moments);
+        self.figures.committed(raw_bytes, moments);
         self.settled(receipt)
     }
 
@@ -81,6 +86,7 @@ impl Driver {
             // Not worth a write: after a restart the vault is asked anyway.
             self.record = record;
         }
+        self.figures.ended(Ending::Unchanged);
         self.settled(receipt)
     }
 
@@ -158,7 +164,7 @@ impl Driver {
 
     async fn forget_interval(&mut self) -> Result<()> {
         let mut record = self.record.clone();
-        record.interval = None;
+        let was_open = record.interval.take().is_some();
         let (engine, cut) = (Arc::clone(&self.engine), self.cut.take());
         let (path, stored) = (record_path(&self.settings.dir), record.clone());
         blocking(move || {
@@ -168,6 +174,9 @@ impl Driver {
         })
         .await?;
         self.record = record;
+        if was_open {
+            self.figures.ended(Ending::GivenUp);
+        }
         self.trace
             .fail(Reason::IntervalGivenUp, "its blocks are in the next one");
         self.recut();
@@ -197,13 +206,17 @@ impl Driver {
         }
         self.end_stamping().await;
         let mut record = self.record.clone();
-        if let (false, Some(interval)) = (doubt, record.interval) {
+        let ending = record.interval.take().map(|interval| {
+            if doubt {
+                return Ending::GivenUp;
+            }
+            // It was committed, and the receipt was lost.
             record.recovery_point_ms = record.recovery_point_ms.max(interval.cut_time_ms);
-        }
+            Ending::Committed
+        });
         record.base = found;
         record.base_digest = head.map(|head| head.digest);
         record.base_interval = head.map(|head| head.interval);
-        record.interval = None;
         record.table_doubtful = true;
         let cut = self.cut.take();
         let (engine, table) = (Arc::clone(&self.engine), Arc::clone(&self.table));
@@ -223,10 +236,17 @@ impl Driver {
             return self.failed_here("take over the vault's newest generation", &error);
         }
         self.record = record;
+        if let Some(ending) = ending {
+            self.figures.ended(ending);
+        }
         let moot = "the vault's newest generation is another than its base";
         self.trace.fail(Reason::BaseNotHead, moot);
         self.recut();
-        self.show.send_modify(|status| status.base = found);
+        let recovery_point_ms = self.record.recovery_point_ms;
+        self.show.send_modify(|status| {
+            status.base = found;
+            status.recovery_point_ms = recovery_point_ms;
+        });
         Outcome::Event(Event::Adopted)
     }
 

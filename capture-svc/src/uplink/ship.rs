@@ -18,6 +18,7 @@ use tonic::Streaming;
 use tracing::{Instrument, Span};
 
 use super::{
+    figures::Figures,
     link::{Link, bad_answer, stalled},
     produce::{Job, Produced, Producer},
     status::UplinkStatus,
@@ -86,11 +87,14 @@ pub(crate) struct Shipment<'a> {
     pub(crate) header: IntervalHeader,
     pub(crate) bytes_in_flight_max: u64,
     pub(crate) status: &'a watch::Sender<UplinkStatus>,
+    pub(crate) figures: &'a Figures,
     pub(crate) stop: watch::Receiver<bool>,
     /// Whether the vault may know the interval: then it is asked first how far it has come. Set once it knows it.
     pub(crate) announced: bool,
     /// Set once more of the interval is durable at the vault than before.
     pub(crate) progressed: bool,
+    /// When the seal was sent.
+    pub(crate) sealed: Option<std::time::Instant>,
 }
 
 /// Resolves once the service is to stop.
@@ -323,7 +327,8 @@ impl Exchange {
         } = stream;
         let mut progress = interval(PROGRESS_PERIOD);
         progress.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut heard = Instant::now();
+        let began = Instant::now();
+        let mut heard = began;
         let mut stop = shipment.stop.clone();
         loop {
             if let Some(Produced::Failed(_)) = &self.held
@@ -344,6 +349,7 @@ impl Exchange {
                             self.acked = durable_bytes.clamp(self.acked, self.sent);
                         }
                         ShipAnswer::Receipt(receipt) => {
+                            shipment.figures.link(self.sent, began.elapsed());
                             shipment.show(producer);
                             return shipment.receipt(receipt, self.sealed);
                         }
@@ -383,11 +389,12 @@ impl Exchange {
             }
     }
 
-    fn take(&mut self, shipment: &Shipment<'_>) -> Option<ShipRequest> {
+    fn take(&mut self, shipment: &mut Shipment<'_>) -> Option<ShipRequest> {
         let message = match self.held.take()? {
             Produced::Batch(batch) => {
                 let bytes = batch.frames.len() as u64;
                 self.sent += bytes;
+                shipment.figures.sent(bytes);
                 shipment
                     .status
                     .send_modify(|status| status.bytes_sent += bytes);
@@ -398,6 +405,7 @@ impl Exchange {
             }
             Produced::Done(total) => {
                 self.sealed = Some(total);
+                shipment.sealed = Some(std::time::Instant::now());
                 ShipMessage::Seal(IntervalSeal {
                     changed_blocks: tidemark_block::BlockCount::new(total.changed_blocks),
                     frame_count: total.frame_count,

@@ -10,7 +10,7 @@ use std::{
 
 use capture_svc::{
     Config, Running,
-    config::{ByteSize, NbdListen, NbdListens, Span},
+    config::{ByteSize, NbdListen, NbdListens, OptionalAddr, Span},
 };
 use tempfile::TempDir;
 use tidemark_block::{
@@ -89,6 +89,7 @@ pub(crate) fn vault_config(dir: &Path) -> vault_svc::Config {
         store_dir: dir.join("store"),
         state_dir: dir.join("vault-state"),
         reserve_bytes: vault_svc::config::ByteSize::mib(0),
+        metrics_listen: OptionalAddr(Some(([127, 0, 0, 1], 0).into())),
         ..vault_svc::Config::default()
     }
 }
@@ -107,6 +108,7 @@ pub(crate) fn capture_config(dir: &Path, vault: &str) -> Config {
         backoff_max: Span::from_millis(200),
         scrub_period: Span::from_secs(0),
         retry_period: Span::from_millis(100),
+        metrics_listen: OptionalAddr(Some(([127, 0, 0, 1], 0).into())),
         ..Config::default()
     }
 }

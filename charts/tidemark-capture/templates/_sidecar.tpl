@@ -27,7 +27,38 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
+{{/* What the schema can't say. */}}
+{{- define "tidemark-capture.check" -}}
+{{- $of := index .Values "tidemark-capture" -}}
+{{- $vault := $of.vault -}}
+{{- if not $vault.url -}}
+{{- fail "tidemark-capture.vault.url is empty: say where the vault is, as https://SERVICE.NAMESPACE.svc:7402" -}}
+{{- end -}}
+{{- if hasPrefix "https:" $vault.url -}}
+{{- if not $vault.tls.secretName -}}
+{{- fail "tidemark-capture.vault.tls.secretName is empty: name the Secret with tls.crt and tls.key, which are shown to the vault, and ca.crt" -}}
+{{- end -}}
+{{- if $vault.allowPlainText -}}
+{{- fail "tidemark-capture.vault.allowPlainText=true contradicts vault.url, which is https: leave it out" -}}
+{{- end -}}
+{{- else if not $vault.allowPlainText -}}
+{{- fail "tidemark-capture.vault.url is http: everything can be read and changed on its way. Write https, or allow it with vault.allowPlainText=true" -}}
+{{- else if $vault.tls.secretName -}}
+{{- fail "tidemark-capture.vault.tls.secretName is of no use while vault.url is http: write https" -}}
+{{- end -}}
+{{- if and $vault.tls.ca.secretName $vault.tls.ca.configMapName -}}
+{{- fail "tidemark-capture.vault.tls.ca names a Secret and a ConfigMap: name one of them" -}}
+{{- end -}}
+{{- if and (eq $of.frontEnd "file") (eq $of.engine "intercept") -}}
+{{- fail "tidemark-capture.engine intercept sees no write with frontEnd file: take reflink, scan or auto, or frontEnd nbd or fuse" -}}
+{{- end -}}
+{{- if and (ne $of.frontEnd "file") (has $of.engine (list "reflink" "scan")) -}}
+{{- fail (printf "tidemark-capture.engine %s is for a workload that writes the file itself: take frontEnd file, or engine intercept or auto" $of.engine) -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "tidemark-capture.initContainers" -}}
+{{- include "tidemark-capture.check" . -}}
 {{- $of := index .Values "tidemark-capture" -}}
 - name: tidemark-capture
   image: {{ include "tidemark-capture.image" . }}
@@ -44,24 +75,40 @@ seccompProfile:
     - name: CAPTURE_SOURCE_NAME
       value: {{ default "$(POD_NAMESPACE)/$(POD_NAME)" $of.sourceName | quote }}
     - name: CAPTURE_VAULT
-      value: {{ required "tidemark-capture.vault.url is empty: say where the vault is, as http://SERVICE.NAMESPACE.svc:7402" $of.vault.url | quote }}
+      value: {{ $of.vault.url | quote }}
     # For `kubectl exec … -c tidemark-capture -- tidemark …`
     - name: TIDEMARK_VAULT
       value: {{ $of.vault.url | quote }}
-    # There are no certificates in this chart yet.
+    {{- if $of.vault.allowPlainText }}
     - name: CAPTURE_ALLOW_PLAIN_TEXT
       value: "true"
     - name: TIDEMARK_ALLOW_PLAIN_TEXT
       value: "true"
+    {{- else }}
+    {{- range list "CAPTURE_VAULT" "TIDEMARK_TLS" }}
+    - name: {{ . }}_CA
+      value: /etc/tidemark/ca.crt
+    - name: {{ . }}_CERT
+      value: /etc/tidemark/tls.crt
+    - name: {{ . }}_KEY
+      value: /etc/tidemark/tls.key
+    {{- end }}
+    {{- end }}
     - name: CAPTURE_STATE
       value: /var/lib/tidemark/capture
     - name: CAPTURE_NBD
       value: {{ ternary "unix:/run/tidemark/nbd.sock" "" (eq $of.frontEnd "nbd") | quote }}
     - name: CAPTURE_ENGINE
-      value: {{ ternary "reflink" "intercept" (eq $of.frontEnd "file") }}
+      value: {{ $of.engine }}
     {{- if eq $of.frontEnd "fuse" }}
     - name: CAPTURE_FUSE_MOUNT
       value: /run/tidemark-files/volumes
+    {{- end }}
+    {{- if $of.metrics.enabled }}
+    - name: CAPTURE_METRICS_LISTEN
+      value: 0.0.0.0:{{ int64 $of.metrics.port }}
+    - name: CAPTURE_METRICS_PLAIN_TEXT
+      value: "true"
     {{- end }}
     {{- range $key, $value := $of.settings }}
     - name: CAPTURE_{{ upper $key }}
@@ -71,6 +118,12 @@ seccompProfile:
       value: {{ $value | quote }}
       {{- end }}
     {{- end }}
+  {{- if $of.metrics.enabled }}
+  ports:
+    - name: tidemark-metric
+      containerPort: {{ int64 $of.metrics.port }}
+      protocol: TCP
+  {{- end }}
   securityContext:
     {{- if eq $of.frontEnd "fuse" }}
     # Bidirectional propagation of a mount takes a privileged container.
@@ -107,6 +160,11 @@ seccompProfile:
       subPath: {{ . }}
       {{- end }}
     {{- include "tidemark-capture.dataMount" . | nindent 4 }}
+    {{- if not $of.vault.allowPlainText }}
+    - name: tidemark-tls
+      mountPath: /etc/tidemark
+      readOnly: true
+    {{- end }}
     {{- if eq $of.frontEnd "nbd" }}
     - name: tidemark-run
       mountPath: /run/tidemark
@@ -177,5 +235,26 @@ seccompProfile:
 {{- if not $of.state.volume }}
 - name: tidemark-state
   emptyDir: {}
+{{- end }}
+{{- with $of.vault }}
+{{- if not .allowPlainText }}
+- name: tidemark-tls
+  projected:
+    # The sidecar alone mounts it, as a user of whom the pod may know nothing.
+    defaultMode: 0444
+    sources:
+      - secret:
+          name: {{ .tls.secretName }}
+          items:
+            - key: tls.crt
+              path: tls.crt
+            - key: tls.key
+              path: tls.key
+      - {{ ternary "configMap" "secret" (ne .tls.ca.configMapName "") }}:
+          name: {{ coalesce .tls.ca.configMapName .tls.ca.secretName .tls.secretName }}
+          items:
+            - key: {{ .tls.ca.key }}
+              path: ca.crt
+{{- end }}
 {{- end }}
 {{- end -}}

@@ -52,14 +52,76 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
+{{/* Not empty where the vault speaks TLS. */}}
+{{- define "tidemark.tls" -}}
+{{- if or .Values.tls.secretName .Values.tls.certManager.enabled }}true{{ end -}}
+{{- end -}}
+
+{{- define "tidemark.tlsSecretName" -}}
+{{- default (printf "%s-tls" (include "tidemark.fullname" .)) .Values.tls.secretName -}}
+{{- end -}}
+
+{{/* The name under which pods of all namespaces reach the vault. */}}
+{{- define "tidemark.host" -}}
+{{- printf "%s.%s.svc" (include "tidemark.fullname" .) .Release.Namespace -}}
+{{- end -}}
+
+{{- define "tidemark.url" -}}
+{{- printf "%s://%s:%d" (ternary "https" "http" (eq (include "tidemark.tls" .) "true")) (include "tidemark.host" .) (int .Values.service.port) -}}
+{{- end -}}
+
+{{/* What the schema can't say. */}}
+{{- define "tidemark.check" -}}
+{{- $tls := include "tidemark.tls" . -}}
+{{- if and (not $tls) (not .Values.allowPlainText) -}}
+{{- fail "the vault has no certificate: name a Secret in tls.secretName, or have cert-manager make one with tls.certManager.enabled=true and tls.certManager.issuerRef.name; allowPlainText=true does without, and lets everybody who reaches it do everything" -}}
+{{- end -}}
+{{- if and $tls .Values.allowPlainText -}}
+{{- fail "allowPlainText=true contradicts tls: the vault has a certificate, so leave allowPlainText out" -}}
+{{- end -}}
+{{- if and .Values.tls.certManager.enabled (not .Values.tls.certManager.issuerRef.name) -}}
+{{- fail "tls.certManager.issuerRef.name is empty: name the Issuer, or the ClusterIssuer, that makes the certificate" -}}
+{{- end -}}
+{{- range $key, $from := dict "tls.ca" .Values.tls.ca "identitiesFrom" .Values.identitiesFrom -}}
+{{- if and $from.secretName $from.configMapName -}}
+{{- fail (printf "%s names a Secret and a ConfigMap: name one of them" $key) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.identities (or .Values.identitiesFrom.secretName .Values.identitiesFrom.configMapName) -}}
+{{- fail "identities and identitiesFrom are both given: one of them says who may do what" -}}
+{{- end -}}
+{{- if and (not $tls) (or .Values.identities .Values.identitiesFrom.secretName .Values.identitiesFrom.configMapName) -}}
+{{- fail "identities are of no use with allowPlainText: without certificates nobody is asked who they are" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* One key of a Secret or a ConfigMap, as a source of a projected volume: {from, path, default}. */}}
+{{- define "tidemark.projected" -}}
+- {{ ternary "configMap" "secret" (ne .from.configMapName "") }}:
+    name: {{ coalesce .from.configMapName .from.secretName .default }}
+    items:
+      - key: {{ .from.key }}
+        path: {{ .path }}
+{{- end -}}
+
+{{/* The CAs, where the vault's certificates are looked at or shown. */}}
+{{- define "tidemark.projectedCa" -}}
+{{- include "tidemark.projected" (dict "from" .Values.tls.ca "path" "tls/ca.crt" "default" (include "tidemark.tlsSecretName" .)) -}}
+{{- end -}}
+
 {{/* vault.toml: the settings, and what the chart decides. Lists and tables have no place in it. */}}
 {{- define "tidemark.config" -}}
 store_dir = "/var/lib/tidemark/store"
 state_dir = "/var/lib/tidemark/state"
-{{- range $key, $value := .Values.settings }}
-{{- if has $key (list "listen" "store_dir" "state_dir") }}
-{{- fail (printf "settings.%s is decided by the chart: leave it out" $key) }}
+{{- if include "tidemark.tls" . }}
+tls_cert = "/etc/tidemark/tls/tls.crt"
+tls_key = "/etc/tidemark/tls/tls.key"
+tls_ca = "/etc/tidemark/tls/ca.crt"
+identities = "/etc/tidemark/identities.toml"
+{{- else }}
+allow_plain_text = true
 {{- end }}
+{{- range $key, $value := .Values.settings }}
 {{- if kindIs "string" $value }}
 {{ $key }} = {{ $value | quote }}
 {{- else if kindIs "bool" $value }}
@@ -68,4 +130,15 @@ state_dir = "/var/lib/tidemark/state"
 {{ $key }} = {{ int64 $value }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* Not empty where the list of values is the file of identities. */}}
+{{- define "tidemark.ownIdentities" -}}
+{{- if and (include "tidemark.tls" .) (not .Values.identitiesFrom.secretName) (not .Values.identitiesFrom.configMapName) }}true{{ end -}}
+{{- end -}}
+
+{{/* How Kubernetes asks the service in the container: it knows its own certificate and address. */}}
+{{- define "tidemark.health" -}}
+exec:
+  command: [/usr/bin/vault-svc, health, --timeout={{ . }}]
 {{- end -}}

@@ -3,9 +3,13 @@
 //! killed would stay so.
 //!
 //! `cargo run --example agent_exec -- --volume data --freeze 'redis-cli SAVE' --thaw true`
+//!
+//! Where the control interface has a certificate: `--capture https://HOST:7401 --tls-ca ca.crt`, with `--tls-cert` and
+//! `--tls-key`, or `--token-file`. The files are read anew for each attempt.
 
 use std::{
     os::unix::process::CommandExt,
+    path::PathBuf,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -13,7 +17,7 @@ use std::{
 use anyhow::Result;
 use clap::Parser;
 use rustix::process::{Pid, Signal, kill_process_group};
-use tidemark_agent::{Workload, attach};
+use tidemark_agent::{Dialer, DialerFiles, Workload, attach_with};
 use tidemark_telemetry::Settings;
 
 #[derive(Debug, Parser)]
@@ -21,6 +25,18 @@ struct Arguments {
     /// URL of the capture service.
     #[arg(long, default_value = "http://127.0.0.1:7401")]
     capture: String,
+    /// CAs (PEM) that the service's certificate must be of; an https URL needs it.
+    #[arg(long)]
+    tls_ca: Option<PathBuf>,
+    /// Certificate with its chain (PEM) that says who the agent is.
+    #[arg(long, requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// Private key (PEM) of the certificate.
+    #[arg(long, requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// File with the token that says who the agent is, in place of a certificate.
+    #[arg(long)]
+    token_file: Option<PathBuf>,
     /// As the service names it in reasons.
     #[arg(long, default_value = "exec")]
     name: String,
@@ -98,9 +114,18 @@ async fn main() -> Result<()> {
     for volume in &arguments.volume {
         commands.thaw(volume).await;
     }
+    let dialer = Dialer {
+        files: DialerFiles {
+            ca: arguments.tls_ca,
+            certificate: arguments.tls_cert.zip(arguments.tls_key),
+            token: arguments.token_file,
+        },
+        allow_plain_text: false,
+    };
     let mut hint = arguments.hint;
     loop {
-        match attach(
+        match attach_with(
+            &dialer,
             &arguments.capture,
             &arguments.name,
             arguments.volume.clone(),

@@ -61,7 +61,7 @@ const HOLD_MAX: Duration = Duration::from_secs(30);
 #[derive(Debug, Error)]
 pub enum Error {
     /// The address is none.
-    #[error("{0} is no address of a capture service: write http://HOST:PORT")]
+    #[error("{0} is no address of a capture service: write https://HOST:PORT or http://HOST:PORT")]
     Address(String),
     /// The service said no: an unknown volume, too many agents.
     #[error(transparent)]

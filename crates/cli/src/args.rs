@@ -577,6 +577,9 @@ Example:
     Init {
         /// The folder; made where it does not exist
         dir: PathBuf,
+        /// Change nothing where the folder has a CA already
+        #[arg(long)]
+        if_missing: bool,
     },
     /// Give somebody a certificate, and say what they may do
     #[command(after_help = "\
@@ -591,7 +594,8 @@ Examples:
   tidemark pki issue vault --host vault.example.com --host 10.0.0.5
   tidemark pki issue edge-7 --role source --volume '*'
   tidemark pki issue desk --role restorer --role viewer --volume 'edge-7/*'
-  tidemark pki issue edge-7 --renew                       a new certificate for the same key")]
+  tidemark pki issue edge-7 --renew                       a new certificate for the same key
+  tidemark pki issue vault --host vault --if-missing --copy-to /etc/tidemark    may be run at each start")]
     Issue(PkiIssueArgs),
     /// Give somebody a token, and say what they may do
     #[command(after_help = "\
@@ -632,8 +636,14 @@ pub struct PkiIssueArgs {
     #[arg(long, value_name = "TIME", default_value = "365d", value_parser = parse::duration)]
     pub valid: Duration,
     /// Replace the certificate of NAME by a new one for the same key
-    #[arg(long)]
+    #[arg(long, conflicts_with = "if_missing")]
     pub renew: bool,
+    /// Keep the certificate of NAME where there is one, whoever and whatever it is for
+    #[arg(long)]
+    pub if_missing: bool,
+    /// Copy what NAME needs to this folder as well: ca.crt, NAME.crt, NAME.key, and to a service (--host) the identities
+    #[arg(long, value_name = "DIR")]
+    pub copy_to: Option<PathBuf>,
 }
 
 /// `tidemark pki token`.

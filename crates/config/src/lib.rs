@@ -14,7 +14,7 @@ use serde::Serialize;
 
 pub use layers::Layers;
 pub use rules::Rules;
-pub use values::{ByteSize, Span};
+pub use values::{ByteSize, OptionalAddr, Span};
 
 /// Everything that is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]

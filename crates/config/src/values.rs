@@ -1,6 +1,6 @@
 //! Values as people write them: `15m`, `1GiB`.
 
-use std::{fmt, str::FromStr, time::Duration};
+use std::{fmt, net::SocketAddr, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
@@ -196,9 +196,59 @@ impl<'de> Deserialize<'de> for ByteSize {
     }
 }
 
+/// An address to listen on, written as `127.0.0.1:9464`; empty: none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OptionalAddr(pub Option<SocketAddr>);
+
+impl FromStr for OptionalAddr {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Ok(Self(None));
+        }
+        let addr = text.parse();
+        addr.map(|addr| Self(Some(addr))).map_err(|_| {
+            format!(
+                "{text:?} is no address to listen on: write 127.0.0.1:9464, or nothing for none"
+            )
+        })
+    }
+}
+
+impl fmt::Display for OptionalAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.map_or(Ok(()), |addr| addr.fmt(f))
+    }
+}
+
+impl Serialize for OptionalAddr {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for OptionalAddr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(D::Error::custom)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_to_listen_on_may_be_left_out() {
+        for text in ["", "127.0.0.1:9464", "[::1]:0"] {
+            let addr: OptionalAddr = text.parse().unwrap();
+            assert_eq!(addr.to_string(), text);
+        }
+        for text in ["9464", "localhost:9464", "127.0.0.1", " "] {
+            assert!(text.parse::<OptionalAddr>().is_err(), "{text:?}");
+        }
+    }
 
     #[test]
     fn sizes_read_as_they_are_written() {

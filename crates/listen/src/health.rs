@@ -2,12 +2,12 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
     time::Duration,
 };
 
 use thiserror::Error;
-use tidemark_tls::{Dialer, DialerFiles, Line};
+use tidemark_proto::RpcError;
+use tidemark_tls::{Dialer, Line, dial_own};
 use tokio::time::timeout;
 use tonic_health::pb::{
     HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient,
@@ -51,39 +51,36 @@ pub enum Unhealthy {
 /// # Errors
 /// Whatever keeps it from being said to serve.
 pub async fn check(dialer: &Dialer, url: &str, patience: Duration) -> Result<(), Unhealthy> {
-    timeout(patience, async {
-        let line = dialer.dial(url, |endpoint| endpoint).await;
-        ask(line.map_err(|error| Unhealthy::Unreachable {
-            cause: error.message,
-        })?)
-        .await
-    })
-    .await
-    .unwrap_or(Err(Unhealthy::Silent { patience }))
+    within(patience, dialer.dial(url, |endpoint| endpoint)).await
 }
 
-/// Asks the service that listens on `listen` of this machine, and says where it was asked. `ca`: the CAs of its certificate,
-/// which must be for that address, too; none where it takes plain text.
+/// Asks the service that listens on `listen` of this machine, and says where it was asked. Its certificate is not looked at
+/// ([`dial_own`]): what is wrong with that, clients are told.
 ///
 /// # Errors
 /// As [`check`], and where the port is not known.
 pub async fn check_local(
     listen: SocketAddr,
-    ca: Option<PathBuf>,
+    is_tls: bool,
     patience: Duration,
 ) -> Result<SocketAddr, Unhealthy> {
     let address = reached_at(listen)?;
-    let scheme = if ca.is_some() { "https" } else { "http" };
-    let dialer = Dialer {
-        files: DialerFiles {
-            ca,
-            ..DialerFiles::default()
-        },
-        // It doesn't leave the machine, whatever the address.
-        allow_plain_text: true,
-    };
-    check(&dialer, &format!("{scheme}://{address}"), patience).await?;
+    within(patience, dial_own(address, is_tls)).await?;
     Ok(address)
+}
+
+async fn within(
+    patience: Duration,
+    dialed: impl Future<Output = Result<Line, RpcError>>,
+) -> Result<(), Unhealthy> {
+    timeout(patience, async {
+        let line = dialed.await.map_err(|error| Unhealthy::Unreachable {
+            cause: error.message,
+        })?;
+        ask(line).await
+    })
+    .await
+    .unwrap_or(Err(Unhealthy::Silent { patience }))
 }
 
 /// Where a service that listens on `listen` is reached on its own machine.
@@ -155,10 +152,10 @@ mod tests {
         let (reporter, service) = tonic_health::server::health_reporter();
         let server = Server::builder().add_service(service);
         tokio::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));
-        assert_eq!(check_local(addr, None, LONG).await.unwrap(), addr);
+        assert_eq!(check_local(addr, false, LONG).await.unwrap(), addr);
         let status = tonic_health::ServingStatus::NotServing;
         reporter.set_service_status("", status).await;
-        let error = check_local(addr, None, LONG).await.unwrap_err();
+        let error = check_local(addr, false, LONG).await.unwrap_err();
         assert!(matches!(error, Unhealthy::NotServing), "{error}");
     }
 
@@ -166,10 +163,10 @@ mod tests {
     async fn a_service_that_has_not_begun_to_serve_is_silent_and_one_that_is_gone_unreachable() {
         let (listener, addr) = listener().await;
         let patience = Duration::from_millis(50);
-        let error = check_local(addr, None, patience).await.unwrap_err();
+        let error = check_local(addr, false, patience).await.unwrap_err();
         assert!(matches!(error, Unhealthy::Silent { .. }), "{error}");
         drop(listener);
-        let error = check_local(addr, None, LONG).await.unwrap_err();
+        let error = check_local(addr, false, LONG).await.unwrap_err();
         assert!(matches!(error, Unhealthy::Unreachable { .. }), "{error}");
     }
 
@@ -182,7 +179,7 @@ mod tests {
                 let _ = client.write_all(b"HTTP/1.1 400 Bad Request\r\n\r\n").await;
             }
         });
-        let error = check_local(addr, None, LONG).await.unwrap_err();
+        let error = check_local(addr, false, LONG).await.unwrap_err();
         let told = matches!(
             error,
             Unhealthy::Foreign { .. } | Unhealthy::Unreachable { .. }

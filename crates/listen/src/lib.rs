@@ -16,7 +16,7 @@ use std::{
     pin::Pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
+        atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst},
     },
     task::{Context, Poll, ready},
     time::Duration,
@@ -55,7 +55,7 @@ pub struct Incoming {
     connections_max: usize,
     times: Times,
     gate: Arc<Gate>,
-    open: Arc<AtomicUsize>,
+    counts: ConnectionCounts,
     pause: Option<Pin<Box<Sleep>>>,
     told: Option<Instant>,
 }
@@ -77,21 +77,31 @@ impl Incoming {
                 admission_max: ADMISSION_MAX,
             },
             gate,
-            open: Arc::default(),
+            counts: ConnectionCounts::default(),
             pause: None,
             told: None,
         }
     }
 
+    /// How many there are and were, also once it is served.
+    #[must_use]
+    pub fn counts(&self) -> ConnectionCounts {
+        self.counts.clone()
+    }
+
     /// Takes a client in, unless there are too many.
     fn admit(&mut self, stream: TcpStream) -> Option<Connection> {
-        let open = Open::new(&self.open);
-        if self.open.load(SeqCst) > self.connections_max {
-            self.tell(&"too many connections");
-            return None;
-        }
-        if descriptors::is_kept_back(stream.as_fd()) {
-            self.tell(&"too many open files");
+        let open = Open::new(&self.counts.open);
+        let refusal = if self.counts.open() > self.connections_max {
+            Some("too many connections")
+        } else if descriptors::is_kept_back(stream.as_fd()) {
+            Some("too many open files")
+        } else {
+            None
+        };
+        if let Some(refusal) = refusal {
+            self.counts.refused.fetch_add(1, SeqCst);
+            self.tell(&refusal);
             return None;
         }
         // A connection that has failed already says so when it is read.
@@ -141,6 +151,27 @@ fn is_of_the_client(error: &io::Error) -> bool {
         error.kind(),
         BrokenPipe | ConnectionAborted | ConnectionReset | Interrupted
     )
+}
+
+/// Counts of a listener's connections.
+#[derive(Debug, Clone, Default)]
+pub struct ConnectionCounts {
+    open: Arc<AtomicUsize>,
+    refused: Arc<AtomicU64>,
+}
+
+impl ConnectionCounts {
+    /// Connections that are open.
+    #[must_use]
+    pub fn open(&self) -> usize {
+        self.open.load(SeqCst)
+    }
+
+    /// Connections that were turned away.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.refused.load(SeqCst)
+    }
 }
 
 /// One of the connections that are open.

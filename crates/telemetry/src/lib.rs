@@ -1,9 +1,10 @@
-//! What the programs say of themselves: logs and traces, by one initialisation for all of them.
+//! What the programs say of themselves: logs, traces and [`metrics`].
 //!
 //! Nothing here holds up or fails the work that it tells of. Lines and spans wait in bounded queues for threads of their
 //! own; what finds no room there, or nobody to take it, is lost, counted and told of.
 
 mod logs;
+pub mod metrics;
 mod propagation;
 mod requests;
 mod traces;

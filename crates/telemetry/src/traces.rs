@@ -5,7 +5,7 @@
 //! collector or not.
 
 mod export;
-mod resource;
+pub(crate) mod resource;
 mod settings;
 
 use std::{fmt::Display, time::Duration};

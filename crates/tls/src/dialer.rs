@@ -30,6 +30,7 @@ use tonic::{
 };
 
 use crate::{
+    expiry::{self, Ends},
     files::{self, FileError},
     gate::ALPN,
     reasons,
@@ -84,6 +85,21 @@ struct Ready {
 }
 
 impl Dialer {
+    /// When the certificates end that it would use now. Reads their files.
+    ///
+    /// # Errors
+    /// One can't be read, or isn't what it must be.
+    pub fn ends(&self) -> Result<Ends, FileError> {
+        let mut ends = Ends::default();
+        if let Some(ca) = &self.files.ca {
+            ends.ca = expiry::last(&files::certificates(ca)?);
+        }
+        if let Some((cert, _)) = &self.files.certificate {
+            ends.certificate = expiry::first(&files::certificates(cert)?);
+        }
+        Ok(ends)
+    }
+
     /// Connects to `http://HOST:PORT` or `https://HOST:PORT`; `tune` sets how the connection is used.
     ///
     /// # Errors
@@ -118,6 +134,13 @@ impl Dialer {
         };
         Ok(InterceptedService::new(channel, ready.bearer))
     }
+}
+
+/// Connects with TLS that is set up already.
+pub(crate) async fn over_tls(url: &str, config: Arc<ClientConfig>) -> Result<Line, RpcError> {
+    let uri: Uri = url.parse().map_err(|_| bad_url(url))?;
+    let channel = secured(uri, config, |endpoint| endpoint).await?;
+    Ok(InterceptedService::new(channel, Bearer::default()))
 }
 
 /// A connection to a service of somebody else's, such as a collector of traces: it is made when it is first used, and

@@ -27,6 +27,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
+    expiry::{self, Ends},
     files::{self, FileError},
     limit::LogLimit,
     peer::Peer,
@@ -62,6 +63,7 @@ struct State {
     acceptor: Option<Arc<ServerConfig>>,
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     identities: Option<Identities>,
+    ends: Ends,
 }
 
 /// What became of reading the files again.
@@ -111,6 +113,12 @@ impl Gate {
     pub fn acceptor(&self) -> Option<TlsAcceptor> {
         let config = self.state.read().acceptor.clone();
         config.map(TlsAcceptor::from)
+    }
+
+    /// When the certificates end that are in use now.
+    #[must_use]
+    pub fn ends(&self) -> Ends {
+        self.state.read().ends
     }
 
     /// Reads the files again where one has changed, or with `always` in any case.
@@ -262,14 +270,19 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
             Some(read)
         }
     };
+    let mut ends = Ends::default();
     let verifier = match &files.ca {
         None => None,
-        Some(path) => Some(client_verifier(path)?),
+        Some(path) => {
+            ends.ca = expiry::last(&files::certificates(path)?);
+            Some(client_verifier(path)?)
+        }
     };
     let acceptor = match &files.certificate {
         None => None,
         Some((cert, key)) => {
             let certified = files::certified(cert, key)?;
+            ends.certificate = expiry::first(&certified.cert);
             let builder = ServerConfig::builder_with_provider(files::provider())
                 .with_protocol_versions(&[&rustls::version::TLS13])
                 .map_err(|error| FileError::Setup(error.to_string()))?;
@@ -287,6 +300,7 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
         acceptor,
         verifier,
         identities,
+        ends,
     })
 }
 
@@ -413,6 +427,30 @@ mod tests {
         assert!(matches!(gate.reload(true), Reloaded::Done));
         fs::remove_file(files.path("own.key")).unwrap();
         assert!(matches!(gate.reload(false), Reloaded::Failed(_)));
+    }
+
+    #[test]
+    fn what_kubernetes_swaps_all_at_once_is_read_again() {
+        let files = Files::new();
+        for version in ["1", "2"] {
+            fs::create_dir(files.path(version)).unwrap();
+            files.pair(&format!("{version}/own"));
+            files.write(&format!("{version}/identities"), "");
+        }
+        // As it mounts Secrets and ConfigMaps: links to what is in a folder, and a link to that, which is replaced.
+        let link = |to: &str, name: &str| {
+            std::os::unix::fs::symlink(to, files.path("new")).unwrap();
+            fs::rename(files.path("new"), files.path(name)).unwrap();
+        };
+        link("1", "..data");
+        for name in ["own.crt", "own.key", "identities"] {
+            link(&format!("..data/{name}"), name);
+        }
+        let gate = Gate::open(files.gate()).unwrap();
+        assert!(matches!(gate.reload(false), Reloaded::Unchanged));
+        link("2", "..data");
+        assert!(matches!(gate.reload(false), Reloaded::Done));
+        assert!(matches!(gate.reload(false), Reloaded::Unchanged));
     }
 
     fn named(names: Vec<SanType>) -> CertificateDer<'static> {

@@ -8,17 +8,21 @@
 //! TLS is 1.3 by rustls with aws-lc, and nothing else.
 
 mod dialer;
+mod expiry;
 mod files;
 mod gate;
 mod limit;
+mod own;
 mod peer;
 mod reasons;
 mod settings;
 mod shield;
 
 pub use dialer::{Bearer, Dialer, DialerFiles, Line, dial_lazily, is_loopback_url};
+pub use expiry::Ends;
 pub use files::{FileError, random};
 pub use gate::{Gate, GateFiles, Reloaded};
+pub use own::dial_own;
 pub use peer::Peer;
 pub use reasons::{linger, told};
 pub use settings::GateSettings;

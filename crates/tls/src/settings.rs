@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use tidemark_config::{Rules, Span};
+use tidemark_config::{OptionalAddr, Rules, Span};
 
 use crate::{dialer::DialerFiles, gate::GateFiles};
 
@@ -26,6 +26,10 @@ pub struct GateSettings<'a> {
     pub allow_plain_text: bool,
     /// `tls_reload_period`.
     pub reload_period: Span,
+    /// `metrics_listen`.
+    pub metrics_listen: OptionalAddr,
+    /// `metrics_plain_text`.
+    pub metrics_plain_text: bool,
 }
 
 fn given(path: &Path) -> Option<PathBuf> {
@@ -38,11 +42,10 @@ fn pair(cert: &Path, key: &Path) -> Option<(PathBuf, PathBuf)> {
 }
 
 impl GateSettings<'_> {
-    /// The CAs that the service's own certificate can be verified by; none where it has no certificate.
+    /// Whether it speaks TLS.
     #[must_use]
-    pub fn own_ca(&self) -> Option<PathBuf> {
-        let cert = given(self.cert)?;
-        Some(given(self.ca).unwrap_or(cert))
+    pub fn is_tls(&self) -> bool {
+        !self.cert.as_os_str().is_empty()
     }
 
     /// What holds between the keys.
@@ -69,6 +72,18 @@ impl GateSettings<'_> {
             "must be an address of this machine (127.0.0.1), unless tls_cert is given: others would be served in plain \
              text, which only allow_plain_text = true allows",
         );
+        rules.that(
+            "metrics_listen",
+            self.metrics_are_safe() || self.metrics_plain_text || self.allow_plain_text,
+            "must be an address of this machine (127.0.0.1): others would read names of volumes and sources in plain text, \
+             which only metrics_plain_text = true allows",
+        );
+        let both = self.metrics_listen.0 == Some(self.listen) && self.listen.port() != 0;
+        rules.that(
+            "metrics_listen",
+            !both,
+            "must be another address than listen",
+        );
         rules.within(
             "tls_reload_period",
             self.reload_period,
@@ -79,7 +94,14 @@ impl GateSettings<'_> {
     /// Whether nothing leaves the machine in plain text.
     #[must_use]
     pub fn is_safe(&self) -> bool {
-        self.listen.ip().is_loopback() || !self.cert.as_os_str().is_empty()
+        self.listen.ip().is_loopback() || self.is_tls()
+    }
+
+    /// Whether no metrics leave the machine in plain text.
+    #[must_use]
+    pub fn metrics_are_safe(&self) -> bool {
+        let addr = self.metrics_listen.0;
+        addr.is_none_or(|addr| addr.ip().is_loopback())
     }
 
     /// The files.

@@ -30,6 +30,9 @@ fn the_tour_with_compose_goes_as_it_is_written() {
     let blocks = shell_blocks(tour);
     assert!(blocks.len() > 4);
 
+    let composed = fs::read_to_string(root().join("docker/compose.yaml")).unwrap();
+    assert!(!composed.contains("ALLOW_PLAIN_TEXT") && !composed.contains("http://vault"));
+
     let dir = tempfile::tempdir().unwrap();
     let shim = dir.path().join("docker");
     fs::write(&shim, SHIM).unwrap();
@@ -48,7 +51,7 @@ fn the_tour_with_compose_goes_as_it_is_written() {
         .env("PATH", path)
         .env("COMPOSE", fs::canonicalize(compose).unwrap())
         .env("PROJECT", &project);
-    for image in ["vault", "capture", "workload"] {
+    for image in ["cli", "vault", "capture", "workload"] {
         let key = format!("TIDEMARK_{}_IMAGE", image.to_uppercase());
         command.env(key, format!("tidemark-{image}:{TAG}"));
     }

@@ -2,13 +2,15 @@
 
 #[path = "containers/fleet.rs"]
 mod fleet;
+#[path = "containers/site.rs"]
+mod site;
 
 use std::fs;
 
 use serde_json::Value;
 
 use crate::programs::wait_for;
-use fleet::{Fleet, NEXT_TAG, build_next_vault, kill_and_restart};
+use fleet::{Fleet, NEXT_TAG, build_next_vault, kill_and_restart, wait_for_log};
 pub(crate) use fleet::{TAG, docker, docker_does, have_images};
 
 #[test]
@@ -49,7 +51,7 @@ async fn three_sources_get_back_what_they_wrote_whatever_is_cut_off_or_killed() 
     if !have_images() {
         return;
     }
-    let fleet = Fleet::start().await;
+    let fleet = Fleet::start(&["north", "east", "west"]).await;
     let mut sources = [
         fleet.source("north", 0xc0).await,
         fleet.source("east", 0xc1).await,
@@ -93,7 +95,7 @@ async fn a_vault_is_replaced_by_another_release_while_intervals_flow() {
         return;
     }
     build_next_vault();
-    let mut fleet = Fleet::start().await;
+    let mut fleet = Fleet::start(&["north"]).await;
     let mut source = fleet.source("north", 0xc3).await;
     for tag in [NEXT_TAG, TAG] {
         source.goes_on();
@@ -116,7 +118,7 @@ async fn a_vault_whose_disk_is_full_keeps_what_it_has_and_goes_on_when_there_is_
         return;
     }
     const DISK: u64 = 64 << 20;
-    let fleet = Fleet::start_with_disk(DISK).await;
+    let fleet = Fleet::start_with_disk(DISK, &["north"]).await;
     let mut source = fleet.source("north", 0xc4).await;
     source.goes_on();
     let kept = source.generation();
@@ -147,5 +149,87 @@ async fn a_vault_whose_disk_is_full_keeps_what_it_has_and_goes_on_when_there_is_
     fs::remove_file(&ballast).unwrap();
     source.goes_on();
     assert_eq!(source.writer().retries(), 0, "no writer ever noticed");
+    source.settle_and_check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn wrong_certificates_are_refused_for_a_reason_that_both_log_and_right_ones_are_taken_by_themselves()
+ {
+    if !have_images() {
+        return;
+    }
+    let fleet = Fleet::start(&["north"]).await;
+    let vault = fleet.vault_name();
+    let mut source = fleet.source("north", 0xc5).await;
+    source.goes_on();
+    let (site, began) = (fleet.site(), source.started_at());
+    // A certificate is shown at the beginning of a connection.
+    site.put_of_another_ca("north");
+    kill_and_restart(&vault, "vault-svc");
+    let refused = |at_the_source: &str, at_the_vault: &str| {
+        source.tells(at_the_source);
+        wait_for_log(&vault, at_the_vault);
+    };
+    refused(
+        "the CA of our certificate is not trusted there",
+        "the peer's certificate is of a CA that is not trusted here",
+    );
+    site.put_expired("north", &[]);
+    refused(
+        "our certificate has expired",
+        "the peer's certificate has expired",
+    );
+    site.put_of_another_name();
+    refused(
+        "the peer's certificate is for another name",
+        "our certificate is not accepted",
+    );
+    site.put_expired("vault", &[&vault]);
+    refused(
+        "the peer's certificate has expired",
+        "our certificate has expired",
+    );
+    site.put_of_another_ca("vault");
+    refused(
+        "the peer's certificate is of a CA that is not trusted here",
+        "the CA of our certificate is not trusted there",
+    );
+    source.writer().wait_for(100);
+    let behind = source.generation();
+    site.put_right("vault");
+    site.put_right("north");
+    source.goes_on();
+    assert!(source.generation() > behind);
+    assert_eq!(source.started_at(), began);
+    assert_eq!(source.writer().retries(), 0, "no writer ever noticed");
+    source.settle_and_check();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_older_copy_of_a_source_is_refused_says_so_and_takes_nothing_away() {
+    if !have_images() {
+        return;
+    }
+    let fleet = Fleet::start(&["north"]).await;
+    let mut source = fleet.source("north", 0xc6).await;
+    source.goes_on();
+    source.stop();
+    let copy = fleet.copy_of(&source).await;
+    source.start();
+    source.goes_on();
+
+    // Its file is another one than the state tells of: somebody has to say that it is meant.
+    copy.json(&["volume", "readopt", "north"]);
+    let output = copy.tidemark(&["ship", "north"]);
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        told.contains("FENCED") && told.contains("another writer"),
+        "{told}"
+    );
+    assert_eq!(copy.show()["uplink"]["state"], "fenced");
+    copy.logs("has another writer");
+
+    source.goes_on();
     source.settle_and_check();
 }

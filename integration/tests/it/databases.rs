@@ -37,6 +37,8 @@ mod tutorial;
 #[path = "databases/world.rs"]
 mod world;
 
+pub(crate) use python::make_agent;
+
 /// How many intervals ship by themselves while a database is written.
 const INTERVALS: usize = 20;
 const NAME: &str = "db";

@@ -2,6 +2,8 @@
 
 use std::{fs, os::unix::net::UnixDatagram, process::Command};
 
+use tidemark_identity::Identities;
+
 use crate::{
     compose::have_python_tool,
     docs::root,
@@ -21,6 +23,65 @@ fn charts_render_as_agreed_fit_every_kubernetes_and_refuse_what_can_not_be_meant
     let told = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{told}{errors}");
+}
+
+fn render(name: &str) -> String {
+    let path = format!("integration/charts/golden/{name}.yaml");
+    fs::read_to_string(root().join(path)).unwrap()
+}
+
+/// A file of a ConfigMap.
+fn file_of(render: &str, name: &str) -> String {
+    let (_, after) = render.split_once(&format!("  {name}: |\n")).unwrap();
+    let lines = after.lines().map_while(|line| line.strip_prefix("    "));
+    lines.map(|line| format!("{line}\n")).collect()
+}
+
+/// The variables of the sidecar whose names begin so.
+fn variables_of<'a>(render: &'a str, prefix: &str) -> Vec<(&'a str, &'a str)> {
+    let name_of = |line: &'a str| line.trim().strip_prefix("- name: ");
+    let value_of = |line: &'a str| Some(line.trim().strip_prefix("value: ")?.trim_matches('"'));
+    let lines: Vec<_> = render.lines().collect();
+    let pairs = lines.windows(2);
+    pairs
+        .filter_map(|pair| Some((name_of(pair[0])?, value_of(pair[1])?)))
+        .filter(|(name, _)| name.starts_with(prefix))
+        .collect()
+}
+
+#[test]
+fn what_the_charts_render_is_what_the_services_understand() {
+    let dir = tempfile::tempdir().unwrap();
+    for (name, has_identities) in [
+        ("tidemark-secret", true),
+        ("tidemark-cert-manager", true),
+        ("tidemark-everything", false),
+        ("tidemark-least", false),
+    ] {
+        let render = render(name);
+        let config = dir.path().join("vault.toml");
+        fs::write(&config, file_of(&render, "vault.toml")).unwrap();
+        let mut vault = program("vault-svc");
+        vault.arg("--config").arg(&config).arg("--print-config");
+        vault.env("VAULT_LISTEN", "0.0.0.0:7402");
+        let output = vault.output().unwrap();
+        assert!(output.status.success(), "{name}: {output:?}");
+        if has_identities {
+            Identities::parse(&file_of(&render, "identities.toml")).unwrap();
+        }
+    }
+    let known = file_of(&render("tidemark-secret"), "identities.toml");
+    let known = Identities::parse(&known).unwrap();
+    assert!(known.named("edge-7").is_some() && known.named("dashboard").is_some());
+    for name in ["nbd", "file", "fuse", "scan"] {
+        let render = render(&format!("example-app-{name}"));
+        let mut capture = program("capture-svc");
+        let variables = variables_of(&render, "CAPTURE_");
+        assert!(variables.len() > 6, "{name}: {variables:?}");
+        capture.envs(variables).arg("--print-config");
+        let output = capture.output().unwrap();
+        assert!(output.status.success(), "{name}: {output:?}");
+    }
 }
 
 /// The units in a folder, with programs that are there.
@@ -71,11 +132,61 @@ fn the_units_are_what_systemd_understands_and_leave_the_services_little() {
             &["security", "--offline=yes", "--threshold=20", &unit],
         );
     }
-    let drop_in = dir.path().join("tidemark-capture.service.d");
-    fs::create_dir(&drop_in).unwrap();
-    let fuse = root().join("packaging/systemd/fuse.conf");
-    fs::copy(fuse, drop_in.join("fuse.conf")).unwrap();
+    let drop_in = |service: &str, name: &str| {
+        let at = dir.path().join(format!("tidemark-{service}.service.d"));
+        fs::create_dir_all(&at).unwrap();
+        let from = root().join("packaging/systemd").join(name);
+        fs::copy(from, at.join(name)).unwrap();
+    };
+    for service in ["vault", "capture"] {
+        drop_in(service, &format!("{service}-tls.conf"));
+        verify(service);
+    }
+    drop_in("capture", "fuse.conf");
     verify("capture");
+}
+
+#[test]
+fn with_the_drop_ins_for_certificates_the_services_are_set_up_as_their_manual_says() {
+    for (service, vault, settings) in [
+        (
+            "vault",
+            "",
+            [
+                r#"listen = "0.0.0.0:7402""#,
+                r#"tls_cert = "/etc/tidemark/vault.crt""#,
+                r#"tls_key = "/run/credentials/vault.key""#,
+                r#"identities = "/etc/tidemark/identities.toml""#,
+            ],
+        ),
+        (
+            "capture",
+            "https://vault.example.com:7402",
+            [
+                r#"vault = "https://vault.example.com:7402""#,
+                r#"vault_ca = "/etc/tidemark/ca.crt""#,
+                r#"vault_cert = "/etc/tidemark/source.crt""#,
+                r#"vault_key = "/run/credentials/source.key""#,
+            ],
+        ),
+    ] {
+        let drop_in = root().join(format!("packaging/systemd/{service}-tls.conf"));
+        let text = fs::read_to_string(drop_in).unwrap();
+        let mut command = program(&format!("{service}-svc"));
+        let variables = text.lines().filter_map(|l| l.strip_prefix("Environment="));
+        for (key, value) in variables.map(|variable| variable.split_once('=').unwrap()) {
+            command.env(key, value.replace("%d", "/run/credentials"));
+        }
+        if !vault.is_empty() {
+            command.env("CAPTURE_VAULT", vault);
+        }
+        let output = command.arg("--print-config").output().unwrap();
+        assert!(output.status.success(), "{service}: {output:?}");
+        let told = String::from_utf8_lossy(&output.stdout);
+        for setting in settings {
+            assert!(told.contains(setting), "{service}: {setting}: {told}");
+        }
+    }
 }
 
 #[test]

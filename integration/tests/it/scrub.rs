@@ -7,7 +7,9 @@ use std::{
 
 use serde_json::Value;
 
-use crate::programs::{Split, args, wait_for};
+use tidemark_integration::scrape::scrape;
+
+use crate::programs::{Split, args, free_addr, wait_for};
 
 fn segments(dir: &Path, found: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(dir).unwrap() {
@@ -33,7 +35,14 @@ fn a_flipped_bit_on_the_vaults_disk_is_found_by_itself_named_and_never_restored(
         .collect();
     fs::write(&file, content).unwrap();
     let mut services = Split::new(dir.path());
-    services.vault_flags = vec!["--scrub-period=300ms".to_owned()];
+    let metrics = free_addr();
+    services.vault_flags = vec![
+        "--scrub-period=300ms".to_owned(),
+        format!("--metrics-listen={metrics}"),
+    ];
+    let measured = |name: &str| {
+        scrape(metrics).value(&format!("tidemark_vault_{name}"), &[("volume", "data")])
+    };
     services.start_vault();
     services.start_capture();
     services
@@ -58,6 +67,8 @@ fn a_flipped_bit_on_the_vaults_disk_is_found_by_itself_named_and_never_restored(
         (scrubbed(&services)["damaged_objects"] == 1).then_some(())
     });
     assert_eq!(services.cli.generations("data")[0]["damaged"], true);
+    assert_eq!(measured("damaged_objects"), 1.0);
+    assert_eq!(measured("damaged_generations"), 1.0);
     let name = segment.strip_prefix(&services.store).unwrap();
     assert!(services.logged().contains(name.to_str().unwrap()));
     let told = services
@@ -75,6 +86,9 @@ fn a_flipped_bit_on_the_vaults_disk_is_found_by_itself_named_and_never_restored(
     wait_for("the scrub to find it sound again", || {
         (scrubbed(&services)["damaged_objects"] == 0).then_some(())
     });
+    assert_eq!(measured("damaged_objects"), 0.0);
+    assert!(measured("scrub_passes_total") >= 3.0);
+    assert!(measured("scrub_bytes_total") > sound["bytes"].as_f64().unwrap());
     let restored = services.cli.restore("data", 1, dir.path());
     assert!(fs::read(restored).unwrap() == fs::read(&file).unwrap());
     services.stop();

@@ -1,7 +1,11 @@
 //! Who gets in, what they may do there, and what becomes of everybody else.
 
+#[path = "security/agents.rs"]
+mod agents;
 #[path = "security/edges.rs"]
 mod edges;
+#[path = "security/expiry.rs"]
+mod expiry;
 #[path = "security/manual.rs"]
 mod manual;
 #[path = "security/refusals.rs"]

@@ -2,7 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tidemark_block::{Checksum128, TableView, digest};
+use tidemark_block::{Checksum128, IntervalHeader, TableView, digest};
 use tidemark_identity::Caller;
 use tidemark_proto::{
     Reason, RpcError,
@@ -25,6 +25,7 @@ use tracing::{Instrument, Span};
 use super::{Service, stopping, to_the_end};
 use crate::{
     error::{of_ingest, of_io},
+    figures::Received,
     ship::{self, Begun, Session, check_term, mark_current, superseded},
     volume::TableAt,
 };
@@ -230,6 +231,33 @@ impl Service {
                 None => return Ok(()),
             },
         };
+        let id = header.volume;
+        let ended = self
+            .receive_interval(header, &mut incoming, answers, caller)
+            .await;
+        // Of a volume that isn't the caller's nothing is counted.
+        if let Ok(volume) = self.vault.own(id, caller) {
+            match &ended {
+                Ok(Some(ended)) => volume.figures.received(*ended),
+                Ok(None) => {}
+                Err(error) if is_interruption(error.reason) => {
+                    volume.figures.received(Received::Interrupted);
+                }
+                Err(_) => volume.figures.received(Received::Refused),
+            }
+        }
+        ended.map(|_| ())
+    }
+
+    /// From the header to the receipt; how that ended, unless the receipt was only asked for again.
+    async fn receive_interval(
+        &self,
+        header: IntervalHeader,
+        incoming: &mut Streaming<ShipRequest>,
+        answers: &Answers,
+        caller: &Caller,
+    ) -> Result<Option<Received>, RpcError> {
+        let idle_max = self.vault.config().stream_idle_max.get();
         let vault = Arc::clone(&self.vault);
         let id = header.volume;
         let span = Span::current();
@@ -238,7 +266,7 @@ impl Service {
         let mut session = match admitted.await? {
             Begun::Committed(receipt) => {
                 let _ = answers.send(Ok(ShipAnswer::Receipt(receipt).into())).await;
-                return Ok(());
+                return Ok(None);
             }
             Begun::Open(session) => session,
         };
@@ -247,7 +275,7 @@ impl Service {
             .send(Ok(ShipAnswer::Ready { durable_end }.into()))
             .await;
         let verify = step!("verify");
-        let sealed = self.receive_frames(&mut session, &mut incoming, answers, idle_max);
+        let sealed = self.receive_frames(&mut session, incoming, answers, idle_max);
         let sealed = sealed.instrument(verify.clone()).await;
         session.tell_verified(&verify);
         if let Err(error) = &sealed {
@@ -270,19 +298,19 @@ impl Service {
                         tracing::warn!(volume = %id, %error, "the checksum table stays behind until it is needed");
                     }
                 });
-                Ok(())
+                Ok(Some(Received::Committed))
             }
             // The connection broke, or the vault stops: what was received is kept for the next try.
             Ok(None) => {
                 span.fail(Reason::Unreachable.as_str(), "the source has gone");
                 session.abandon().await;
-                Ok(())
+                Ok(Some(Received::Interrupted))
             }
             Err(error) => {
                 if error.reason == Reason::StoreFull {
                     self.vault.wake.notify_one();
                 }
-                if matches!(error.reason, Reason::ShuttingDown | Reason::Unreachable) {
+                if is_interruption(error.reason) {
                     session.abandon().await;
                 }
                 Err(error)
@@ -344,6 +372,11 @@ impl Service {
             }
         }
     }
+}
+
+/// What was received is kept for the next try.
+const fn is_interruption(reason: Reason) -> bool {
+    matches!(reason, Reason::ShuttingDown | Reason::Unreachable)
 }
 
 async fn next(incoming: &mut Streaming<ShipRequest>) -> Result<Option<ShipMessage>, RpcError> {

@@ -23,6 +23,7 @@ use vault_core::manifest::{self, Manifest};
 
 use super::{Service, scrub, stopping, to_the_end};
 use crate::{
+    figures::Restored,
     image::{ImageReader, restore},
     volume::Volume,
 };
@@ -98,10 +99,13 @@ impl Vault for Service {
         let (answers, receiver) = mpsc::channel(BATCHES_MAX);
         let mut stop = self.stopping.clone();
         tokio::spawn(async move {
+            let mut bytes = 0;
             let sent = tokio::select! {
-                sent = send_image(reader, header, &answers) => sent,
+                sent = send_image(reader, header, &answers, &mut bytes) => sent,
                 _ = stop.wait_for(|stop| *stop) => Err(stopping()),
             };
+            let ended = sent.as_ref().map_or(Restored::Failed, |ended| *ended);
+            volume.figures.restored(ended, bytes);
             if let Err(error) = sent {
                 let _ = answers.send(Err(error.into())).await;
             }
@@ -166,11 +170,13 @@ impl Service {
     }
 }
 
+/// Sends all of an image; `bytes` are those of its frames, as far as it came.
 async fn send_image(
     reader: Arc<ImageReader>,
     header: RestoreHeader,
     answers: &mpsc::Sender<Result<RestoreResponse, Status>>,
-) -> Result<(), RpcError> {
+    bytes: &mut u64,
+) -> Result<Restored, RpcError> {
     let message = |message| {
         Ok(RestoreResponse {
             message: Some(message),
@@ -181,25 +187,28 @@ async fn send_image(
         .await
         .is_err()
     {
-        return Ok(());
+        return Ok(Restored::Abandoned);
     }
     let mut blocks_sent = 0;
     let mut batches = std::pin::pin!(restore::batches(reader));
     while let Some(batch) = batches.next().await {
         let batch = batch?;
         blocks_sent += batch.blocks;
+        let length = batch.batch.frames.len() as u64;
         if answers
             .send(message(Message::Frames(batch.batch.into())))
             .await
             .is_err()
         {
-            return Ok(());
+            return Ok(Restored::Abandoned);
         }
+        *bytes += length;
     }
-    let _ = answers
-        .send(message(Message::End(RestoreEnd { blocks_sent })))
-        .await;
-    Ok(())
+    let end = message(Message::End(RestoreEnd { blocks_sent }));
+    match answers.send(end).await {
+        Ok(()) => Ok(Restored::Completed),
+        Err(_) => Ok(Restored::Abandoned),
+    }
 }
 
 fn volume_message(volume: &Volume) -> VolumeMessage {

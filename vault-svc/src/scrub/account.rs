@@ -111,6 +111,14 @@ pub(crate) struct ScrubCounts {
     pub(crate) progress: Progress,
     /// Objects that are damaged as far as known, and have not been repaired.
     pub(crate) damaged: u64,
+    /// Generations that can't be read whole, as far as known.
+    pub(crate) damaged_generations: u64,
+    /// Objects that were written again.
+    pub(crate) repaired: u64,
+    /// Bytes that were read by any pass.
+    pub(crate) bytes: u64,
+    /// Passes that ended early.
+    pub(crate) failures: u64,
 }
 
 /// The account of one volume.
@@ -163,6 +171,23 @@ impl Account {
         self.state.lock().counts.progress = progress;
     }
 
+    /// So many bytes were read.
+    pub(super) fn read(&self, bytes: u64) {
+        self.state.lock().counts.bytes += bytes;
+    }
+
+    /// A pass has ended early.
+    pub(super) fn failed(&self) {
+        self.state.lock().counts.failures += 1;
+    }
+
+    /// A damaged object has been written again.
+    pub(super) fn repaired(&self, object: &str) {
+        let mut state = self.state.lock();
+        state.damaged.remove(object);
+        state.counts.repaired += 1;
+    }
+
     /// An object is as it was written, or has been written again, or deleted.
     pub(crate) fn sound(&self, object: &str) {
         self.state.lock().damaged.remove(object);
@@ -192,8 +217,13 @@ impl Account {
     /// Counts, as of now.
     pub(crate) fn counts(&self) -> ScrubCounts {
         let state = self.state.lock();
+        let damaged = state.damaged.len() as u64;
         ScrubCounts {
-            damaged: state.damaged.len() as u64,
+            damaged,
+            damaged_generations: match damaged {
+                0 => 0,
+                _ => state.generations.len() as u64,
+            },
             ..state.counts
         }
     }

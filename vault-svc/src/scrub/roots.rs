@@ -35,7 +35,7 @@ impl Pass<'_> {
 
     /// So many bytes of an object that is no segment were read.
     async fn read_beside(&mut self, bytes: u64) {
-        self.found.progress.bytes += bytes;
+        self.has_read(bytes);
         self.found.progress.bytes_total += bytes;
         (self.told)(self.found.progress);
         self.pace.spent_beside(bytes).await;

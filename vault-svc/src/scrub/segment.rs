@@ -209,7 +209,7 @@ impl Pass<'_> {
     }
 
     async fn read(&mut self, bytes: u64) {
-        self.found.progress.bytes += bytes;
+        self.has_read(bytes);
         (self.told)(self.found.progress);
         self.pace.spent(bytes).await;
     }

@@ -90,6 +90,29 @@ fn is_staged(name: &str) -> bool {
         .is_some_and(|(_, number)| !number.is_empty() && number.bytes().all(|c| c.is_ascii_digit()))
 }
 
+/// Room on a file system.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Space {
+    /// All of it, in bytes.
+    pub size: u64,
+    /// What is left for everybody, in bytes.
+    pub available: u64,
+}
+
+impl Space {
+    /// Of the file system that the directory is on. Blocks.
+    ///
+    /// # Errors
+    /// The directory can't be looked at.
+    pub fn of(dir: &Path) -> io::Result<Self> {
+        let stat = rustix::fs::statvfs(dir)?;
+        Ok(Self {
+            size: stat.f_blocks.saturating_mul(stat.f_frsize),
+            available: stat.f_bavail.saturating_mul(stat.f_frsize),
+        })
+    }
+}
+
 /// Room set aside, so that retire and reclaim work on a full disk.
 #[derive(Debug, Clone)]
 pub struct Reserve {

@@ -18,6 +18,12 @@ impl<M: Media> Capture<M> {
         self.table.lock().snapshots.snapshots.clone()
     }
 
+    /// How many there are; none where that would have to wait, for the disk perhaps.
+    pub fn snapshot_count_now(&self) -> Option<usize> {
+        let table = self.table.try_lock()?;
+        Some(table.snapshots.snapshots.len())
+    }
+
     /// Records how good the moment of a snapshot's cut was, and why no better.
     ///
     /// # Errors

@@ -437,6 +437,13 @@ impl Spool {
         let allocation = self.allocation.lock();
         (allocation.entries.used, allocation.slots.used)
     }
+
+    /// As [`Self::used`]; none where that would have to wait, for the disk perhaps.
+    #[must_use]
+    pub fn used_now(&self) -> Option<(u64, u64)> {
+        let allocation = self.allocation.try_lock()?;
+        Some((allocation.entries.used, allocation.slots.used))
+    }
 }
 
 /// Whether one of the cuts (ascending) reads a before-image of `epoch`; the block's last one before it is of `from`.

@@ -311,6 +311,7 @@ fn start(
         activity: super::Activity::new(),
         cutting: parking_lot::Mutex::default(),
         last_flip: parking_lot::Mutex::default(),
+        seen: super::Seen::default(),
         relieving: parking_lot::Mutex::default(),
         disk_full_told: AtomicBool::new(false),
         settled: super::Signal::default(),

@@ -13,12 +13,13 @@ import fcntl
 import os
 import sqlite3
 import subprocess
+import sys
 import threading
 import time
 
 import grpc
 from tidemark.common.v1.common_pb2 import Coherence
-from tidemark_agent import Agent, Gone, Workload
+from tidemark_agent import Agent, Files, Gone, Workload
 
 # linux/fs.h
 FIFREEZE = 0xC0045877
@@ -113,6 +114,10 @@ def hint(agent, volume, workload):
 def main():
     parser = argparse.ArgumentParser(description="Quiesces an SQLite database for Tidemark.")
     parser.add_argument("--capture", default="http://127.0.0.1:7401", help="URL of the capture service")
+    parser.add_argument("--tls-ca", metavar="FILE", help="CAs that its certificate must be of; an https URL needs it")
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate that says who the agent is")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key")
+    parser.add_argument("--token-file", metavar="FILE", help="token that says who the agent is, in place of a certificate")
     parser.add_argument("--volume", required=True, help="name or UUID of the volume that the database is on")
     parser.add_argument("--database", required=True, help="its file")
     parser.add_argument("--mount", help="where its filesystem is mounted, to freeze that too")
@@ -124,24 +129,28 @@ def main():
         thaw_filesystem(left)
         os.close(left)
 
+    files = Files(arguments.tls_ca, arguments.tls_cert, arguments.tls_key, arguments.token_file)
     first = True
     while True:
-        agent = Agent(
-            arguments.capture,
-            "sqlite",
-            [arguments.volume],
-            Sqlite(arguments.database, arguments.mount),
-        )
-
-        def attached():
-            print("attached", flush=True)
-            if first and arguments.hint:
-                own = Sqlite(arguments.database, arguments.mount)
-                threading.Thread(target=hint, args=(agent, arguments.volume, own), daemon=True).start()
-
         try:
+            agent = Agent(
+                arguments.capture,
+                "sqlite",
+                [arguments.volume],
+                Sqlite(arguments.database, arguments.mount),
+                files,
+            )
+
+            def attached(agent=agent, hints=first and arguments.hint):
+                print("attached", flush=True)
+                if hints:
+                    own = Sqlite(arguments.database, arguments.mount)
+                    threading.Thread(target=hint, args=(agent, arguments.volume, own), daemon=True).start()
+
             agent.serve(attached)
-        except (grpc.RpcError, Gone) as error:
+        except ValueError as error:
+            sys.exit(f"sqlite_agent: {error}")
+        except (grpc.RpcError, OSError, Gone) as error:
             print("attach again:", error, flush=True)
         first = False
         time.sleep(0.5)

@@ -4,9 +4,13 @@ say itself that a moment is good. README.md beside this file says how to get the
 Whatever ends a session thaws the workload: a service that dies never leaves it frozen.
 """
 
+import ipaddress
 import queue
 import threading
 import time
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import grpc
 from tidemark.capture.v1.capture_pb2 import AttachRequest, Frozen, Hello, Hint, Refused
@@ -41,11 +45,52 @@ class Workload:
         raise NotImplementedError
 
 
-class Agent:
-    """One session with the capture service at `address` ("http://HOST:PORT"), as the one who quiesces these volumes."""
+class Files(NamedTuple):
+    """Says who the agent is, and whom it trusts, where the service asks (docs/SECURITY.md); read anew for each session."""
 
-    def __init__(self, address, name, volumes, workload):
-        self._channel = grpc.insecure_channel(address.removeprefix("http://"), options=OPTIONS)
+    # CAs that the service's certificate must be of: https needs it.
+    ca: str | None = None
+    # The agent's certificate with its chain, and its key; both or neither.
+    cert: str | None = None
+    key: str | None = None
+    # The agent's token, in place of a certificate.
+    token: str | None = None
+
+
+def is_loopback(host):
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def connect(address, files):
+    """A channel to "https://HOST:PORT", or to "http://HOST:PORT" of this machine. Raises ValueError or OSError where the
+    address or a file can't be used."""
+    url = urlsplit(address)
+    if url.scheme == "http":
+        if not is_loopback(url.hostname):
+            raise ValueError(f"{address} is another machine, and the connection would be plain text: write https")
+        return grpc.insecure_channel(url.netloc, options=OPTIONS)
+    if url.scheme != "https":
+        raise ValueError(f"{address} is no address of a capture service: write https://HOST:PORT or http://HOST:PORT")
+    if files.ca is None:
+        raise ValueError(f"{address} needs the CAs that its certificate must be of")
+    if (files.cert is None) != (files.key is None):
+        raise ValueError("a certificate and its key go together")
+    ca, key, cert = (None if name is None else Path(name).read_bytes() for name in (files.ca, files.key, files.cert))
+    return grpc.secure_channel(url.netloc, grpc.ssl_channel_credentials(ca, key, cert), options=OPTIONS)
+
+
+class Agent:
+    """One session with the capture service at `address` ("https://HOST:PORT", "http://HOST:PORT"), as the one who quiesces
+    these volumes. Raises as `connect` does."""
+
+    def __init__(self, address, name, volumes, workload, files=Files()):
+        self._metadata = []
+        if files.token is not None:
+            self._metadata.append(("authorization", "Bearer " + Path(files.token).read_text().strip()))
+        self._channel = connect(address, files)
         self._hello = Hello(name=name, volumes=volumes)
         self._workload = workload
         # What is to be sent: None is the end.
@@ -63,7 +108,7 @@ class Agent:
             self._workload.thaw(volume)
         # Volume, and until when it is held, by the number of the freeze.
         held = {}
-        call = CoherenceStub(self._channel).Attach(iter(self._out.get, None))
+        call = CoherenceStub(self._channel).Attach(iter(self._out.get, None), metadata=self._metadata)
         self._send(hello=self._hello)
         reader = threading.Thread(target=self._read, args=(call,), daemon=True)
         reader.start()

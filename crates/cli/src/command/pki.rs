@@ -1,6 +1,6 @@
 //! `tidemark pki`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 use rcgen::KeyPair;
@@ -26,7 +26,8 @@ const TOKEN_BYTES: usize = 32;
 struct PkiCa {
     certificate: String,
     key: String,
-    valid_until: Moment,
+    /// Null where the CA was there already.
+    valid_until: Option<Moment>,
 }
 
 #[derive(Debug, Serialize)]
@@ -38,37 +39,49 @@ struct PkiIdentity {
     certificate: Option<String>,
     key: Option<String>,
     token_file: Option<String>,
+    /// Null for a token, and where the certificate was there already.
     valid_until: Option<Moment>,
     /// Empty where it has no roles, and isn't in the file.
     identities: String,
+    copied_to: Option<String>,
 }
 
 pub(super) fn run(global: &Global, command: PkiCommand) -> Result<(), Failure> {
     match command {
-        PkiCommand::Init { dir } => init(global, &Folder::at(dir)),
+        PkiCommand::Init { dir, if_missing } => init(global, &Folder::at(dir), if_missing),
         PkiCommand::Issue(args) => issue(global, args),
         PkiCommand::Token(args) => token(global, args),
     }
 }
 
-fn init(global: &Global, folder: &Folder) -> Result<(), Failure> {
+fn init(global: &Global, folder: &Folder, if_missing: bool) -> Result<(), Failure> {
     folder.create()?;
     let (certificate, key) = (folder.ca_certificate(), folder.ca_key());
-    for path in [&certificate, &key] {
-        folder.need_absent(
-            path,
-            "there is a CA in this folder already: use it, or name another folder",
-        )?;
-    }
-    let authority = Authority::new()?;
-    let issued = authority.certificate(Timestamp::now())?;
-    folder.write_secret(&key, &authority.key())?;
-    folder.write_public(&certificate, &issued.certificate)?;
-    let made = PkiCa {
+    let mut made = PkiCa {
         certificate: shown(&certificate),
         key: shown(&key),
-        valid_until: Moment(issued.valid_until),
+        valid_until: None,
     };
+    if if_missing && folder.has(&certificate) && folder.has(&key) {
+        return output::print(global.json, &made, "the CA is there already\n");
+    }
+    let authority = if if_missing && folder.has(&key) {
+        // Somebody was interrupted here before.
+        Authority::of_key(&folder.read(&key, INIT_FIRST)?)?
+    } else {
+        for path in [&certificate, &key] {
+            folder.need_absent(
+                path,
+                "there is a CA in this folder already: use it, or name another folder",
+            )?;
+        }
+        let authority = Authority::new()?;
+        folder.write_secret(&key, &authority.key())?;
+        authority
+    };
+    let issued = authority.certificate(Timestamp::now())?;
+    folder.write_public(&certificate, &issued.certificate)?;
+    made.valid_until = Some(Moment(issued.valid_until));
     let text = format!(
         "the CA is made\n\
          \x20 {}   everybody gets a copy\n\
@@ -103,23 +116,31 @@ fn issue(global: &Global, args: PkiIssueArgs) -> Result<(), Failure> {
     let identity = identity(&args.grant, None)?;
     // What can't be written there is found out before there is a certificate.
     folder.identities()?;
-    let pair = if args.renew {
-        let text = folder.read(&key, "there is nothing to renew: leave out --renew")?;
-        KeyPair::from_pem(&text).map_err(|error| no_key(&key, &error))?
+    let valid_until = if args.if_missing && folder.has(&certificate) {
+        folder.read(&key, "remove the certificate, too, and both are made anew")?;
+        None
     } else {
-        for path in [&certificate, &key] {
-            folder.need_absent(path, "for a new certificate of the same key give --renew")?;
+        let pair = pair(&folder, &certificate, &key, &args)?;
+        let issued = authority.issue(&subject, &pair, Timestamp::now())?;
+        if args.renew {
+            folder.replace(&certificate, &issued.certificate)?;
+        } else {
+            if !folder.has(&key) {
+                folder.write_secret(&key, &pair.serialize_pem())?;
+            }
+            folder.write_public(&certificate, &issued.certificate)?;
         }
-        KeyPair::generate().map_err(|error| no_key(&key, &error))?
+        Some(Moment(issued.valid_until))
     };
-    let issued = authority.issue(&subject, &pair, Timestamp::now())?;
-    if args.renew {
-        folder.replace(&certificate, &issued.certificate)?;
-    } else {
-        folder.write_secret(&key, &pair.serialize_pem())?;
-        folder.write_public(&certificate, &issued.certificate)?;
-    }
     let identities = put(&folder, identity)?;
+    if let Some(dir) = &args.copy_to {
+        let mut paths = vec![folder.ca_certificate(), certificate.clone(), key.clone()];
+        let known = folder.path(IDENTITIES);
+        if !args.host.is_empty() && folder.has(&known) {
+            paths.push(known);
+        }
+        copy(&folder, &paths, &Folder::at(dir.clone()))?;
+    }
     let made = PkiIdentity {
         name,
         roles: args.grant.role,
@@ -128,10 +149,33 @@ fn issue(global: &Global, args: PkiIssueArgs) -> Result<(), Failure> {
         certificate: Some(shown(&certificate)),
         key: Some(shown(&key)),
         token_file: None,
-        valid_until: Some(Moment(issued.valid_until)),
+        valid_until,
         identities,
+        copied_to: args.copy_to.as_deref().map(shown),
     };
     output::print(global.json, &made, &described(&folder, &made))
+}
+
+fn copy(folder: &Folder, paths: &[PathBuf], to: &Folder) -> Result<(), Failure> {
+    to.create()?;
+    paths.iter().try_for_each(|path| folder.copy(path, to))
+}
+
+/// The key that a certificate is made for: a new one, or the one that is there.
+fn pair(
+    folder: &Folder,
+    certificate: &Path,
+    key: &Path,
+    args: &PkiIssueArgs,
+) -> Result<KeyPair, Failure> {
+    if args.renew || (args.if_missing && folder.has(key)) {
+        let text = folder.read(key, "there is nothing to renew: leave out --renew")?;
+        return KeyPair::from_pem(&text).map_err(|error| no_key(key, &error));
+    }
+    for path in [certificate, key] {
+        folder.need_absent(path, "for a new certificate of the same key give --renew")?;
+    }
+    KeyPair::generate().map_err(|error| no_key(key, &error))
 }
 
 fn token(global: &Global, args: PkiTokenArgs) -> Result<(), Failure> {
@@ -181,6 +225,7 @@ fn token(global: &Global, args: PkiTokenArgs) -> Result<(), Failure> {
         token_file: Some(shown(&path)),
         valid_until: None,
         identities,
+        copied_to: None,
     };
     output::print(global.json, &made, &described(&folder, &made))
 }
@@ -239,17 +284,23 @@ fn described(folder: &Folder, made: &PkiIdentity) -> String {
     let mut text = format!("{}: roles {}", made.name, Roles::of(&made.roles));
     if let Some(valid_until) = &made.valid_until {
         text += &format!(", valid until {}", valid_until.0.strftime("%F"));
+    } else if made.certificate.is_some() {
+        text += ", the certificate is there already";
     }
-    text += &format!(
-        "\ncopy to where {} runs:\n  {}\n",
-        made.name,
-        shown(&folder.ca_certificate())
-    );
-    for path in [&made.certificate, &made.key, &made.token_file]
-        .into_iter()
-        .flatten()
-    {
-        text += &format!("  {path}\n");
+    if let Some(dir) = &made.copied_to {
+        text += &format!("\nwhat {} needs is copied to {dir}\n", made.name);
+    } else {
+        text += &format!(
+            "\ncopy to where {} runs:\n  {}\n",
+            made.name,
+            shown(&folder.ca_certificate())
+        );
+        for path in [&made.certificate, &made.key, &made.token_file]
+            .into_iter()
+            .flatten()
+        {
+            text += &format!("  {path}\n");
+        }
     }
     if !made.identities.is_empty() {
         text += &format!(

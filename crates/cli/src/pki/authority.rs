@@ -149,6 +149,11 @@ fn set_validity(
     let ends = now.checked_add(valid).map_err(out_of_range)?;
     let date = |at: Timestamp| at.to_zoned(TimeZone::UTC).date();
     let (first, last) = (date(begins), date(ends));
+    if last <= date(now) {
+        return Err(usage(
+            "a certificate is valid for whole days: give it at least one",
+        ));
+    }
     let day = |of: jiff::civil::Date| {
         let (month, day) = (of.month().unsigned_abs(), of.day().unsigned_abs());
         date_time_ymd(of.year().into(), month, day)
@@ -218,6 +223,9 @@ mod tests {
         assert_eq!(params.not_before, date_time_ymd(2026, 11, 28));
         assert_eq!(params.not_after, date_time_ymd(2027, 11, 29));
         let forever = Duration::from_secs(u64::MAX / 2);
-        assert!(set_validity(&mut params, now, forever).is_err());
+        for valid in [forever, Duration::ZERO, Duration::from_secs(3600)] {
+            assert!(set_validity(&mut params, now, valid).is_err(), "{valid:?}");
+        }
+        set_validity(&mut params, now, Duration::from_secs(DAY_SECS)).unwrap();
     }
 }

@@ -23,7 +23,7 @@ const HEADER: &str =
 const SECRET_MODE: u32 = 0o600;
 const PUBLIC_MODE: u32 = 0o644;
 
-/// The folder of a CA.
+/// A folder of a CA, or of what somebody has of it.
 #[derive(Debug, Clone)]
 pub struct Folder(PathBuf);
 
@@ -62,11 +62,17 @@ impl Folder {
     }
 
     /// Whether a file is there.
+    #[must_use]
+    pub fn has(&self, path: &Path) -> bool {
+        path.symlink_metadata().is_ok()
+    }
+
+    /// Whether a file is there.
     ///
     /// # Errors
     /// `OUTPUT_EXISTS`: it is.
     pub fn need_absent(&self, path: &Path, action: &str) -> Result<(), Failure> {
-        if path.symlink_metadata().is_err() {
+        if !self.has(path) {
             return Ok(());
         }
         Err(Failure::new(
@@ -114,6 +120,16 @@ impl Folder {
     pub fn replace(&self, path: &Path, text: &str) -> Result<(), Failure> {
         durable::write_file(path, text.as_bytes())
             .map_err(|error| Failure::io(format_args!("write {}", path.display()), &error))
+    }
+
+    /// Copies a file of this folder to another one, in the place of what is there. Only its owner may read the copy.
+    ///
+    /// # Errors
+    /// It can't be read or written.
+    pub fn copy(&self, path: &Path, to: &Self) -> Result<(), Failure> {
+        let text = self.read(path, "issue the certificate first")?;
+        let name = path.file_name().unwrap_or_default();
+        to.replace(&to.0.join(name), &text)
     }
 
     /// Reads a text.

@@ -26,6 +26,11 @@ fn done(dir: &Path, args: &[&str]) -> Value {
 /// Fails with this exit code and reason, and changes nothing.
 fn refused(dir: &Path, args: &[&str], code: i32, reason: &str) {
     let before = contents(dir);
+    refused_in(dir, args, code, reason);
+    assert_eq!(contents(dir), before, "{args:?}");
+}
+
+fn refused_in(dir: &Path, args: &[&str], code: i32, reason: &str) {
     let output = pki(dir, args);
     assert_eq!(
         output.status.code(),
@@ -35,7 +40,6 @@ fn refused(dir: &Path, args: &[&str], code: i32, reason: &str) {
     );
     let told: Value = serde_json::from_str(&stderr(&output)).unwrap();
     assert_eq!(told["error"]["reason"], reason, "{told}");
-    assert_eq!(contents(dir), before, "{args:?}");
 }
 
 fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
@@ -43,7 +47,8 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
         let bytes = fs::read(dir.join(&name)).unwrap();
         (name, bytes)
     };
-    names(dir).into_iter().map(read).collect()
+    let is_file = |name: &String| dir.join(name).is_file();
+    names(dir).into_iter().filter(is_file).map(read).collect()
 }
 
 fn identities(dir: &Path) -> Identities {
@@ -130,6 +135,59 @@ fn nothing_is_overwritten_and_a_renewed_certificate_has_the_same_key() {
         .map(|(before, _)| before.0.clone())
         .collect();
     assert_eq!(changed, ["edge-7.crt"]);
+}
+
+#[test]
+fn what_may_be_run_at_each_start_keeps_what_is_there_and_ends_what_was_interrupted() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let init = ["init", ".", "--if-missing"];
+    let vault = ["issue", "vault", "--host", "vault", "--if-missing"];
+    let vault = [&vault[..], &["--copy-to", "to/vault"]].concat();
+    let edge = ["issue", "edge-7", "--role", "source", "--volume", "*"];
+    let edge = [&edge[..], &["--if-missing", "--copy-to", "to/edge-7"]].concat();
+    let all = [&init[..], &edge, &vault];
+    let whole = || {
+        let folders = [at.to_owned(), at.join("to/vault"), at.join("to/edge-7")];
+        folders
+            .iter()
+            .flat_map(|of| contents(of))
+            .collect::<Vec<_>>()
+    };
+    for args in all {
+        assert!(!done(at, args)["valid_until"].is_null(), "{args:?}");
+    }
+    // A service has the identities too; the CA's key has nobody.
+    let own = ["ca.crt", "edge-7.crt", "edge-7.key"];
+    assert_eq!(names(&at.join("to/edge-7")), own);
+    let service = ["ca.crt", "identities.toml", "vault.crt", "vault.key"];
+    assert_eq!(names(&at.join("to/vault")), service);
+    let key = fs::metadata(at.join("to/vault/vault.key")).unwrap();
+    assert_eq!(key.permissions().mode() & 0o777, 0o600);
+    let before = whole();
+    for args in all {
+        assert!(done(at, args)["valid_until"].is_null(), "{args:?}");
+    }
+    assert_eq!(whole(), before);
+
+    // Keys are written first: certificates of them follow, and copies that are lost are made again.
+    let keys = |of: &[(String, Vec<u8>)]| {
+        let keys = of.iter().filter(|(name, _)| name.ends_with(".key"));
+        keys.cloned().collect::<Vec<_>>()
+    };
+    for name in ["ca.crt", "edge-7.crt", "to/vault/vault.key"] {
+        fs::remove_file(at.join(name)).unwrap();
+    }
+    for args in all {
+        done(at, args);
+    }
+    assert_eq!(keys(&whole()), keys(&before));
+    fs::remove_file(at.join("edge-7.key")).unwrap();
+    refused_in(at, &edge, 3, "PKI_NOT_FOUND");
+    fs::remove_file(at.join("ca.key")).unwrap();
+    refused_in(at, &init, 4, "OUTPUT_EXISTS");
+    let both = pki(at, &[&vault[..], &["--renew"]].concat());
+    assert_eq!(both.status.code(), Some(2));
 }
 
 #[test]

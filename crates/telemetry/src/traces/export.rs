@@ -24,7 +24,10 @@ use opentelemetry_sdk::{
 };
 use parking_lot::Mutex;
 use tokio::runtime::{Builder, Handle, Runtime};
-use tonic::metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap};
+use tonic::{
+    metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap},
+    transport::{Channel, Endpoint},
+};
 
 use super::settings::Collector;
 
@@ -171,20 +174,31 @@ impl Exporting {
     }
 }
 
-fn otlp(collector: &Collector, runtime: &Runtime) -> Result<Otlp> {
-    // The connection belongs to the runtime that it is made in.
-    let _entered = runtime.enter();
-    let channel =
-        tidemark_tls::dial_lazily(&collector.endpoint, collector.ca.as_deref(), |endpoint| {
+impl Collector {
+    /// A connection that is made when it is first used, and what is shown over it. It belongs to the runtime that this is
+    /// called in.
+    ///
+    /// # Errors
+    /// A file can't be used.
+    pub(crate) fn dial(&self) -> Result<(Channel, MetadataMap)> {
+        let tune = |endpoint: Endpoint| {
             endpoint
                 .connect_timeout(CONNECT_MAX)
                 .timeout(BATCH_TIME_MAX)
-        })
-        .context("otlp_endpoint")?;
-    let headers = match &collector.headers_file {
-        Some(path) => headers(path)?,
-        None => MetadataMap::new(),
-    };
+        };
+        let channel = tidemark_tls::dial_lazily(&self.endpoint, self.ca.as_deref(), tune)
+            .context("otlp_endpoint")?;
+        let headers = match &self.headers_file {
+            Some(path) => headers(path)?,
+            None => MetadataMap::new(),
+        };
+        Ok((channel, headers))
+    }
+}
+
+fn otlp(collector: &Collector, runtime: &Runtime) -> Result<Otlp> {
+    let _entered = runtime.enter();
+    let (channel, headers) = collector.dial()?;
     Otlp::builder()
         .with_tonic()
         .with_channel(channel)

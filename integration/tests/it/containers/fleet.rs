@@ -1,4 +1,5 @@
-//! The images as containers: one vault, several sources, a network of their own. Whatever a test starts ends with it.
+//! The images as containers: one vault, several sources, a network of their own, and certificates between them. Whatever a
+//! test starts ends with it.
 //!
 //! Nothing is published: the command runs inside the containers, as it does for whoever operates them, and the sockets
 //! and files of a source are in a folder of this machine that is mounted into it.
@@ -18,13 +19,14 @@ use std::{
 use serde_json::Value;
 use testcontainers::{
     ContainerAsync, GenericImage, ImageExt,
-    core::{Healthcheck, Mount, WaitFor},
+    core::{AccessMode::ReadOnly, Healthcheck, Mount, WaitFor},
     runners::AsyncRunner,
 };
 
+use super::site::Site;
 use crate::{
     docs::root,
-    programs::{bin_dir, wait_for},
+    programs::{args, bin_dir, run, wait_for},
     workload::{Writer, seed},
 };
 
@@ -105,6 +107,7 @@ pub(crate) struct Fleet {
     /// None while it is down.
     vault: Option<Container>,
     vault_state: VaultState,
+    site: Option<Site>,
     // Late, so that the containers end before it goes.
     dir: tempfile::TempDir,
 }
@@ -117,30 +120,38 @@ enum VaultState {
 }
 
 impl Fleet {
-    pub(crate) async fn start() -> Self {
-        Self::start_with(VaultState::Folder).await
+    /// With a certificate for each of the sources.
+    pub(crate) async fn start(sources: &[&str]) -> Self {
+        Self::start_with(VaultState::Folder, sources).await
     }
 
     /// The vault has a disk of so many bytes.
-    pub(crate) async fn start_with_disk(bytes: u64) -> Self {
-        Self::start_with(VaultState::Bounded(bytes)).await
+    pub(crate) async fn start_with_disk(bytes: u64, sources: &[&str]) -> Self {
+        Self::start_with(VaultState::Bounded(bytes), sources).await
     }
 
-    async fn start_with(vault_state: VaultState) -> Self {
+    async fn start_with(vault_state: VaultState, sources: &[&str]) -> Self {
         static COUNT: AtomicUsize = AtomicUsize::new(0);
         let count = COUNT.fetch_add(1, Relaxed);
         let mut fleet = Self {
             name: format!("tidemark-it-{}-{count}", std::process::id()),
             vault: None,
             vault_state,
+            site: None,
             dir: tempfile::tempdir().unwrap(),
         };
+        let site = Site::new(fleet.folder("site"), fleet.vault_name(), sources);
+        fleet.site = Some(site);
         fleet.start_vault(TAG).await;
         fleet
     }
 
     pub(crate) fn vault_name(&self) -> String {
         format!("{}-vault", self.name)
+    }
+
+    pub(crate) fn site(&self) -> &Site {
+        self.site.as_ref().unwrap()
     }
 
     fn network(&self) -> String {
@@ -162,7 +173,12 @@ impl Fleet {
             .with_container_name(self.vault_name())
             .with_readonly_rootfs(true)
             .with_cap_drop("ALL")
-            .with_env_var("VAULT_ALLOW_PLAIN_TEXT", "true")
+            .with_env_var("VAULT_TLS_CERT", "/etc/tidemark/vault.crt")
+            .with_env_var("VAULT_TLS_KEY", "/etc/tidemark/vault.key")
+            .with_env_var("VAULT_TLS_CA", "/etc/tidemark/ca.crt")
+            .with_env_var("VAULT_IDENTITIES", "/etc/tidemark/identities.toml")
+            .with_env_var("VAULT_TLS_RELOAD_PERIOD", "100ms")
+            .with_mount(bind(&self.site().of("vault"), "/etc/tidemark").with_access_mode(ReadOnly))
             .with_env_var("VAULT_RETAIN", "64")
             .with_env_var("VAULT_RESERVE_BYTES", "4MiB")
             .with_health_check(healthcheck("vault-svc"));
@@ -171,7 +187,7 @@ impl Fleet {
             VaultState::Folder => {
                 let folder = self.folder("vault");
                 request
-                    .with_mount(Mount::bind_mount(folder.to_str().unwrap(), at))
+                    .with_mount(bind(&folder, at))
                     .with_host_config_modifier(|config| config.publish_all_ports = Some(false))
             }
             VaultState::Bounded(bytes) => request.with_host_config_modifier(move |config| {
@@ -191,50 +207,86 @@ impl Fleet {
         vault.rm().await.unwrap();
     }
 
-    /// A source with the volume `data`, and a writer on it.
+    /// A source with a volume of its own name, and a writer on it.
     pub(crate) async fn source(&self, name: &str, number: u64) -> Source {
-        let dir = self.folder(name);
-        let folder = |below: &str| {
-            let folder = self.folder(&format!("{name}/{below}"));
-            folder.to_str().unwrap().to_owned()
-        };
-        let vault = format!("http://{}:7402", self.vault_name());
-        let container_name = format!("{}-{name}", self.name);
-        let container = GenericImage::new("tidemark-capture", TAG)
+        let mut source = self.start_source(name, name).await;
+        source.protect();
+        let socket = source.dir.join("run/nbd.sock");
+        source.writer = Some(Writer::start(socket, name, SIZE, seed(number)));
+        source
+    }
+
+    /// Another source with the state, the volume and the certificate that this one has now.
+    pub(crate) async fn copy_of(&self, source: &Source) -> Source {
+        let copy = format!("{}-copy", source.volume);
+        for below in ["state", "volumes"] {
+            copy_tree(
+                &source.dir.join(below),
+                &self.folder(&format!("{copy}/{below}")),
+            );
+        }
+        self.start_source(&source.volume, &copy).await
+    }
+
+    /// The capture service that is called `name`, with the folders of `place`.
+    async fn start_source(&self, name: &str, place: &str) -> Source {
+        let dir = self.folder(place);
+        let folder = |below: &str| self.folder(&format!("{place}/{below}"));
+        let vault = format!("https://{}:7402", self.vault_name());
+        let container_name = format!("{}-{place}", self.name);
+        let mut request = GenericImage::new("tidemark-capture", TAG)
             .with_wait_for(WaitFor::healthcheck())
             .with_network(self.network())
             .with_container_name(&container_name)
             .with_readonly_rootfs(true)
             .with_cap_drop("ALL")
-            .with_env_var("CAPTURE_ALLOW_PLAIN_TEXT", "true")
-            .with_env_var("TIDEMARK_ALLOW_PLAIN_TEXT", "true")
             .with_env_var("CAPTURE_VAULT", &vault)
-            .with_env_var("TIDEMARK_VAULT", &vault)
             .with_env_var("CAPTURE_SOURCE_NAME", name)
             .with_env_var("CAPTURE_INTERVAL_MAX", "300ms")
             .with_env_var("CAPTURE_LULL_WAIT_MAX", "0s")
             .with_env_var("CAPTURE_BACKOFF_MAX", "500ms")
-            .with_mount(Mount::bind_mount(folder("state"), "/var/lib/tidemark"))
-            .with_mount(Mount::bind_mount(folder("run"), "/run/tidemark"))
-            .with_mount(Mount::bind_mount(folder("volumes"), "/volumes"))
+            .with_env_var("TIDEMARK_VAULT", &vault)
+            .with_mount(bind(&self.site().of(name), "/etc/tidemark").with_access_mode(ReadOnly))
+            // Whoever operates it is somebody else than the source, and has rights of their own.
+            .with_mount(bind(&self.site().of("me"), "/etc/me").with_access_mode(ReadOnly))
+            .with_mount(bind(&folder("state"), "/var/lib/tidemark"))
+            .with_mount(bind(&folder("run"), "/run/tidemark"))
+            .with_mount(bind(&folder("volumes"), "/volumes"));
+        for (prefix, of) in [
+            ("CAPTURE_VAULT", format!("/etc/tidemark/{name}")),
+            ("TIDEMARK_TLS", "/etc/me/me".to_owned()),
+        ] {
+            let ca = Path::new(&of).with_file_name("ca.crt");
+            request = request
+                .with_env_var(format!("{prefix}_CA"), ca.to_str().unwrap())
+                .with_env_var(format!("{prefix}_CERT"), format!("{of}.crt"))
+                .with_env_var(format!("{prefix}_KEY"), format!("{of}.key"));
+        }
+        let container = request
             .with_host_config_modifier(|config| config.publish_all_ports = Some(false))
             .with_health_check(healthcheck("capture-svc"))
             .start()
             .await
             .unwrap();
-        let mut source = Source {
+        Source {
             name: container_name,
             volume: name.to_owned(),
             network: self.network(),
             writer: None,
             dir,
             _container: container,
-        };
-        source.protect();
-        let socket = source.dir.join("run/nbd.sock");
-        source.writer = Some(Writer::start(socket, name, SIZE, seed(number)));
-        source
+        }
     }
+}
+
+fn bind(folder: &Path, at: &str) -> Mount {
+    Mount::bind_mount(folder.to_str().unwrap(), at)
+}
+
+/// With owners, and with holes.
+fn copy_tree(from: &Path, to: &Path) {
+    let from = from.join(".");
+    run("cp", args!["--archive", from, to]);
 }
 
 /// A container with a capture service, and a writer on its volume.
@@ -302,6 +354,35 @@ impl Source {
         docker_does(&["network", "connect", &self.network, &self.name]);
     }
 
+    /// SIGTERM, and waits for the end.
+    pub(crate) fn stop(&self) {
+        docker_does(&["stop", "--time=30", &self.name]);
+    }
+
+    /// Starts what was stopped; returns when it serves.
+    pub(crate) fn start(&self) {
+        start(&self.name, "capture-svc");
+    }
+
+    /// When the container was started last.
+    pub(crate) fn started_at(&self) -> String {
+        docker_does(&["inspect", "--format={{.State.StartedAt}}", &self.name])
+    }
+
+    /// Waits until the uplink shows this error, and the service has logged it.
+    pub(crate) fn tells(&self, reason: &str) {
+        wait_for(reason, || {
+            let told = &self.show()["uplink"]["error"];
+            told.as_str().unwrap().contains(reason).then_some(())
+        });
+        self.logs(reason);
+    }
+
+    /// Waits until the service has logged this.
+    pub(crate) fn logs(&self, what: &str) {
+        wait_for_log(&self.name, what);
+    }
+
     /// `kill -9`, and another start.
     pub(crate) fn kill_and_restart(&self) {
         kill_and_restart(&self.name, "capture-svc");
@@ -334,6 +415,10 @@ impl Source {
 /// `kill -9` of a service in its container, and another start; returns when it serves.
 pub(crate) fn kill_and_restart(container: &str, program: &str) {
     docker_does(&["kill", container]);
+    start(container, program);
+}
+
+fn start(container: &str, program: &str) {
     docker_does(&["start", container]);
     wait_for("the restarted service", || {
         let health = docker()
@@ -341,5 +426,16 @@ pub(crate) fn kill_and_restart(container: &str, program: &str) {
             .output()
             .unwrap();
         health.status.success().then_some(())
+    });
+}
+
+/// Waits until a container has logged this.
+pub(crate) fn wait_for_log(container: &str, what: &str) {
+    wait_for(what, || {
+        let output = docker().args(["logs", container]).output().unwrap();
+        let logged = [output.stdout, output.stderr].concat();
+        String::from_utf8_lossy(&logged)
+            .contains(what)
+            .then_some(())
     });
 }

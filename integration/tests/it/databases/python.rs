@@ -17,7 +17,7 @@ use crate::{
 
 /// Has `agent` in a home directory as the guide makes it. The modules that its first block would install are those that
 /// `integration/setup.sh` has installed; without them a test is skipped, and fails in CI.
-pub(super) fn make_agent(home: &Path) -> Option<PathBuf> {
+pub(crate) fn make_agent(home: &Path) -> Option<PathBuf> {
     let Ok(modules) = fs::canonicalize(root().join("integration/.venv/bin")) else {
         assert!(
             std::env::var("CI").as_deref() != Ok("true"),
