@@ -96,9 +96,16 @@ impl Trace {
         }
     }
 
+    /// The span, which ends now: its end is taken to be when it was last left.
+    fn end(&mut self) -> Option<Span> {
+        let span = self.interval.take()?;
+        span.in_scope(|| {});
+        Some(span)
+    }
+
     /// The vault has given the receipt, and it is recorded.
     pub(super) fn succeed(&mut self, receipt: &Receipt) {
-        if let Some(span) = self.interval.take() {
+        if let Some(span) = self.end() {
             span.count("generation", receipt.generation.get());
             span.note("unchanged", !receipt.created);
             span.count("changed_blocks", receipt.changed_blocks.get());
@@ -109,7 +116,7 @@ impl Trace {
 
     /// No generation comes of it.
     pub(super) fn fail(&mut self, reason: Reason, message: &str) {
-        if let Some(span) = self.interval.take() {
+        if let Some(span) = self.end() {
             span.fail(reason.as_str(), message);
         }
     }
