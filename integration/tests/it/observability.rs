@@ -319,7 +319,8 @@ fn the_runbooks_commands_are_commands() {
 fn every_alert_is_shown_to_fire_by_promtool() {
     let tests = read(ALERT_TESTS);
     for (name, ..) in alerts() {
-        let fires = tests.split(&format!("alertname: {name}\n")).skip(1);
+        let named = format!("alertname: {name}\n");
+        let fires = tests.split(&named).skip(1);
         let fires = fires.map(|rest| rest.trim_start().lines().next().unwrap().trim().to_owned());
         assert!(
             fires.clone().any(|next| next == "exp_alerts:"),

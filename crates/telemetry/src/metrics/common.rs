@@ -15,7 +15,7 @@ crate::families! {
     CERTIFICATE_NOT_AFTER = "tidemark_certificate_not_after_timestamp_seconds", Gauge, Seconds, [certificate];
     /// Open connections of the control interface.
     CONNECTIONS = "tidemark_connections", Gauge, None, [];
-    /// Connections that were turned away because there were as many as there may be.
+    /// Connections that were turned away: there were as many as there may be, or too many open files.
     CONNECTIONS_REFUSED = "tidemark_connections_refused_total", Counter, None, [];
     /// Calls that have ended, by what became of them: OK, CANCELLED, or the reason code of the error.
     CALLS = "tidemark_calls_total", Counter, None, [call, result];

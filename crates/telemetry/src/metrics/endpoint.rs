@@ -42,10 +42,10 @@ const REQUEST_BYTES_MAX: usize = 16 << 10;
 
 /// An address that is taken, and not served yet.
 #[derive(Debug)]
-pub struct Bound {
+pub(super) struct Bound {
     listener: TcpListener,
     /// Where it listens; the port is the real one.
-    pub addr: SocketAddr,
+    pub(super) addr: SocketAddr,
 }
 
 impl Bound {
@@ -53,7 +53,7 @@ impl Bound {
     ///
     /// # Errors
     /// Somebody else has it, or it is none of this machine's.
-    pub async fn to(addr: SocketAddr) -> Result<Self> {
+    pub(super) async fn to(addr: SocketAddr) -> Result<Self> {
         let what = || format!("listen on {addr} for metrics (metrics_listen)");
         let listener = TcpListener::bind(addr).await.with_context(what)?;
         let addr = listener.local_addr().with_context(what)?;
@@ -63,7 +63,7 @@ impl Bound {
 
 /// What answers scrapes.
 #[derive(Clone)]
-pub struct Endpoint {
+pub(super) struct Endpoint {
     read: Read,
     /// One reading at a time.
     reading: Arc<Semaphore>,
@@ -71,18 +71,12 @@ pub struct Endpoint {
     patience: Duration,
 }
 
-impl std::fmt::Debug for Endpoint {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Endpoint").finish_non_exhaustive()
-    }
-}
-
 type Answer = Response<Full<Bytes>>;
 
 impl Endpoint {
     /// Answers with what `read` gives.
     #[must_use]
-    pub fn new(read: Read) -> Self {
+    pub(super) fn new(read: Read) -> Self {
         Self {
             read,
             reading: Arc::new(Semaphore::new(1)),
@@ -91,7 +85,7 @@ impl Endpoint {
     }
 
     /// Serves until told to stop, and closes what is open then.
-    pub async fn serve(self, bound: Bound, mut stop: watch::Receiver<bool>) {
+    pub(super) async fn serve(self, bound: Bound, mut stop: watch::Receiver<bool>) {
         let mut open = JoinSet::new();
         loop {
             while open.try_join_next().is_some() {}

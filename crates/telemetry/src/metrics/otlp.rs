@@ -44,7 +44,7 @@ const LAST_PUSH_MAX: Duration = Duration::from_secs(1);
 
 /// Sends readings to the collector that traces go to.
 #[derive(Debug)]
-pub struct Push {
+pub(super) struct Push {
     channel: Channel,
     /// What is shown to it.
     headers: MetadataMap,
@@ -61,7 +61,7 @@ impl Push {
     ///
     /// # Errors
     /// A file that the settings name can't be used.
-    pub fn to(settings: &Settings<'_>) -> Result<Option<Self>> {
+    pub(super) fn to(settings: &Settings<'_>) -> Result<Option<Self>> {
         let Some(collector) = &settings.traces.collector else {
             return Ok(None);
         };
@@ -80,7 +80,7 @@ impl Push {
     }
 
     /// Sends a reading in each period until told to stop, and then once more.
-    pub async fn run(self, read: Read, mut stop: watch::Receiver<bool>) {
+    pub(super) async fn run(self, read: Read, mut stop: watch::Receiver<bool>) {
         let started = SystemTime::now();
         let mut fails = false;
         loop {
