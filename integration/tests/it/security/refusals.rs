@@ -198,6 +198,29 @@ async fn plain_text_is_not_sent_to_another_machine() {
     assert!(told.contains("PLAIN_TEXT_REFUSED"), "{told}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_is_made_again_shows_the_certificate_that_is_there_then() {
+    let site = Site::new();
+    site.knows(&[("renamed", &[Role::Viewer], &["*"])]);
+    site.certificate("viewer", &[]);
+    let (cert, key) = site.certificate("renamed", &[]);
+    let vault = site.vault().await;
+    let listen = vault.listen_addr;
+    let line = dial(&site.dialer("viewer"), &url_of(&vault)).await.unwrap();
+    let ask = async || call(&line, STATUS, Bytes::new()).await;
+    fs::copy(cert, site.path("viewer.crt")).unwrap();
+    fs::copy(key, site.path("viewer.key")).unwrap();
+    assert_eq!(ask().await.unwrap_err().reason, Reason::Unauthenticated);
+    vault.shutdown().await.unwrap();
+    let config = vault_svc::Config {
+        listen,
+        ..site.vault_config()
+    };
+    let vault = vault_svc::start(config).await.unwrap();
+    eventually("the new certificate", async || ask().await.ok()).await;
+    vault.shutdown().await.unwrap();
+}
+
 fn zeroes() -> (Geometry, Bytes) {
     let geometry = Geometry::new(64 << 10, tidemark_block::BlockSize::MIN).unwrap();
     let digest = image_digest(&MemoryTable::new(geometry)).unwrap();
