@@ -8,7 +8,7 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     capture::v1::{capture_server::CaptureServer, coherence_server::CoherenceServer},
 };
-use tidemark_tls::{Gate, Reloaded, ShieldLayer, is_loopback_url};
+use tidemark_tls::{Gate, OwnCertificates, Reloaded, ShieldLayer, is_loopback_url};
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -112,6 +112,8 @@ async fn serve(
     let retry = tokio::spawn(retry(Arc::clone(&registry), stopping.clone()));
     let period = registry.config().tls_reload_period.get();
     let reloading = tokio::spawn(Arc::clone(&gate).watch(period, stopping.clone()));
+    let own = OwnCertificates::new(Arc::clone(&gate), registry.config().dialer().files);
+    let expiry = tokio::spawn(Arc::new(own).watch(stopping.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     let capture = CaptureService::new(Arc::clone(&registry), fronts.clone(), stopping.clone());
     let coherence = CoherenceServer::new(capture.clone())
@@ -180,6 +182,7 @@ async fn serve(
             .unwrap_or(Ok(())),
     };
     reloading.await.context("join the gate's watch")?;
+    expiry.await.context("join the watch over certificates")?;
     served.context("serve the control interface")?;
     ended
 }

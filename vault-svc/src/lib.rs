@@ -32,7 +32,7 @@ use tidemark_proto::{
     FILE_DESCRIPTOR_SET,
     vault::v1::{ingest_server::IngestServer, vault_server::VaultServer},
 };
-use tidemark_tls::{Gate, Reloaded, ShieldLayer};
+use tidemark_tls::{DialerFiles, Gate, OwnCertificates, Reloaded, ShieldLayer};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, watch},
@@ -63,6 +63,7 @@ pub struct Running {
     upkeep: JoinHandle<()>,
     scrub: JoinHandle<()>,
     reloading: JoinHandle<()>,
+    expiry: JoinHandle<()>,
 }
 
 impl Running {
@@ -85,6 +86,9 @@ impl Running {
         self.upkeep.await.context("join the upkeep task")?;
         self.scrub.await.context("join the scrub")?;
         self.reloading.await.context("join the gate's watch")?;
+        self.expiry
+            .await
+            .context("join the watch over certificates")?;
         self.vault.close().await?;
         // Work that was cut off ends on its own; until then it holds the locks.
         let (vault, store_in_use) = (Arc::downgrade(&self.vault), self.vault.store_in_use());
@@ -186,6 +190,8 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     });
     let period = vault.config().tls_reload_period.get();
     let reloading = tokio::spawn(Arc::clone(&gate).watch(period, stopping.clone()));
+    let own = OwnCertificates::new(Arc::clone(&gate), DialerFiles::default());
+    let expiry = tokio::spawn(Arc::new(own).watch(stopping.clone()));
     let upkeep = tokio::spawn(Arc::clone(&vault).look_after(stopping.clone()));
     let scrub = tokio::spawn(Arc::clone(&vault).scrub_always(stopping));
     Ok(Running {
@@ -197,5 +203,6 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         upkeep,
         scrub,
         reloading,
+        expiry,
     })
 }

@@ -27,6 +27,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
+    expiry::{OwnCertificate, Purpose, Validity},
     files::{self, FileError},
     limit::LogLimit,
     peer::Peer,
@@ -60,6 +61,7 @@ type Print = Option<(u64, u64, u64, i64, i64, i64, i64)>;
 #[derive(Debug)]
 struct State {
     acceptor: Option<Arc<ServerConfig>>,
+    certificate: Option<OwnCertificate>,
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     identities: Option<Identities>,
 }
@@ -111,6 +113,12 @@ impl Gate {
     pub fn acceptor(&self) -> Option<TlsAcceptor> {
         let config = self.state.read().acceptor.clone();
         config.map(TlsAcceptor::from)
+    }
+
+    /// The certificate that is shown now; none where connections are plain text.
+    #[must_use]
+    pub fn certificate(&self) -> Option<OwnCertificate> {
+        self.state.read().certificate.clone()
     }
 
     /// Reads the files again where one has changed, or with `always` in any case.
@@ -266,10 +274,15 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
         None => None,
         Some(path) => Some(client_verifier(path)?),
     };
-    let acceptor = match &files.certificate {
-        None => None,
+    let (acceptor, certificate) = match &files.certificate {
+        None => (None, None),
         Some((cert, key)) => {
             let certified = files::certified(cert, key)?;
+            let own = OwnCertificate {
+                file: cert.clone(),
+                purpose: Purpose::Listening,
+                validity: Validity::of(cert, &certified.cert)?,
+            };
             let builder = ServerConfig::builder_with_provider(files::provider())
                 .with_protocol_versions(&[&rustls::version::TLS13])
                 .map_err(|error| FileError::Setup(error.to_string()))?;
@@ -280,11 +293,12 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
             let mut config =
                 builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
             config.alpn_protocols = vec![ALPN.to_vec()];
-            Some(Arc::new(config))
+            (Some(Arc::new(config)), Some(own))
         }
     };
     Ok(State {
         acceptor,
+        certificate,
         verifier,
         identities,
     })

@@ -8,6 +8,7 @@
 //! TLS is 1.3 by rustls with aws-lc, and nothing else.
 
 mod dialer;
+mod expiry;
 mod files;
 mod gate;
 mod limit;
@@ -17,6 +18,7 @@ mod settings;
 mod shield;
 
 pub use dialer::{Bearer, Dialer, DialerFiles, Line, is_loopback_url};
+pub use expiry::{OwnCertificate, OwnCertificates, Purpose, Standing, Validity};
 pub use files::{FileError, random};
 pub use gate::{Gate, GateFiles, Reloaded};
 pub use peer::Peer;
