@@ -429,6 +429,28 @@ mod tests {
         assert!(matches!(gate.reload(false), Reloaded::Failed(_)));
     }
 
+    #[test]
+    fn who_shows_a_certificate_is_somebody_only_where_its_ca_is_trusted() {
+        let files = Files::new();
+        files.pair("other");
+        files.write(
+            "identities",
+            "[[identity]]\nname = 'own'\nroles = ['viewer']\nvolumes = ['*']\n",
+        );
+        let gate = Gate::open(files.gate()).unwrap();
+        let shows = |name: &str| {
+            let peer = Peer::new(None);
+            peer.showed(&files::certificates(&files.path(name)).unwrap());
+            gate.identify(&peer, None)
+        };
+        assert_eq!(shows("own.crt").unwrap().name(), "own");
+        // It is called the same, and somebody else has made it.
+        files.pair("own");
+        let error = shows("own.crt").unwrap_err();
+        assert_eq!(error.reason, Reason::Unauthenticated);
+        assert!(gate.identify(&Peer::new(None), None).is_err());
+    }
+
     fn named(names: Vec<SanType>) -> CertificateDer<'static> {
         let mut params = CertificateParams::default();
         params.subject_alt_names = names;

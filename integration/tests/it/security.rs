@@ -2,12 +2,16 @@
 
 #[path = "security/edges.rs"]
 mod edges;
+#[path = "security/floods.rs"]
+mod floods;
 #[path = "security/manual.rs"]
 mod manual;
 #[path = "security/refusals.rs"]
 mod refusals;
 #[path = "security/roles.rs"]
 mod roles;
+#[path = "security/rude.rs"]
+mod rude;
 #[path = "security/site.rs"]
 mod site;
 #[path = "security/volumes.rs"]
