@@ -31,5 +31,7 @@ mod scan;
 mod shipping;
 #[path = "it/snapshot_grades.rs"]
 mod snapshot_grades;
+#[path = "it/stopping.rs"]
+mod stopping;
 #[path = "it/writer.rs"]
 mod writer;
