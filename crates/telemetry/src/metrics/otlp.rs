@@ -330,7 +330,7 @@ mod tests {
             request: Request<ExportMetricsServiceRequest>,
         ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
             self.0.lock().unwrap().push(request);
-            Ok(Response::default())
+            Ok(Response::new(ExportMetricsServiceResponse::default()))
         }
     }
 

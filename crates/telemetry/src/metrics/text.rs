@@ -63,7 +63,11 @@ impl Format {
             Kind::Counter => "counter",
             Kind::Histogram => "histogram",
         };
-        writeln!(out, "# HELP {shown} {}", Escaped(family.help.trim()))?;
+        let help = Escaped {
+            text: family.help.trim(),
+            quotes: self == Self::OpenMetrics,
+        };
+        writeln!(out, "# HELP {shown} {help}")?;
         writeln!(out, "# TYPE {shown} {kind}")?;
         let unit = match family.unit {
             Unit::None => None,
@@ -121,7 +125,11 @@ impl Format {
 fn labels(out: &mut String, family: &Family, point: &Point, bound: Option<f64>) -> fmt::Result {
     let mut separator = '{';
     for (name, value) in family.labels.iter().zip(&point.labels) {
-        write!(out, "{separator}{name}=\"{}\"", Escaped(value))?;
+        let value = Escaped {
+            text: value,
+            quotes: true,
+        };
+        write!(out, "{separator}{name}=\"{value}\"")?;
         separator = ',';
     }
     if let Some(bound) = bound {
@@ -158,15 +166,18 @@ impl fmt::Display for Exemplar {
     }
 }
 
-/// A text between quotes, or behind `# HELP`.
-struct Escaped<'a>(&'a str);
+/// A text between quotes, or behind `# HELP`, where Prometheus' own format leaves quotes as they are.
+struct Escaped<'a> {
+    text: &'a str,
+    quotes: bool,
+}
 
 impl fmt::Display for Escaped<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in self.0.chars() {
+        for c in self.text.chars() {
             match c {
                 '\\' => f.write_str("\\\\")?,
-                '"' => f.write_str("\\\"")?,
+                '"' if self.quotes => f.write_str("\\\"")?,
                 '\n' => f.write_str("\\n")?,
                 c => f.write_char(c)?,
             }
