@@ -17,6 +17,8 @@ const ASKERS_MAX: usize = 8;
 pub(super) struct Trace {
     volume: String,
     interval: Option<Span>,
+    /// Of an interval that has ended within the step that is under way.
+    over: Option<Span>,
     /// Those who have asked for the interval that comes next.
     askers: Vec<Origin>,
     attempts: u64,
@@ -27,6 +29,7 @@ impl Trace {
         Self {
             volume,
             interval: None,
+            over: None,
             askers: Vec::new(),
             attempts: 0,
         }
@@ -96,11 +99,17 @@ impl Trace {
         }
     }
 
-    /// The span, which ends now: its end is taken to be when it was last left.
     fn end(&mut self) -> Option<Span> {
-        let span = self.interval.take()?;
-        span.in_scope(|| {});
-        Some(span)
+        self.over.clone_from(&self.interval);
+        self.interval.take()
+    }
+
+    /// A step has ended; where it was the last one of an interval, so has that.
+    pub(super) fn step_ended(&mut self) {
+        if let Some(span) = self.over.take() {
+            // A span is taken to end when it was left last.
+            span.in_scope(|| {});
+        }
     }
 
     /// The vault has given the receipt, and it is recorded.
