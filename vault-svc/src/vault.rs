@@ -11,8 +11,9 @@ use tidemark_proto::{
     Reason, RpcError,
     convert::{self, Head, TermGrant},
 };
-use tidemark_telemetry::about_volume;
+use tidemark_telemetry::{about_volume, step};
 use tokio::sync::{Mutex, Notify};
+use tracing::Instrument;
 use vault_core::{
     manifest::{Manifest, StoreMarker, TermRequest, grant_term},
     reclaim::Policy,
@@ -377,7 +378,8 @@ impl Vault {
         caller: &Caller,
     ) -> Result<Begun, RpcError> {
         let volume = self.own(header.volume, caller)?;
-        ship::begin(volume, Arc::clone(&self.limits), header).await
+        let admitting = ship::begin(volume, Arc::clone(&self.limits), header);
+        admitting.instrument(step!("admit")).await
     }
 
     /// Ends streams and writes what is only in memory.

@@ -262,8 +262,7 @@ impl Service {
         let id = header.volume;
         let span = Span::current();
         span.note("interval", header.interval);
-        let admitted = vault.ship(header, caller).instrument(step!("admit"));
-        let mut session = match admitted.await? {
+        let mut session = match vault.ship(header, caller).await? {
             Begun::Committed(receipt) => {
                 let _ = answers.send(Ok(ShipAnswer::Receipt(receipt).into())).await;
                 return Ok(None);
