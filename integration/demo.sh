@@ -98,9 +98,16 @@ fio_writes() { # SECONDS
 }
 same() { cmp "$1" "$2" || fail "$1 differs from $2"; }
 sound() { e2fsck -fn "$1" >"$work/e2fsck.log" 2>&1 || { cat "$work/e2fsck.log" >&2; fail "$1 is not a sound ext4"; }; }
-ship() { tidemark ship files --json | tee -a "$work/receipts"; }
-told_receipt() { printf '   generation %s   digest %s   %s blocks changed   %s sent\n' "$(field generation <<<"$1")" \
-    "$(field image_digest <<<"$1")" "$(field changed_blocks <<<"$1")" "$(mib "$(field bytes_sent <<<"$1")")"; }
+ship() { tidemark ship files --json; }
+told_receipt() {
+    local of="$1" how=""
+    if [[ $(field created <<<"$of") == false ]]; then
+        # What had changed was just on its way, as intervals are every 2 s: what it came to is in the generation.
+        of="$(tidemark generation show "files@$(field generation <<<"$of")" --json)" how="   by itself, just before"
+    fi
+    printf '   generation %s   digest %s   %s blocks changed   %s sent%s\n' "$(field generation <<<"$of")" \
+        "$(field image_digest <<<"$of")" "$(field changed_blocks <<<"$of")" "$(mib "$(field bytes_sent <<<"$of")")" "$how"
+}
 began=$(now_ms)
 
 say "an ext4 image of real files"

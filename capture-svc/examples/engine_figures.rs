@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use capture_svc::engine::{EngineOptions, intercept::Intercept as Engine};
+use capture_svc::engine::{EngineOptions, EngineSetup, intercept::Intercept as Engine};
 use tidemark_block::{BlockSize, Geometry, VolumeId};
 use tidemark_export::{BlockDevice, Durability};
 
@@ -83,13 +83,13 @@ fn main() -> Result<()> {
 
     let geometry = Geometry::new(BLOCKS * 4096, BlockSize::MIN)?;
     let id = VolumeId::from_bytes([1; 16]);
-    let engine: Arc<Engine> = Engine::create(
-        &dir.join("state"),
-        id,
-        &path,
+    let engine: Arc<Engine> = Engine::create(EngineSetup {
+        dir: &dir.join("state"),
+        volume: id,
+        file: &path,
         geometry,
-        EngineOptions::default(),
-    )?;
+        options: EngineOptions::default(),
+    })?;
     let write = |at: u64, data: &[u8]| engine.write(at, data, Durability::Volatile);
     println!("tracked, first touches  {:9.0} writes/s", rate(write)?);
     println!("tracked, steady         {:9.0} writes/s", rate(write)?);

@@ -12,7 +12,11 @@ pub mod scan;
 mod types;
 mod volume_file;
 
-use std::{io, path::Path, sync::Arc};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 pub use capture_core::kind::EngineKind;
 use capture_core::reflink::state::Base;
@@ -26,7 +30,8 @@ use intercept::{Intercept, Sample, lock_state};
 use reflink::Reflink;
 use scan::Scan;
 pub use types::{
-    EngineOptions, EngineStats, FileKey, SnapshotId, SnapshotInfo, SpoolPolicy, Trust, file_key,
+    EngineOptions, EngineSetup, EngineStats, FileKey, SnapshotId, SnapshotInfo, SpoolPolicy, Trust,
+    file_key,
 };
 
 /// The engine of one volume. Every call blocks; none may be made on an async worker.
@@ -46,22 +51,11 @@ impl Engine {
     ///
     /// # Errors
     /// Where the file or the directory isn't fit; nothing is left behind then.
-    pub fn create(
-        kind: EngineKind,
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<Arc<Self>, EngineError> {
+    pub fn create(kind: EngineKind, setup: EngineSetup<'_>) -> Result<Arc<Self>, EngineError> {
         Ok(Arc::new(match kind {
-            EngineKind::Intercept => {
-                Self::Intercept(Intercept::create(dir, volume, file, geometry, options)?)
-            }
-            EngineKind::Reflink => {
-                Self::Reflink(Reflink::create(dir, volume, file, geometry, options)?)
-            }
-            EngineKind::Scan => Self::Scan(Scan::create(dir, volume, file, geometry, options)?),
+            EngineKind::Intercept => Self::Intercept(Intercept::create(setup)?),
+            EngineKind::Reflink => Self::Reflink(Reflink::create(setup)?),
+            EngineKind::Scan => Self::Scan(Scan::create(setup)?),
         }))
     }
 
@@ -71,23 +65,19 @@ impl Engine {
     /// Where the file or the directory isn't fit; nothing was changed then, and the call may be repeated.
     pub fn open(
         kind: EngineKind,
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
+        setup: EngineSetup<'_>,
     ) -> Result<(Arc<Self>, Trust), EngineError> {
         let (engine, trust) = match kind {
             EngineKind::Intercept => {
-                let (engine, trust) = Intercept::open(dir, volume, file, geometry, options)?;
+                let (engine, trust) = Intercept::open(setup)?;
                 (Self::Intercept(engine), trust)
             }
             EngineKind::Reflink => {
-                let (engine, trust) = Reflink::open(dir, volume, file, geometry, options)?;
+                let (engine, trust) = Reflink::open(setup)?;
                 (Self::Reflink(engine), trust)
             }
             EngineKind::Scan => {
-                let (engine, trust) = Scan::open(dir, volume, file, geometry, options)?;
+                let (engine, trust) = Scan::open(setup)?;
                 (Self::Scan(engine), trust)
             }
         };
@@ -101,23 +91,19 @@ impl Engine {
     /// As [`Self::open`], save for [`EngineError::VolumeReplaced`].
     pub fn readopt(
         kind: EngineKind,
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
+        setup: EngineSetup<'_>,
     ) -> Result<(Arc<Self>, Trust), EngineError> {
         let (engine, trust) = match kind {
             EngineKind::Intercept => {
-                let (engine, trust) = Intercept::readopt(dir, volume, file, geometry, options)?;
+                let (engine, trust) = Intercept::readopt(setup)?;
                 (Self::Intercept(engine), trust)
             }
             EngineKind::Reflink => {
-                let (engine, trust) = Reflink::readopt(dir, volume, file, geometry, options)?;
+                let (engine, trust) = Reflink::readopt(setup)?;
                 (Self::Reflink(engine), trust)
             }
             EngineKind::Scan => {
-                let (engine, trust) = Scan::readopt(dir, volume, file, geometry, options)?;
+                let (engine, trust) = Scan::readopt(setup)?;
                 (Self::Scan(engine), trust)
             }
         };
@@ -132,6 +118,12 @@ impl Engine {
             EngineKind::Reflink => reflink::has_record(dir),
             EngineKind::Scan => scan::has_record(dir),
         }
+    }
+
+    /// What a removal of the volume would leave behind outside its state directory, as it isn't there now.
+    #[must_use]
+    pub fn out_of_reach(dir: &Path, volume: VolumeId) -> Option<PathBuf> {
+        reflink::missing_clones(dir, volume)
     }
 
     /// Removes what an engine of this kind keeps of a volume, in its state directory and elsewhere. Nothing happens where
@@ -152,26 +144,17 @@ impl Engine {
     ///
     /// # Errors
     /// Where the file isn't fit for the engine: nothing is left behind then.
-    pub fn prepare(
-        kind: EngineKind,
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: &EngineOptions,
-    ) -> Result<(), EngineError> {
-        Self::remove_state(kind, dir, volume)
-            .map_err(|error| EngineError::io(format!("clear {}", dir.display()), error))?;
+    pub fn prepare(kind: EngineKind, setup: &EngineSetup<'_>) -> Result<(), EngineError> {
+        Self::remove_state(kind, setup.dir, setup.volume)
+            .map_err(|error| EngineError::io(format!("clear {}", setup.dir.display()), error))?;
         match kind {
             EngineKind::Intercept => {
-                let engine = Intercept::create(dir, volume, file, geometry, options.clone())?;
+                let engine = Intercept::create(setup.clone())?;
                 engine.doubt_everything("the volume has another engine from now on")?;
                 engine.close()
             }
-            EngineKind::Reflink => {
-                reflink::prepare(dir, volume, file, geometry, options, Base::Lost)
-            }
-            EngineKind::Scan => scan::prepare(dir, volume, file, geometry),
+            EngineKind::Reflink => reflink::prepare(setup, Base::Lost),
+            EngineKind::Scan => scan::prepare(setup),
         }
     }
 

@@ -180,16 +180,30 @@ impl Registry {
         known.serve(ready, &self.shared).await
     }
 
-    /// Stops protecting a volume. Its file stays.
+    /// Stops protecting a volume. Its file stays; so does the directory of clones that is given, which isn't there to be
+    /// removed.
     pub(crate) async fn remove(
         &self,
         text: &str,
         force: bool,
         fronts: &FrontEnds,
-    ) -> Result<(), RpcError> {
+    ) -> Result<Option<PathBuf>, RpcError> {
         let _change = self.change.lock().await;
         let volume = self.find(text)?;
         let name = &volume.record.name;
+        let (dir, id) = (volume.dir.clone(), volume.record.id);
+        let left = blocking(move || Ok(Engine::out_of_reach(&dir, id)));
+        let left = left.await.map_err(|e| local(&e))?;
+        if let Some(clones) = left.as_deref().filter(|_| !force) {
+            return Err(RpcError::new(
+                Reason::VolumeFailed,
+                format!(
+                    "the clones of volume {name} are not there to be removed: {}",
+                    clones.display()
+                ),
+                "mount their filesystem and try again, or use force, which leaves them behind",
+            ));
+        }
         if let Ok(serving) = volume.serving() {
             let engine = Arc::clone(&serving.engine);
             let counted = blocking(move || Ok(engine.list_snapshots().len()));
@@ -213,13 +227,16 @@ impl Registry {
         if let Err(error) = ended {
             tracing::warn!(volume = %name, error = %format!("{error:#}"), "close a removed volume");
         }
-        let (dir, id) = (volume.dir.clone(), volume.record.id);
+        let dir = volume.dir.clone();
         let cleaned = blocking(move || remove_state(&dir, id).context("remove the volume's state"));
         if let Err(error) = cleaned.await {
             tracing::warn!(volume = %name, error = %format!("{error:#}"), "the next start removes the rest");
         }
-        tracing::info!(volume = %name, id = %volume.record.id, "removed");
-        Ok(())
+        tracing::info!(volume = %name, %id, "removed");
+        if let Some(clones) = &left {
+            tracing::warn!(volume = %name, path = %clones.display(), "the clones of a removed volume are left behind: delete them once their filesystem is mounted");
+        }
+        Ok(left)
     }
 
     /// Serves a volume on whose removal failed.

@@ -11,9 +11,10 @@
 
 mod plan;
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
+use capture_core::coherence::Graded;
 use tidemark_block::{BlockCount, Codec, VerifiedFrame, VolumeId, block_checksum};
 use tidemark_disk::durable;
 use tidemark_export::{BlockDevice, Durability, ZeroFlags};
@@ -67,8 +68,13 @@ pub(crate) fn decide(
 ) -> Result<Option<Plan>> {
     let then = engine.open_snapshot(snapshot)?;
     let label = format!("before the rollback to snapshot {snapshot}");
-    let kept = engine.create_snapshot(&label, now_ms())?.id;
-    let drafted = draft(dir, volume, engine, (snapshot, &then), kept, told);
+    let (taken, at_flip) = engine.create_observed_snapshot(&label, now_ms())?;
+    let kept = taken.id;
+    let graded = Graded::for_rollback(at_flip.since(Instant::now()));
+    let recorded = engine.grade_snapshot(kept, graded.coherence, &graded.reason());
+    let drafted = recorded
+        .map_err(anyhow::Error::from)
+        .and_then(|()| draft(dir, volume, engine, (snapshot, &then), kept, told));
     let decided = drafted.and_then(|draft| {
         if draft.blocks() == 0 {
             return Ok(None);

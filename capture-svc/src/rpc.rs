@@ -20,7 +20,7 @@ use tidemark_proto::{
 };
 use tidemark_telemetry::about_volume;
 use tidemark_tls::caller;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
@@ -43,13 +43,15 @@ pub(crate) struct CaptureService {
     registry: Arc<Registry>,
     fronts: FrontEnds,
     stop: watch::Receiver<bool>,
+    /// For those who read a snapshot.
+    reads: Arc<Semaphore>,
 }
 
 type Reply<T> = Result<Response<T>, Status>;
 type Streamed<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 impl CaptureService {
-    pub(crate) const fn new(
+    pub(crate) fn new(
         registry: Arc<Registry>,
         fronts: FrontEnds,
         stop: watch::Receiver<bool>,
@@ -58,6 +60,7 @@ impl CaptureService {
             registry,
             fronts,
             stop,
+            reads: Arc::new(Semaphore::new(snapshots::READS_MAX)),
         }
     }
 
@@ -166,10 +169,12 @@ impl Capture for CaptureService {
         self.find(&caller, &volume)?;
         let (registry, fronts) = (Arc::clone(&self.registry), self.fronts.clone());
         let removed = tokio::spawn(async move { registry.remove(&volume, force, &fronts).await });
-        removed
+        let left = removed
             .await
             .map_err(|error| RpcError::internal(format!("remove the volume: {error}")))??;
-        Ok(Response::new(pb::RemoveVolumeResponse {}))
+        Ok(Response::new(pb::RemoveVolumeResponse {
+            left_behind: left.map_or_else(String::new, |path| path.display().to_string()),
+        }))
     }
 
     async fn readopt_volume(

@@ -12,7 +12,7 @@ use tidemark_telemetry::{
     CallLayer, RequestLayer,
     metrics::{CallCounts, Outlets, Process},
 };
-use tidemark_tls::{Gate, Reloaded, ShieldLayer, is_loopback_url};
+use tidemark_tls::{Gate, OwnCertificates, Reloaded, ShieldLayer, is_loopback_url};
 use tokio::{
     net::TcpListener,
     sync::watch,
@@ -140,6 +140,8 @@ async fn serve(
     } = listening;
     let period = registry.config().tls_reload_period.get();
     let reloading = tokio::spawn(Arc::clone(&gate).watch(period, stopping.clone()));
+    let own = OwnCertificates::new(Arc::clone(&gate), registry.config().dialer().files);
+    let expiry = tokio::spawn(Arc::new(own).watch(stopping.clone()));
     let (health, health_service) = tonic_health::server::health_reporter();
     let capture = CaptureService::new(Arc::clone(&registry), fronts.clone(), stopping.clone());
     let coherence = CoherenceServer::new(capture.clone())
@@ -222,6 +224,7 @@ async fn serve(
     };
     reloading.await.context("join the gate's watch")?;
     measuring.await.context("join the metrics")?;
+    expiry.await.context("join the watch over certificates")?;
     served.context("serve the control interface")?;
     ended
 }

@@ -2,7 +2,11 @@
 
 mod record;
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
 
 use anyhow::{Context, Result};
 use capture_core::{
@@ -19,7 +23,7 @@ pub(crate) use record::VolumeRecord;
 
 use crate::{
     config::{CodecSetting, Config, QuiesceFailure, SpoolFull},
-    engine::{Engine, EngineError, EngineOptions, SpoolPolicy, Trust},
+    engine::{Engine, EngineError, EngineOptions, EngineSetup, SnapshotId, SpoolPolicy, Trust},
     front::SnapshotExports,
     quiesce::{QuiesceSettings, agents::Agents},
     rollback,
@@ -92,6 +96,11 @@ impl Serving {
         all.into_iter().map(|(_, export)| export).collect()
     }
 
+    /// The scratches that clients use now, each with its snapshot.
+    pub(crate) fn scratches(&self) -> Vec<(SnapshotId, Arc<Export>)> {
+        self.snapshots.scratches()
+    }
+
     /// The export of the snapshot with this number, or the newest one with this label.
     pub(crate) fn find_snapshot(&self, text: &str) -> Option<Arc<Export>> {
         self.snapshots.find(self.export_name(), &self.engine, text)
@@ -118,19 +127,8 @@ pub(crate) struct Ready {
 
 impl Ready {
     /// Makes the state of a new volume.
-    pub(crate) fn create(
-        record: &VolumeRecord,
-        dir: &std::path::Path,
-        config: &Config,
-    ) -> Result<Self> {
-        let engine = Engine::create(
-            record.engine,
-            dir,
-            record.id,
-            &record.file,
-            record.geometry,
-            options(config),
-        )?;
+    pub(crate) fn create(record: &VolumeRecord, dir: &Path, config: &Config) -> Result<Self> {
+        let engine = Engine::create(record.engine, setup(record, dir, config))?;
         let opened = Opened::create(dir, record.id, &engine)?;
         Ok(Self { engine, opened })
     }
@@ -138,7 +136,7 @@ impl Ready {
     /// Opens a volume's state, recovering it. `readopt`: whatever its file is now, with every block in doubt.
     pub(crate) fn open(
         record: &VolumeRecord,
-        dir: &std::path::Path,
+        dir: &Path,
         config: &Config,
         readopt: bool,
     ) -> Result<Self> {
@@ -149,14 +147,7 @@ impl Ready {
         } else {
             Engine::open
         };
-        let (engine, trust) = open(
-            record.engine,
-            dir,
-            record.id,
-            &record.file,
-            record.geometry,
-            options(config),
-        )?;
+        let (engine, trust) = open(record.engine, setup(record, dir, config))?;
         match &trust {
             Trust::Clean | Trust::ProcessCrash => {
                 tracing::info!(volume = %record.name, ?trust, "opened");
@@ -198,8 +189,22 @@ impl Ready {
     }
 }
 
-/// What the engines are told.
-pub(crate) fn options(config: &Config) -> EngineOptions {
+/// What an engine of the volume is made or opened for.
+pub(crate) fn setup<'a>(
+    record: &'a VolumeRecord,
+    dir: &'a Path,
+    config: &Config,
+) -> EngineSetup<'a> {
+    EngineSetup {
+        dir,
+        volume: record.id,
+        file: &record.file,
+        geometry: record.geometry,
+        options: options(config),
+    }
+}
+
+fn options(config: &Config) -> EngineOptions {
     EngineOptions {
         spool_bytes_max: config.spool_bytes_max.get(),
         spool_policy: match config.spool_full {

@@ -36,5 +36,7 @@ mod scrape;
 mod shipping;
 #[path = "it/snapshot_grades.rs"]
 mod snapshot_grades;
+#[path = "it/stopping.rs"]
+mod stopping;
 #[path = "it/writer.rs"]
 mod writer;

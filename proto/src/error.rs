@@ -181,7 +181,7 @@ reasons! {
     TlsRefused = "TLS_REFUSED", Unavailable;
     /// Plain text would leave the machine, and is not allowed to.
     PlainTextRefused = "PLAIN_TEXT_REFUSED", Invalid;
-    /// The request didn't arrive in time.
+    /// The request didn't arrive, or wasn't answered, or its answer wasn't taken in time.
     TooSlow = "TOO_SLOW", Unavailable;
     /// The peer can't be reached, or the connection broke.
     Unreachable = "UNREACHABLE", Unavailable;

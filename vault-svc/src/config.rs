@@ -52,7 +52,7 @@ settings! {
     manifest_keep: Span = Span::from_secs(24 * 3600);
     /// How long the parts of an unfinished interval that nobody ships are kept.
     interval_lease: Span = Span::from_secs(24 * 3600);
-    /// A stream that sends nothing for this long is closed.
+    /// A stream that sends nothing, or of which nothing is taken, is closed after this long.
     stream_idle_max: Span = Span::from_secs(300);
     /// A part is written at this age even if it isn't full. 10 ms to 1 minute.
     part_age_max: Span = Span::from_secs(1);

@@ -38,7 +38,7 @@ use tidemark_telemetry::{
     CallLayer, RequestLayer,
     metrics::{CallCounts, Outlets, Process},
 };
-use tidemark_tls::{Gate, Reloaded, ShieldLayer};
+use tidemark_tls::{DialerFiles, Gate, OwnCertificates, Reloaded, ShieldLayer};
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, watch},
@@ -72,6 +72,7 @@ pub struct Running {
     scrub: JoinHandle<()>,
     reloading: JoinHandle<()>,
     measuring: JoinHandle<()>,
+    expiry: JoinHandle<()>,
 }
 
 impl Running {
@@ -95,6 +96,9 @@ impl Running {
         self.scrub.await.context("join the scrub")?;
         self.reloading.await.context("join the gate's watch")?;
         self.measuring.await.context("join the metrics")?;
+        self.expiry
+            .await
+            .context("join the watch over certificates")?;
         self.vault.close().await?;
         // Work that was cut off ends on its own; until then it holds the locks.
         let (vault, store_in_use) = (Arc::downgrade(&self.vault), self.vault.store_in_use());
@@ -217,6 +221,8 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
     });
     let period = vault.config().tls_reload_period.get();
     let reloading = tokio::spawn(Arc::clone(&gate).watch(period, stopping.clone()));
+    let own = OwnCertificates::new(Arc::clone(&gate), DialerFiles::default());
+    let expiry = tokio::spawn(Arc::new(own).watch(stopping.clone()));
     let upkeep = tokio::spawn(Arc::clone(&vault).look_after(stopping.clone()));
     let scrub = tokio::spawn(Arc::clone(&vault).scrub_always(stopping));
     Ok(Running {
@@ -230,5 +236,6 @@ pub async fn serve(vault: Arc<Vault>, listener: TcpListener) -> Result<Running> 
         scrub,
         reloading,
         measuring,
+        expiry,
     })
 }

@@ -195,6 +195,8 @@ pub enum Why {
     WritesUnseen,
     /// Whoever wanted the cut wanted it at once.
     AtOnce,
+    /// It is what a rollback keeps: no client is connected, and nobody is asked.
+    ForRollback,
 }
 
 impl fmt::Display for Why {
@@ -220,6 +222,7 @@ impl fmt::Display for Why {
             }
             Self::WritesUnseen => f.write_str("the engine does not see writes"),
             Self::AtOnce => f.write_str("it was to be made at once"),
+            Self::ForRollback => f.write_str("it was made for a rollback, without a client"),
             Self::WriteAtCut => f.write_str("a write began just before the cut"),
         }
     }
@@ -235,6 +238,24 @@ pub struct Graded {
 }
 
 impl Graded {
+    /// Of what a rollback keeps of a volume. No client is connected, so no write ends a pause; how long one has lasted is
+    /// not looked at.
+    #[must_use]
+    pub fn for_rollback(seen: Seen) -> Self {
+        let mut why = vec![Why::ForRollback];
+        if seen.flushed {
+            return Self {
+                coherence: Coherence::Flushed,
+                why,
+            };
+        }
+        why.push(Why::NotFlushed);
+        Self {
+            coherence: Coherence::Crash,
+            why,
+        }
+    }
+
     /// The reasons as one line.
     #[must_use]
     pub fn reason(&self) -> CutReason {

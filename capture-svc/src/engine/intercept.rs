@@ -28,8 +28,8 @@ use std::{
 };
 
 use super::{
-    EngineError, EngineOptions, EngineStats, SnapshotId, SnapshotInfo, SpoolPolicy, Trust,
-    volume_file,
+    EngineError, EngineOptions, EngineSetup, EngineStats, SnapshotId, SnapshotInfo, SpoolPolicy,
+    Trust, volume_file,
 };
 use activity::Activity;
 pub use activity::Sample;
@@ -45,7 +45,7 @@ pub(super) use open::{lock_state, remove_state};
 use parking_lot::{Condvar, Mutex};
 pub use reader::SnapshotReader;
 use tidemark_block::{
-    BlockCount, BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
+    BlockCount, BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry,
 };
 use tidemark_disk::lock::FileLock;
 use tidemark_telemetry::step;
@@ -124,28 +124,16 @@ impl Intercept {
     ///
     /// # Errors
     /// Where the file or the directory isn't fit; nothing is left behind then.
-    pub fn create(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<Arc<Self>, EngineError> {
-        open::create(dir, volume, file, geometry, options).map(Arc::new)
+    pub fn create(setup: EngineSetup<'_>) -> Result<Arc<Self>, EngineError> {
+        open::create(setup).map(Arc::new)
     }
 
     /// Opens a volume that was created before, and recovers it.
     ///
     /// # Errors
     /// Where the file or the directory isn't fit; nothing was changed then, and the call may be repeated.
-    pub fn open(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options, Taken::AsRecorded)?;
+    pub fn open(setup: EngineSetup<'_>) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(setup, Taken::AsRecorded)?;
         Ok((Arc::new(engine), trust))
     }
 
@@ -154,14 +142,8 @@ impl Intercept {
     ///
     /// # Errors
     /// As [`Self::open`], save for [`EngineError::VolumeReplaced`].
-    pub fn readopt(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options, Taken::Anew)?;
+    pub fn readopt(setup: EngineSetup<'_>) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(setup, Taken::Anew)?;
         Ok((Arc::new(engine), trust))
     }
 

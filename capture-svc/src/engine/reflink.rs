@@ -1,7 +1,7 @@
 //! The engine `reflink`: the workload writes the volume file itself, on a filesystem that clones files (XFS, btrfs).
 //!
 //! A cut is a clone of the file (`clones`); what changed is what the clones of two cuts differ in, by the filesystem's
-//! own map of them (`fiemap`, `capture_core::reflink::extents`), never by a look at the file itself: that changes
+//! own map of them (`compare`, `fiemap`, `capture_core::reflink::extents`), never by a look at the file itself: that changes
 //! meanwhile, and in part where it lies. A snapshot is a clone that is kept. Nothing has to be seen, so nothing can be
 //! missed while the service is down, and no crash loses more than the clone that was being made; no privilege is needed.
 //!
@@ -11,9 +11,11 @@
 //! What is recorded is in `capture_core::reflink::state`, `docs/CRASH-RULES.md` has the order of steps.
 
 mod clones;
+mod compare;
 mod fiemap;
 mod open;
 mod reader;
+mod snapshots;
 
 use std::{
     fs::File,
@@ -26,31 +28,20 @@ use std::{
     time::Duration,
 };
 
-use capture_core::{
-    engine::records::LABEL_MAX,
-    reflink::{
-        extents::{self, Difference},
-        state::{Base, CloneFile, SnapshotClone, State},
-    },
+use capture_core::reflink::{
+    extents::Difference,
+    state::{Base, CloneFile, State},
 };
 use parking_lot::{Mutex, MutexGuard};
-use tidemark_block::{
-    BlockIndex, BlockSet, Coherence, CutReason, Epoch, Extent, Geometry, VolumeId,
-};
+use tidemark_block::{BlockIndex, BlockSet, Epoch, Extent, Geometry, VolumeId};
 use tidemark_disk::{durable, lock::FileLock};
 
 pub use reader::CloneReader;
 
-use super::{
-    EngineError, EngineOptions, EngineStats, SnapshotId, SnapshotInfo, Trust, volume_file,
-};
+use super::{EngineError, EngineOptions, EngineSetup, EngineStats, Trust, volume_file};
 use clones::{CloneError, Clones, Made};
-use fiemap::FileRuns;
 
-pub(super) use open::{has_record, prepare, remove_state};
-
-/// Comparisons of two maps, before every block is taken for changed.
-const COMPARISONS_MAX: usize = 4;
+pub(super) use open::{has_record, missing_clones, prepare, remove_state};
 
 /// An open interval: what changed up to a cut, and the volume as it was at the cut.
 #[derive(Debug, Clone)]
@@ -103,14 +94,8 @@ impl Reflink {
     ///
     /// # Errors
     /// Where the file can't be cloned, takes too long to, or something isn't fit; nothing is left behind then.
-    pub fn create(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<Arc<Self>, EngineError> {
-        open::create(dir, volume, file, geometry, options).map(Arc::new)
+    pub fn create(setup: EngineSetup<'_>) -> Result<Arc<Self>, EngineError> {
+        open::create(setup).map(Arc::new)
     }
 
     /// Opens a volume that was created before. Blocks that may have changed meanwhile need no tracking: the next clone
@@ -118,14 +103,8 @@ impl Reflink {
     ///
     /// # Errors
     /// Where the file or the directory isn't fit; nothing was changed then, and the call may be repeated.
-    pub fn open(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options, false)?;
+    pub fn open(setup: EngineSetup<'_>) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(setup, false)?;
         Ok((Arc::new(engine), trust))
     }
 
@@ -133,14 +112,8 @@ impl Reflink {
     ///
     /// # Errors
     /// As [`Self::open`], save for [`EngineError::VolumeReplaced`].
-    pub fn readopt(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options, true)?;
+    pub fn readopt(setup: EngineSetup<'_>) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(setup, true)?;
         Ok((Arc::new(engine), trust))
     }
 
@@ -320,7 +293,7 @@ impl Reflink {
         (base, file): (Base, Option<CloneReader>),
         newer: &CloneReader,
     ) -> Result<Difference, EngineError> {
-        changed_since(self.volume, base, file.as_ref(), newer)
+        compare::changed_since(self.volume, base, file.as_ref(), newer)
     }
 
     /// The open interval: begun before, or survived a restart.
@@ -370,111 +343,6 @@ impl Reflink {
         Ok(())
     }
 
-    /// Cuts, and keeps the clone. `label` has at most 255 bytes.
-    ///
-    /// # Errors
-    /// [`EngineError::TooManySnapshots`], or where the file can't be cloned.
-    pub fn create_snapshot(&self, label: &str, now_ms: u64) -> Result<SnapshotInfo, EngineError> {
-        if label.len() > LABEL_MAX {
-            return Err(EngineError::LabelTooLong(label.len()));
-        }
-        let _cutting = self.cutting.lock();
-        self.check_open()?;
-        let most = self.options.snapshots_max;
-        if self.now.lock().state.snapshots.len() >= most {
-            return Err(EngineError::TooManySnapshots(most));
-        }
-        let clone = self.clone_now()?.clone;
-        let changing = self.changing.lock();
-        let mut state = self.state();
-        let id = state.keep(clone, now_ms, label);
-        let taken = state.snapshots.last().map(shown);
-        if let Err(error) = self.store(&changing, state, |_| {}) {
-            drop(changing);
-            self.clones.remove(clone.cut);
-            return Err(error);
-        }
-        taken.ok_or(EngineError::NoSuchSnapshot(SnapshotId(id)))
-    }
-
-    /// Records how good the moment of a snapshot's cut was, and why no better.
-    ///
-    /// # Errors
-    /// [`EngineError::NoSuchSnapshot`], or where the record can't be written: the grade is as it was.
-    pub fn grade_snapshot(
-        &self,
-        id: SnapshotId,
-        coherence: Coherence,
-        reason: &CutReason,
-    ) -> Result<(), EngineError> {
-        self.check_open()?;
-        let changing = self.changing.lock();
-        let mut state = self.state();
-        let mut snapshots = state.snapshots.iter_mut();
-        let snapshot = snapshots.find(|snapshot| snapshot.id == id.0);
-        let snapshot = snapshot.ok_or(EngineError::NoSuchSnapshot(id))?;
-        snapshot.coherence = coherence;
-        snapshot.reason = reason.clone();
-        self.store(&changing, state, |_| {})
-    }
-
-    /// All snapshots, oldest first.
-    #[must_use]
-    pub fn list_snapshots(&self) -> Vec<SnapshotInfo> {
-        self.now.lock().state.snapshots.iter().map(shown).collect()
-    }
-
-    /// Deletes a snapshot. Readers that have it open may finish.
-    ///
-    /// # Errors
-    /// [`EngineError::NoSuchSnapshot`], or where the record can't be written.
-    pub fn delete_snapshot(&self, id: SnapshotId) -> Result<(), EngineError> {
-        self.check_open()?;
-        let changing = self.changing.lock();
-        let mut state = self.state();
-        let clone = find(&state, id)?;
-        state.snapshots.retain(|snapshot| snapshot.id != id.0);
-        self.store(&changing, state, |_| {})?;
-        drop(changing);
-        self.clones.remove(clone.cut);
-        Ok(())
-    }
-
-    /// Opens a snapshot for reading.
-    ///
-    /// # Errors
-    /// [`EngineError::NoSuchSnapshot`], or what the clone's file says.
-    pub fn open_snapshot(&self, id: SnapshotId) -> Result<CloneReader, EngineError> {
-        self.check_open()?;
-        let clone = find(&self.now.lock().state, id)?;
-        let opened = self.clones.open(clone, self.geometry.length());
-        match opened {
-            Ok(Some(file)) => Ok(CloneReader::new(file, clone.cut, self.geometry)),
-            // Deleted meanwhile, or by somebody else.
-            Ok(None) => Err(EngineError::NoSuchSnapshot(id)),
-            Err(error) => Err(EngineError::io(
-                format!("open the clone of snapshot {id}"),
-                error,
-            )),
-        }
-    }
-
-    /// The blocks that may differ between two snapshots.
-    ///
-    /// # Errors
-    /// [`EngineError::NoSuchSnapshot`], [`EngineError::SnapshotOrder`], or what the clones' files say.
-    pub fn changed_between(
-        &self,
-        older: SnapshotId,
-        newer: SnapshotId,
-    ) -> Result<BlockSet, EngineError> {
-        if older > newer {
-            return Err(EngineError::SnapshotOrder { older, newer });
-        }
-        let (older, newer) = (self.open_snapshot(older)?, self.open_snapshot(newer)?);
-        Ok(compared(self.volume, &older, &newer)?.changed)
-    }
-
     /// The blocks of the extent of which [`Self::read_base`] may give something else than the base.
     #[must_use]
     pub fn tracked(&self, extent: Extent) -> BlockSet {
@@ -514,24 +382,6 @@ impl Reflink {
     }
 }
 
-fn shown(snapshot: &SnapshotClone) -> SnapshotInfo {
-    SnapshotInfo {
-        id: SnapshotId(snapshot.id),
-        label: snapshot.label.clone(),
-        time_ms: snapshot.time_ms,
-        cut: Epoch::new(snapshot.clone.cut),
-        coherence: snapshot.coherence,
-        reason: snapshot.reason.clone(),
-    }
-}
-
-fn find(state: &State, id: SnapshotId) -> Result<CloneFile, EngineError> {
-    let found = state.snapshots.iter().find(|snapshot| snapshot.id == id.0);
-    found
-        .map(|snapshot| snapshot.clone)
-        .ok_or(EngineError::NoSuchSnapshot(id))
-}
-
 /// What a clone that could not be made is called outside. A failed sync ends all work: what was lost by it is told once.
 fn explain(error: CloneError, path: &Path, failed: &AtomicBool) -> EngineError {
     let path = path.to_owned();
@@ -546,61 +396,4 @@ fn explain(error: CloneError, path: &Path, failed: &AtomicBool) -> EngineError {
             EngineError::io(format!("clone volume file {}", path.display()), error)
         }
     }
-}
-
-fn changed_since(
-    volume: VolumeId,
-    base: Base,
-    file: Option<&CloneReader>,
-    newer: &CloneReader,
-) -> Result<Difference, EngineError> {
-    match (base, file) {
-        (Base::Clone(_), Some(older)) => compared(volume, older, newer),
-        (Base::Zero, _) => {
-            let geometry = newer.geometry();
-            let mut runs = FileRuns::new(newer.file(), geometry.length());
-            let mut none = FileRuns::new(newer.file(), 0);
-            extents::difference(&mut none, &mut runs, geometry).map_err(unmapped)
-        }
-        (Base::Lost | Base::Clone(_), _) => all_of(newer),
-    }
-}
-
-/// What may differ between two clones.
-fn compared(
-    volume: VolumeId,
-    older: &CloneReader,
-    newer: &CloneReader,
-) -> Result<Difference, EngineError> {
-    let geometry = newer.geometry();
-    for _ in 0..COMPARISONS_MAX {
-        let (mut was, mut is) = (runs_of(older), runs_of(newer));
-        let found = extents::difference(&mut was, &mut is, geometry).map_err(unmapped)?;
-        let again = extents::map_checksum(&mut runs_of(older)).map_err(unmapped)?;
-        if again == found.older {
-            return Ok(found);
-        }
-    }
-    tracing::warn!(
-        %volume,
-        "the filesystem keeps moving the clone of the base (is it being balanced or defragmented?): every block is compared"
-    );
-    all_of(newer)
-}
-
-fn runs_of(reader: &CloneReader) -> FileRuns<'_> {
-    FileRuns::new(reader.file(), reader.geometry().length())
-}
-
-fn all_of(newer: &CloneReader) -> Result<Difference, EngineError> {
-    let geometry = newer.geometry();
-    let mut runs = FileRuns::new(newer.file(), geometry.length());
-    let mut none = FileRuns::new(newer.file(), 0);
-    let mut found = extents::difference(&mut none, &mut runs, geometry).map_err(unmapped)?;
-    found.changed = std::iter::once(geometry.all()).collect();
-    Ok(found)
-}
-
-fn unmapped(error: io::Error) -> EngineError {
-    EngineError::io("ask the filesystem where a clone lies", error)
 }

@@ -39,7 +39,7 @@ use tidemark_disk::{ChecksumTable, durable, lock::FileLock};
 
 pub use kept::ScanReader;
 
-use super::{CutAt, EngineError, EngineOptions, EngineStats, Trust, volume_file};
+use super::{CutAt, EngineError, EngineOptions, EngineSetup, EngineStats, Trust, volume_file};
 use kept::{Keeper, Kept, path_in};
 use pass::{Pass, Prints, Task};
 use source::{Source, now_ns};
@@ -109,28 +109,16 @@ impl Scan {
     /// # Errors
     /// Where the file doesn't lie on a filesystem that it can be scanned on, or something else isn't fit; nothing is left
     /// behind then.
-    pub fn create(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<Arc<Self>, EngineError> {
-        open::create(dir, volume, file, geometry, options).map(Arc::new)
+    pub fn create(setup: EngineSetup<'_>) -> Result<Arc<Self>, EngineError> {
+        open::create(setup).map(Arc::new)
     }
 
     /// Opens a volume that was created before.
     ///
     /// # Errors
     /// Where the file or the directory isn't fit; nothing was changed then, and the call may be repeated.
-    pub fn open(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options, false)?;
+    pub fn open(setup: EngineSetup<'_>) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(setup, false)?;
         Ok((Arc::new(engine), trust))
     }
 
@@ -138,14 +126,8 @@ impl Scan {
     ///
     /// # Errors
     /// As [`Self::open`], save for [`EngineError::VolumeReplaced`].
-    pub fn readopt(
-        dir: &Path,
-        volume: VolumeId,
-        file: &Path,
-        geometry: Geometry,
-        options: EngineOptions,
-    ) -> Result<(Arc<Self>, Trust), EngineError> {
-        let (engine, trust) = open::open(dir, volume, file, geometry, options, true)?;
+    pub fn readopt(setup: EngineSetup<'_>) -> Result<(Arc<Self>, Trust), EngineError> {
+        let (engine, trust) = open::open(setup, true)?;
         Ok((Arc::new(engine), trust))
     }
 

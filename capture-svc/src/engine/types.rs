@@ -2,7 +2,7 @@
 
 use std::{io, path::Path, time::Duration};
 
-use tidemark_block::{BlockCount, Coherence, CutReason, Epoch};
+use tidemark_block::{BlockCount, Coherence, CutReason, Epoch, Geometry, VolumeId};
 
 use super::EngineError;
 
@@ -42,6 +42,21 @@ pub struct EngineOptions {
     pub hot_regions_max: usize,
     /// The longest that writers may have to wait for a cut; none: however long it takes.
     pub cut_stall_max: Option<Duration>,
+}
+
+/// The volume that an engine is made or opened for.
+#[derive(Debug, Clone)]
+pub struct EngineSetup<'a> {
+    /// Its state directory.
+    pub dir: &'a Path,
+    /// Its UUID.
+    pub volume: VolumeId,
+    /// Its volume file.
+    pub file: &'a Path,
+    /// What it must have.
+    pub geometry: Geometry,
+    /// Bounds.
+    pub options: EngineOptions,
 }
 
 impl Default for EngineOptions {

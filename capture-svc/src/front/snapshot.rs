@@ -248,6 +248,15 @@ impl SnapshotExports {
         })
     }
 
+    /// The scratches that clients use now, each with its snapshot.
+    pub(crate) fn scratches(&self) -> Vec<(SnapshotId, Arc<Export>)> {
+        let known = self.scratches.lock();
+        let there = known
+            .iter()
+            .filter_map(|((snapshot, _), export)| Some((*snapshot, export.upgrade()?)));
+        there.filter(|(_, export)| export.clients() > 0).collect()
+    }
+
     /// The scratch of a snapshot with this name, which is the same one for as long as somebody has it.
     fn scratch(
         &self,

@@ -16,7 +16,7 @@ use crate::{
     front::FrontEnds,
     rollback,
     uplink::{Request, blocking, forget_epochs},
-    volume::{Serving, Volume, VolumeRecord, options},
+    volume::{Serving, Volume, VolumeRecord, setup},
 };
 
 impl Registry {
@@ -103,14 +103,7 @@ fn prepare(
     if engine == record.engine {
         return Ok(());
     }
-    Engine::prepare(
-        engine,
-        dir,
-        record.id,
-        &record.file,
-        record.geometry,
-        &options(config),
-    )?;
+    Engine::prepare(engine, &setup(record, dir, config))?;
     // Its epochs begin anew, and whatever was decided was decided on snapshots that are gone.
     forget_epochs(dir, record.id)?;
     rollback::forget(dir)?;

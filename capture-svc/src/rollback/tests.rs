@@ -1,10 +1,10 @@
 use std::{fs, path::PathBuf};
 
 use tempfile::TempDir;
-use tidemark_block::{BlockSize, Extent, Geometry};
+use tidemark_block::{BlockSize, Coherence, Extent, Geometry};
 
 use super::*;
-use crate::engine::{EngineError, EngineOptions, intercept::Intercept as Engine};
+use crate::engine::{EngineError, EngineOptions, EngineSetup, intercept::Intercept as Engine};
 
 const BLOCK: u64 = 4096;
 const BLOCK_LEN: usize = 4096;
@@ -32,7 +32,13 @@ impl Rig {
             .set_len(BLOCKS * BLOCK)
             .unwrap();
         let options = rig.options.clone();
-        let engine = Engine::create(&rig.state(), VOLUME, &rig.file(), geometry(), options);
+        let engine = Engine::create(EngineSetup {
+            dir: &rig.state(),
+            volume: VOLUME,
+            file: &rig.file(),
+            geometry: geometry(),
+            options,
+        });
         (rig, engine.unwrap())
     }
 
@@ -47,9 +53,15 @@ impl Rig {
     /// As after a kill: the engine wasn't closed.
     fn open_again(&self) -> Arc<Engine> {
         let (state, file) = (self.state(), self.file());
-        Engine::open(&state, VOLUME, &file, geometry(), self.options.clone())
-            .unwrap()
-            .0
+        Engine::open(EngineSetup {
+            dir: &state,
+            volume: VOLUME,
+            file: &file,
+            geometry: geometry(),
+            options: self.options.clone(),
+        })
+        .unwrap()
+        .0
     }
 }
 
@@ -148,6 +160,36 @@ fn the_volume_becomes_what_it_was_and_what_it_was_before_is_kept() {
     .unwrap();
     carry_out(&rig.state(), VOLUME, &engine, &mut go_on).unwrap();
     assert!(image(&engine) == before);
+}
+
+#[test]
+fn what_is_kept_says_how_good_it_is() {
+    for (flush, grade, reason) in [
+        (
+            true,
+            Coherence::Flushed,
+            "it was made for a rollback, without a client",
+        ),
+        (
+            false,
+            Coherence::Crash,
+            "it was made for a rollback, without a client; the last write was not flushed",
+        ),
+    ] {
+        let (rig, engine, snapshot) = written(4096);
+        if flush {
+            engine.flush().unwrap();
+        }
+        let plan = decide(&rig.state(), VOLUME, &engine, snapshot, &mut go_on)
+            .unwrap()
+            .unwrap();
+        let listed = engine.list_snapshots();
+        let kept = listed.iter().find(|info| info.id.0 == plan.kept).unwrap();
+        assert_eq!(
+            (kept.coherence, kept.reason.to_string().as_str()),
+            (grade, reason)
+        );
+    }
 }
 
 #[test]

@@ -107,9 +107,22 @@ impl CaptureService {
                 mismatches: counts.mismatches.load(Ordering::Relaxed),
             }),
             clients: serving.clients(),
+            scratches: scratches(serving),
             ..shown
         }
     }
+}
+
+/// The scratches that clients use now.
+pub(super) fn scratches(serving: &Serving) -> Vec<pb::Scratch> {
+    let all = serving.scratches().into_iter();
+    all.map(|(snapshot, export)| pb::Scratch {
+        name: export.name().to_owned(),
+        snapshot: snapshot.0,
+        clients: export.clients(),
+        bytes_used: export.scratch_bytes(),
+    })
+    .collect()
 }
 
 /// What is to be done about cuts that hold writers up for longer than `most`; nothing where it is zero.

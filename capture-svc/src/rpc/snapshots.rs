@@ -1,19 +1,25 @@
 //! Snapshots: taking, listing, deleting, and streaming what they show.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use tidemark_block::{BlockCount, BlockIndex, BlockSet, frame::CodecChoice};
 use tidemark_proto::{
-    RpcError,
+    Reason, RpcError,
     capture::v1::{self as pb, read_snapshot_response::Message},
     convert::image_digest_field,
 };
-use tokio::sync::mpsc;
+use tokio::{
+    runtime::Handle,
+    sync::{
+        mpsc::{self, error::SendTimeoutError},
+        watch,
+    },
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::{AHEAD, CaptureService, Streamed};
+use super::{AHEAD, CaptureService, Streamed, shown::scratches};
 use crate::{
     engine::{Engine, EngineError, SnapshotId, SnapshotInfo, SnapshotReader},
     registry::engine_error,
@@ -25,6 +31,10 @@ use crate::{
 
 /// Encoded bytes of a message.
 const BATCH_LEN: usize = 768 << 10;
+/// Streams of snapshots at the same time: each has a thread.
+pub(super) const READS_MAX: usize = 16;
+/// How long the reader of a stream may take nothing.
+const UNREAD_MAX: Duration = Duration::from_secs(300);
 /// The most bytes of a label.
 const LABEL_BYTES_MAX: usize = 255;
 
@@ -68,9 +78,18 @@ impl CaptureService {
     }
 
     pub(super) async fn snapshots(&self, volume: &str) -> Result<Vec<pb::Snapshot>, RpcError> {
-        self.with_engine(volume, |engine| {
+        let scratches = scratches(&*self.registry.find(volume)?.need()?);
+        self.with_engine(volume, move |engine| {
             let list = engine.list_snapshots();
-            Ok(list.iter().map(|info| shown(engine, info)).collect())
+            let each = list.iter().map(|info| pb::Snapshot {
+                scratches: scratches
+                    .iter()
+                    .filter(|scratch| scratch.snapshot == info.id.0)
+                    .cloned()
+                    .collect(),
+                ..shown(engine, info)
+            });
+            Ok(each.collect())
         })
         .await
     }
@@ -84,6 +103,13 @@ impl CaptureService {
         &self,
         request: pb::ReadSnapshotRequest,
     ) -> Result<Streamed<pb::ReadSnapshotResponse>, RpcError> {
+        let seat = Arc::clone(&self.reads).try_acquire_owned().map_err(|_| {
+            RpcError::new(
+                Reason::LimitReached,
+                format!("{READS_MAX} snapshots are being read"),
+                "try again when one of them has ended",
+            )
+        })?;
         let id = SnapshotId(request.snapshot);
         let since = (request.since_snapshot > 0).then_some(SnapshotId(request.since_snapshot));
         let (header, reader, changed) = self
@@ -103,6 +129,7 @@ impl CaptureService {
         let geometry = self.registry.find(&request.volume)?.record.geometry;
         let (sender, receiver) = mpsc::channel(AHEAD);
         let stop = self.stop.clone();
+        let runtime = Handle::current();
         tokio::task::spawn_blocking(move || {
             let first = message(Message::Header(header));
             if sender.blocking_send(Ok(first)).is_err() {
@@ -111,6 +138,7 @@ impl CaptureService {
             let sending = Sending {
                 to: &sender,
                 stop: &stop,
+                runtime: &runtime,
             };
             let whole = changed.is_none();
             let last = match stream(&reader, ZeroBase(geometry), changed, sending) {
@@ -124,9 +152,9 @@ impl CaptureService {
                 }))),
                 Err(error) => Err(Status::from(failed(error))),
             };
-            drop(reader);
-            // Whoever hung up doesn't want it.
-            let _ = sender.blocking_send(last);
+            // Whoever takes nothing more may take long to hear why, and whoever hung up doesn't want it.
+            drop((reader, seat));
+            runtime.spawn(async move { sender.send(last).await });
         });
         Ok(Box::pin(ReceiverStream::new(receiver)))
     }
@@ -155,6 +183,11 @@ fn failed(error: WalkError) -> RpcError {
         WalkError::Engine(error) => engine_error(&error),
         WalkError::Table(error) => RpcError::internal(error.to_string()),
         WalkError::Stopped => crate::uplink::shutting_down(),
+        WalkError::Unread => RpcError::new(
+            Reason::TooSlow,
+            format!("nothing was taken for {UNREAD_MAX:?}"),
+            "read the snapshot again where there is room to write to",
+        ),
     }
 }
 
@@ -183,12 +216,14 @@ fn shown(engine: &Engine, info: &SnapshotInfo) -> pb::Snapshot {
         coherence: i32::from(info.coherence.code()),
         coherence_reason: info.reason.to_string(),
         geometry: Some(engine.geometry().into()),
+        scratches: Vec::new(),
     }
 }
 
 struct Sending<'a> {
     to: &'a mpsc::Sender<Result<pb::ReadSnapshotResponse, Status>>,
-    stop: &'a tokio::sync::watch::Receiver<bool>,
+    stop: &'a watch::Receiver<bool>,
+    runtime: &'a Handle,
 }
 
 impl Emit for Sending<'_> {
@@ -198,9 +233,12 @@ impl Emit for Sending<'_> {
     }
 
     fn batch(&mut self, batch: Batch, _: &[u8]) -> Result<(), WalkError> {
-        self.to
-            .blocking_send(Ok(message(Message::Frames(batch.frames))))
-            .map_err(|_| WalkError::Stopped)
+        let frames = Ok(message(Message::Frames(batch.frames)));
+        let sent = self.to.send_timeout(frames, UNREAD_MAX);
+        self.runtime.block_on(sent).map_err(|error| match error {
+            SendTimeoutError::Closed(_) => WalkError::Stopped,
+            SendTimeoutError::Timeout(_) => WalkError::Unread,
+        })
     }
 
     fn passed(&mut self, _: BlockCount) -> Result<(), WalkError> {

@@ -256,7 +256,9 @@ impl Driver {
         span.count("epoch", cut.epoch.get());
         span.count("blocks", cut.changed.len().get());
         span.note("coherence", graded.coherence);
-        span.note("reason", graded.reason());
+        if !graded.reason().is_empty() {
+            span.note("reason", graded.reason());
+        }
         self.trace.cut(id);
         self.record = record;
         self.figures.cut(graded);

@@ -162,7 +162,9 @@ impl Driver {
             let span = self
                 .trace
                 .step(action, open.map(|open| (open.id, open.trigger)));
-            match self.perform(action).instrument(span).await {
+            let outcome = self.perform(action).instrument(span).await;
+            self.trace.step_ended();
+            match outcome {
                 Outcome::Event(event) => self.machine.on(self.now(), event),
                 Outcome::Again => {}
                 Outcome::Stop => break,
@@ -177,6 +179,7 @@ impl Driver {
         }
         let resumed = "the service, or the volume, stops: it is resumed at the next start";
         self.trace.fail(Reason::ShuttingDown, resumed);
+        self.trace.step_ended();
         self.hints.decline("the service stops");
         // What hangs is killed with this process.
         let thawed = async { self.quiesce.lock().await.settled().await };

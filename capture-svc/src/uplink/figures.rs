@@ -80,7 +80,8 @@ impl Quiesced {
             | Why::NoPause { .. }
             | Why::WriteAtCut
             | Why::WritesUnseen
-            | Why::AtOnce => None,
+            | Why::AtOnce
+            | Why::ForRollback => None,
         }
     }
 }

@@ -17,6 +17,8 @@ const ASKERS_MAX: usize = 8;
 pub(super) struct Trace {
     volume: String,
     interval: Option<Span>,
+    /// Of an interval that has ended within the step that is under way.
+    over: Option<Span>,
     /// Those who have asked for the interval that comes next.
     askers: Vec<Origin>,
     attempts: u64,
@@ -27,6 +29,7 @@ impl Trace {
         Self {
             volume,
             interval: None,
+            over: None,
             askers: Vec::new(),
             attempts: 0,
         }
@@ -96,9 +99,22 @@ impl Trace {
         }
     }
 
+    fn end(&mut self) -> Option<Span> {
+        self.over.clone_from(&self.interval);
+        self.interval.take()
+    }
+
+    /// A step has ended; where it was the last one of an interval, so has that.
+    pub(super) fn step_ended(&mut self) {
+        if let Some(span) = self.over.take() {
+            // A span is taken to end when it was left last.
+            span.in_scope(|| {});
+        }
+    }
+
     /// The vault has given the receipt, and it is recorded.
     pub(super) fn succeed(&mut self, receipt: &Receipt) {
-        if let Some(span) = self.interval.take() {
+        if let Some(span) = self.end() {
             span.count("generation", receipt.generation.get());
             span.note("unchanged", !receipt.created);
             span.count("changed_blocks", receipt.changed_blocks.get());
@@ -109,7 +125,7 @@ impl Trace {
 
     /// No generation comes of it.
     pub(super) fn fail(&mut self, reason: Reason, message: &str) {
-        if let Some(span) = self.interval.take() {
+        if let Some(span) = self.end() {
             span.fail(reason.as_str(), message);
         }
     }

@@ -93,6 +93,9 @@ pub(crate) enum WalkError {
     /// Nobody wants the rest.
     #[error("stopped")]
     Stopped,
+    /// Somebody wants it, and doesn't take it.
+    #[error("not taken in time")]
+    Unread,
 }
 
 /// Bytes read at a time.

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 /// Mounted until it is dropped.
 pub(crate) struct Disk {
     at: PathBuf,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 /// Filesystems that clone files.
@@ -41,14 +41,26 @@ impl Disk {
             .output();
         let made = made.unwrap();
         assert!(made.status.success(), "{made:?}");
+        let disk = Self { at, dir };
+        disk.mount();
+        Some(disk)
+    }
+
+    /// Mounts it; it is mounted to begin with.
+    pub(crate) fn mount(&self) {
         let mounted = Command::new("mount")
             .args(["-o", "loop"])
-            .arg(&image)
-            .arg(&at)
+            .arg(self.dir.path().join("disk.img"))
+            .arg(&self.at)
             .output();
         let mounted = mounted.unwrap();
         assert!(mounted.status.success(), "{mounted:?}");
-        Some(Self { at, _dir: dir })
+    }
+
+    /// Unmounts it, while nobody has a file of it open.
+    pub(crate) fn unmount(&self) {
+        let unmounted = Command::new("umount").arg(&self.at).output().unwrap();
+        assert!(unmounted.status.success(), "{unmounted:?}");
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use capture_svc::engine::{
-    EngineError, EngineOptions, Trust,
+    EngineError, EngineOptions, EngineSetup, Trust,
     intercept::{Intercept as Engine, SnapshotReader},
 };
 use tempfile::TempDir;
@@ -67,13 +67,13 @@ impl Setup {
 
     fn create(&self) -> Arc<Engine> {
         let (state, file) = (self.state(), self.file());
-        Engine::create(
-            &state,
-            self.id,
-            &file,
-            self.geometry(),
-            self.options.clone(),
-        )
+        Engine::create(EngineSetup {
+            dir: &state,
+            volume: self.id,
+            file: &file,
+            geometry: self.geometry(),
+            options: self.options.clone(),
+        })
         .unwrap()
     }
 
@@ -83,24 +83,24 @@ impl Setup {
 
     fn try_open(&self) -> Result<(Arc<Engine>, Trust), EngineError> {
         let (state, file) = (self.state(), self.file());
-        Engine::open(
-            &state,
-            self.id,
-            &file,
-            self.geometry(),
-            self.options.clone(),
-        )
+        Engine::open(EngineSetup {
+            dir: &state,
+            volume: self.id,
+            file: &file,
+            geometry: self.geometry(),
+            options: self.options.clone(),
+        })
     }
 
     fn readopt(&self) -> Result<(Arc<Engine>, Trust), EngineError> {
         let (state, file) = (self.state(), self.file());
-        Engine::readopt(
-            &state,
-            self.id,
-            &file,
-            self.geometry(),
-            self.options.clone(),
-        )
+        Engine::readopt(EngineSetup {
+            dir: &state,
+            volume: self.id,
+            file: &file,
+            geometry: self.geometry(),
+            options: self.options.clone(),
+        })
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use capture_svc::engine::{
-    EngineError, EngineOptions, Trust,
+    EngineError, EngineOptions, EngineSetup, Trust,
     reflink::{CloneReader, IntervalCut, Reflink},
 };
 use tidemark_block::{BlockSet, BlockSize, Extent, Geometry, VolumeId};
@@ -63,7 +63,13 @@ impl Scene {
 
     fn create(&self) -> Result<Arc<Reflink>, EngineError> {
         let options = self.options.clone();
-        Reflink::create(self.state.path(), VOLUME, &self.file(), geometry(), options)
+        Reflink::create(EngineSetup {
+            dir: self.state.path(),
+            volume: VOLUME,
+            file: &self.file(),
+            geometry: geometry(),
+            options,
+        })
     }
 
     fn file(&self) -> PathBuf {
@@ -84,7 +90,13 @@ impl Scene {
 
     fn try_open(&self) -> Result<(Arc<Reflink>, Trust), EngineError> {
         let options = self.options.clone();
-        Reflink::open(self.state.path(), VOLUME, &self.file(), geometry(), options)
+        Reflink::open(EngineSetup {
+            dir: self.state.path(),
+            volume: VOLUME,
+            file: &self.file(),
+            geometry: geometry(),
+            options,
+        })
     }
 
     fn clone_names(&self) -> Vec<String> {

@@ -3,7 +3,7 @@
 use std::{fs::File, path::PathBuf, sync::Arc, time::Duration};
 
 use capture_svc::engine::{
-    CutAt, EngineError, EngineOptions, Trust,
+    CutAt, EngineError, EngineOptions, EngineSetup, Trust,
     scan::{IntervalCut, Scan},
 };
 use tidemark_block::{BlockSize, Geometry, VolumeId, block_checksum};
@@ -53,7 +53,13 @@ impl Scene {
         let file = disk.path("data.img");
         let made = File::create(&file).unwrap();
         made.set_len(geometry.length()).unwrap();
-        let create = Scan::create(state.path(), VOLUME, &file, geometry, options.clone());
+        let create = Scan::create(EngineSetup {
+            dir: state.path(),
+            volume: VOLUME,
+            file: &file,
+            geometry,
+            options: options.clone(),
+        });
         Some(Self {
             engine: Some(create.unwrap()),
             table: ChecksumTable::create(&state.path().join("table"), VOLUME, geometry).unwrap(),
@@ -82,13 +88,13 @@ impl Scene {
 
     fn try_open(&self) -> Result<(Arc<Scan>, Trust), EngineError> {
         let options = self.options.clone();
-        Scan::open(
-            self.state.path(),
-            VOLUME,
-            &self.file(),
-            self.geometry,
+        Scan::open(EngineSetup {
+            dir: self.state.path(),
+            volume: VOLUME,
+            file: &self.file(),
+            geometry: self.geometry,
             options,
-        )
+        })
     }
 
     /// Where anybody may write, and does at most for a moment.

@@ -11,7 +11,7 @@ use tidemark_proto::common::v1::{self as common, Coherence, Trigger};
 
 use crate::failure::Failure;
 
-pub use source::{Scrub, Snapshot, Uplink, Volume};
+pub use source::{Scratch, Scrub, Snapshot, Uplink, Volume};
 pub use stored::{Generation, Maintained, Receipt, StoredScrub, VaultVolume};
 
 /// A point in time, UTC; `null` where there is none yet.

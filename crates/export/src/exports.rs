@@ -160,6 +160,14 @@ impl Export {
         self.scratch.is_some()
     }
 
+    /// Bytes that its clients have written, where that is thrown away; else 0.
+    #[must_use]
+    pub fn scratch_bytes(&self) -> u64 {
+        let shared = self.scratch.as_ref().map(|scratch| scratch.shared.lock());
+        let scratch = shared.and_then(|shared| shared.upgrade());
+        scratch.map_or(0, |scratch| scratch.bytes_used())
+    }
+
     /// Whether clients can't write.
     #[must_use]
     pub fn read_only(&self) -> bool {

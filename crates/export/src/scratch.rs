@@ -163,6 +163,12 @@ impl Scratch {
         }
     }
 
+    /// Bytes that it keeps now.
+    #[must_use]
+    pub fn bytes_used(&self) -> u64 {
+        self.geometry.bytes(self.blocks.read().stored.len())
+    }
+
     fn file(&self) -> io::Result<&File> {
         if let Some(file) = self.file.get() {
             return Ok(file);

@@ -26,6 +26,15 @@ pub enum Sends {
     Stream,
 }
 
+/// How long a call may take, once its request is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lasts {
+    /// It tells what there is.
+    AMoment,
+    /// As long as its work takes: whoever asked for it must hear what became of it. Or it is a stream.
+    AsItTakes,
+}
+
 /// What one call takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rule {
@@ -35,6 +44,17 @@ pub struct Rule {
     pub who: Who,
     /// How its request comes.
     pub sends: Sends,
+    /// How long it may take.
+    pub lasts: Lasts,
+}
+
+const fn look(path: &'static str, roles: Roles) -> Rule {
+    Rule {
+        path,
+        who: Who::Having(roles),
+        sends: Sends::One,
+        lasts: Lasts::AMoment,
+    }
 }
 
 const fn one(path: &'static str, roles: Roles) -> Rule {
@@ -42,6 +62,7 @@ const fn one(path: &'static str, roles: Roles) -> Rule {
         path,
         who: Who::Having(roles),
         sends: Sends::One,
+        lasts: Lasts::AsItTakes,
     }
 }
 
@@ -50,11 +71,26 @@ const fn stream(path: &'static str, roles: Roles) -> Rule {
         path,
         who: Who::Having(roles),
         sends: Sends::Stream,
+        lasts: Lasts::AsItTakes,
     }
 }
 
-const fn common(path: &'static str, who: Who, sends: Sends) -> Rule {
-    Rule { path, who, sends }
+const fn health(path: &'static str) -> Rule {
+    Rule {
+        path,
+        who: Who::Anybody,
+        sends: Sends::One,
+        lasts: Lasts::AMoment,
+    }
+}
+
+const fn reflection(path: &'static str) -> Rule {
+    Rule {
+        path,
+        who: Who::Known,
+        sends: Sends::Stream,
+        lasts: Lasts::AsItTakes,
+    }
 }
 
 const SOURCES: Roles = Roles::of(&[Source]);
@@ -69,42 +105,34 @@ pub const RULES: &[Rule] = &[
     stream("/tidemark.vault.v1.Ingest/Ship", SOURCES),
     one("/tidemark.vault.v1.Ingest/MarkCurrent", SOURCES),
     one("/tidemark.vault.v1.Ingest/GetBlockDigests", SOURCES),
-    one("/tidemark.vault.v1.Vault/ListVolumes", READERS),
-    one("/tidemark.vault.v1.Vault/ListGenerations", READERS),
-    one("/tidemark.vault.v1.Vault/GetGeneration", READERS),
+    look("/tidemark.vault.v1.Vault/ListVolumes", READERS),
+    look("/tidemark.vault.v1.Vault/ListGenerations", READERS),
+    look("/tidemark.vault.v1.Vault/GetGeneration", READERS),
     one("/tidemark.vault.v1.Vault/Restore", RESTORERS),
     one("/tidemark.vault.v1.Vault/Maintain", OPERATORS),
     one("/tidemark.vault.v1.Vault/Scrub", OPERATORS),
-    one("/tidemark.vault.v1.Vault/GetStatus", READERS),
+    look("/tidemark.vault.v1.Vault/GetStatus", READERS),
     one("/tidemark.capture.v1.Capture/AddVolume", OPERATORS),
-    one("/tidemark.capture.v1.Capture/ListVolumes", READERS),
-    one("/tidemark.capture.v1.Capture/GetVolume", READERS),
+    look("/tidemark.capture.v1.Capture/ListVolumes", READERS),
+    look("/tidemark.capture.v1.Capture/GetVolume", READERS),
     one("/tidemark.capture.v1.Capture/RemoveVolume", OPERATORS),
     one("/tidemark.capture.v1.Capture/ReadoptVolume", OPERATORS),
     one("/tidemark.capture.v1.Capture/CreateSnapshot", OPERATORS),
     one("/tidemark.capture.v1.Capture/CreateSnapshots", OPERATORS),
-    one("/tidemark.capture.v1.Capture/ListSnapshots", READERS),
+    look("/tidemark.capture.v1.Capture/ListSnapshots", READERS),
     one("/tidemark.capture.v1.Capture/DeleteSnapshot", OPERATORS),
     one("/tidemark.capture.v1.Capture/ReadSnapshot", RESTORERS),
     one("/tidemark.capture.v1.Capture/RollbackVolume", OPERATORS),
     one("/tidemark.capture.v1.Capture/TriggerInterval", OPERATORS),
     one("/tidemark.capture.v1.Capture/ScrubVolume", OPERATORS),
-    one("/tidemark.capture.v1.Capture/GetStatus", READERS),
-    one("/tidemark.capture.v1.Capture/WatchStatus", READERS),
+    look("/tidemark.capture.v1.Capture/GetStatus", READERS),
+    look("/tidemark.capture.v1.Capture/WatchStatus", READERS),
     stream("/tidemark.capture.v1.Coherence/Attach", AGENTS),
-    common("/grpc.health.v1.Health/Check", Who::Anybody, Sends::One),
-    common("/grpc.health.v1.Health/List", Who::Anybody, Sends::One),
-    common("/grpc.health.v1.Health/Watch", Who::Anybody, Sends::One),
-    common(
-        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
-        Who::Known,
-        Sends::Stream,
-    ),
-    common(
-        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-        Who::Known,
-        Sends::Stream,
-    ),
+    health("/grpc.health.v1.Health/Check"),
+    health("/grpc.health.v1.Health/List"),
+    health("/grpc.health.v1.Health/Watch"),
+    reflection("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"),
+    reflection("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"),
 ];
 
 /// The rule of a call; none where there is no such call, as far as this release knows.
@@ -160,6 +188,15 @@ mod tests {
                 matches!(rule.who, Who::Having(roles) if roles != Roles::default()),
                 "{rule:?}"
             );
+        }
+    }
+
+    #[test]
+    fn only_calls_that_change_nothing_are_given_up_when_they_take_long() {
+        for rule in RULES.iter().filter(|rule| rule.lasts == Lasts::AMoment) {
+            let call = rule.path.rsplit('/').next().unwrap();
+            let looks = ["Get", "List", "Watch", "Check"];
+            assert!(looks.iter().any(|verb| call.starts_with(verb)), "{call}");
         }
     }
 

@@ -13,6 +13,7 @@ use tidemark_tls::{Gate, Peer, linger, told};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
+    sync::oneshot,
     time::{Sleep, sleep},
 };
 use tokio_rustls::server::TlsStream;
@@ -34,7 +35,7 @@ pub struct Connection {
     /// `None` once the client has said enough.
     greeting: Option<Greeting>,
     /// `None` once the client has been admitted.
-    pub(crate) admission: Option<Pin<Box<Sleep>>>,
+    pub(crate) admission: Option<Admission>,
     _open: Open,
 }
 
@@ -63,6 +64,34 @@ struct Greeting {
     bytes_left: usize,
 }
 
+/// What a client is given to say who it is.
+#[derive(Debug)]
+pub(crate) struct Admission {
+    deadline: Pin<Box<Sleep>>,
+    /// Comes where it has to leave for another.
+    leave: Option<oneshot::Receiver<()>>,
+}
+
+impl Admission {
+    pub(crate) fn within(time: Duration) -> Self {
+        Self {
+            deadline: Box::pin(sleep(time)),
+            leave: None,
+        }
+    }
+
+    fn is_over(&mut self, cx: &mut Context<'_>) -> bool {
+        let leave = self.leave.as_mut().map(|leave| Pin::new(leave).poll(cx));
+        match leave {
+            Some(Poll::Ready(Ok(()))) => return true,
+            // Nobody is left who could ask for it.
+            Some(Poll::Ready(Err(_))) => self.leave = None,
+            Some(Poll::Pending) | None => {}
+        }
+        self.deadline.as_mut().poll(cx).is_ready()
+    }
+}
+
 impl Connection {
     pub(crate) fn new(stream: TcpStream, open: Open, times: Times, gate: &Arc<Gate>) -> Self {
         let peer = Peer::new(stream.peer_addr().ok());
@@ -70,21 +99,28 @@ impl Connection {
             None => Stream::Plain(stream),
             Some(acceptor) => Stream::Handshake(Box::new(acceptor.accept(stream).into_fallible())),
         };
-        let wait = |time: Duration| Box::pin(sleep(time));
         Self {
             stream,
             peer,
             gate: Arc::clone(gate),
             greeting: Some(Greeting {
-                deadline: wait(times.greeting_max),
+                deadline: Box::pin(sleep(times.greeting_max)),
                 bytes_left: GREETING_BYTES,
             }),
-            admission: (!gate.asks_nobody()).then(|| wait(times.admission_max)),
+            admission: (!gate.asks_nobody()).then(|| Admission::within(times.admission_max)),
             _open: open,
         }
     }
 
-    /// Whether the client has taken too long with what it must do.
+    /// Its client, and what has it leave; none where nobody is asked who they are.
+    pub(crate) fn give_way(&mut self) -> Option<(Peer, oneshot::Sender<()>)> {
+        let admission = self.admission.as_mut()?;
+        let (sender, leave) = oneshot::channel();
+        admission.leave = Some(leave);
+        Some((self.peer.clone(), sender))
+    }
+
+    /// Whether the client has taken too long with what it must do, or has to leave for another.
     fn is_late(&mut self, cx: &mut Context<'_>) -> bool {
         if let Some(greeting) = &mut self.greeting
             && greeting.deadline.as_mut().poll(cx).is_ready()
@@ -96,7 +132,7 @@ impl Connection {
         }
         self.admission
             .as_mut()
-            .is_some_and(|admission| admission.as_mut().poll(cx).is_ready())
+            .is_some_and(|admission| admission.is_over(cx))
     }
 
     /// Ends the handshake.

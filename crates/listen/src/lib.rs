@@ -4,13 +4,16 @@
 //! With TLS the handshake is part of a connection, and runs where the connection is served: nobody waits for the
 //! handshake of another, and it has to end in time like all that comes before HTTP/2.
 //!
-//! What is refused is closed at once, so that its client learns of it instead of waiting.
+//! What is refused is closed at once, so that its client learns of it instead of waiting. Where everybody is asked who
+//! they are, and all places are taken, those who have not said it yet give way, the oldest first: whoever takes places
+//! and says nothing keeps nobody out who says it.
 
 mod connection;
 pub mod health;
 pub mod supervisor;
 
 use std::{
+    collections::VecDeque,
     io,
     os::fd::AsFd,
     pin::Pin,
@@ -23,9 +26,10 @@ use std::{
 };
 
 use tidemark_disk::descriptors;
-use tidemark_tls::{ADMISSION_MAX, Gate};
+use tidemark_tls::{ADMISSION_MAX, Gate, Peer};
 use tokio::{
     net::{TcpListener, TcpStream},
+    sync::oneshot,
     time::{Instant, Sleep, sleep},
 };
 use tokio_stream::Stream;
@@ -36,6 +40,8 @@ pub use connection::Connection;
 pub const GREETING_MAX: Duration = Duration::from_secs(10);
 /// How long accepting rests after a failure that trying again at once would repeat.
 const PAUSE: Duration = Duration::from_millis(50);
+/// Of the places, so many may be taken twice, by those who leave and those they leave for.
+const LEAVING_SHARE: usize = 8;
 /// Refusals are logged at most this often.
 const TOLD_PERIOD: Duration = Duration::from_secs(10);
 
@@ -56,6 +62,8 @@ pub struct Incoming {
     times: Times,
     gate: Arc<Gate>,
     counts: ConnectionCounts,
+    /// In the order in which they came; some of them have gone, or have been admitted.
+    strangers: VecDeque<Stranger>,
     pause: Option<Pin<Box<Sleep>>>,
     told: Option<Instant>,
 }
@@ -78,6 +86,7 @@ impl Incoming {
             },
             gate,
             counts: ConnectionCounts::default(),
+            strangers: VecDeque::new(),
             pause: None,
             told: None,
         }
@@ -92,21 +101,43 @@ impl Incoming {
     /// Takes a client in, unless there are too many.
     fn admit(&mut self, stream: TcpStream) -> Option<Connection> {
         let open = Open::new(&self.counts.open);
-        let refusal = if self.counts.open() > self.connections_max {
-            Some("too many connections")
-        } else if descriptors::is_kept_back(stream.as_fd()) {
-            Some("too many open files")
-        } else {
-            None
-        };
-        if let Some(refusal) = refusal {
-            self.counts.refused.fetch_add(1, SeqCst);
-            self.tell(&refusal);
+        let over = self.counts.open().saturating_sub(self.connections_max);
+        if over > 0 {
+            // This one, or the one that gives way to it and is gone in a moment.
+            self.turn_away("too many connections");
+            if over > self.connections_max / LEAVING_SHARE + 1 || !self.make_room() {
+                return None;
+            }
+        }
+        if descriptors::is_kept_back(stream.as_fd()) {
+            self.turn_away("too many open files");
             return None;
         }
         // A connection that has failed already says so when it is read.
         let _ = stream.set_nodelay(true);
-        Some(Connection::new(stream, open, self.times, &self.gate))
+        let mut connection = Connection::new(stream, open, self.times, &self.gate);
+        if let Some((peer, leave)) = connection.give_way() {
+            self.strangers.push_back(Stranger { peer, leave });
+            if self.strangers.len() > 2 * self.connections_max {
+                self.strangers.retain(Stranger::is_one);
+            }
+        }
+        Some(connection)
+    }
+
+    /// Has the oldest of those leave who have not said who they are; false where there is none.
+    fn make_room(&mut self) -> bool {
+        while let Some(stranger) = self.strangers.pop_front() {
+            if stranger.is_one() && stranger.leave.send(()).is_ok() {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn turn_away(&mut self, reason: &str) {
+        self.counts.refused.fetch_add(1, SeqCst);
+        self.tell(&reason);
     }
 
     fn tell(&mut self, reason: &dyn std::fmt::Display) {
@@ -171,6 +202,20 @@ impl ConnectionCounts {
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.refused.load(SeqCst)
+    }
+}
+
+/// A connection whose client may have to leave for another.
+#[derive(Debug)]
+struct Stranger {
+    peer: Peer,
+    leave: oneshot::Sender<()>,
+}
+
+impl Stranger {
+    /// Whether it is still there, and has not been admitted.
+    fn is_one(&self) -> bool {
+        !self.peer.is_admitted() && !self.leave.is_closed()
     }
 }
 

@@ -10,6 +10,7 @@ use tonic::transport::server::Connected;
 use tidemark_tls::GateFiles;
 
 use super::*;
+use crate::connection::Admission;
 
 /// With a certificate and identities, so that whoever connects has to speak TLS and to say who they are.
 async fn secured(times: Times) -> (Incoming, SocketAddr) {
@@ -151,15 +152,73 @@ async fn who_does_not_say_in_time_who_they_are_is_cut_off() {
     let mut client = TcpStream::connect(addr).await.unwrap();
     client.write_all(&[1; 33]).await.unwrap();
     let mut stranger = next(&mut incoming).await;
-    stranger.admission = Some(Box::pin(sleep(SHORT)));
+    stranger.admission = Some(Admission::within(SHORT));
     assert_eq!(end_of(&mut stranger).await, io::ErrorKind::TimedOut);
 
     let mut client = TcpStream::connect(addr).await.unwrap();
     client.write_all(&[1; 33]).await.unwrap();
     let mut known = next(&mut incoming).await;
-    known.admission = Some(Box::pin(sleep(SHORT)));
+    known.admission = Some(Admission::within(SHORT));
     known.connect_info().admit();
     sleep(SHORT * 2).await;
     drop(client);
     assert_eq!(end_of(&mut known).await, io::ErrorKind::UnexpectedEof);
+}
+
+#[tokio::test]
+async fn where_all_places_are_taken_the_oldest_that_is_nobody_gives_way() {
+    let hour = Duration::from_secs(3600);
+    let (mut incoming, addr) = secured(Times {
+        greeting_max: hour,
+        admission_max: hour,
+    })
+    .await;
+    let mut clients = Vec::new();
+    let mut open = Vec::new();
+    for _ in 0..4 {
+        clients.push(TcpStream::connect(addr).await.unwrap());
+        open.push(next(&mut incoming).await);
+    }
+    // The oldest is somebody.
+    open[0].connect_info().admit();
+    clients.push(TcpStream::connect(addr).await.unwrap());
+    open.push(next(&mut incoming).await);
+    assert_eq!(end_of(&mut open[1]).await, io::ErrorKind::TimedOut);
+    for kept in [0, 2, 3, 4] {
+        let waited = tokio::time::timeout(Duration::from_millis(20), end_of(&mut open[kept]));
+        assert!(waited.await.is_err(), "{kept}");
+    }
+    // Once all are somebody, nobody gives way.
+    open.remove(1);
+    for connection in &open {
+        connection.connect_info().admit();
+    }
+    let mut refused = TcpStream::connect(addr).await.unwrap();
+    let mut byte = [0];
+    tokio::select! {
+        _ = next(&mut incoming) => panic!("a fifth was admitted"),
+        read = refused.read(&mut byte) => assert!(matches!(read, Ok(0) | Err(_))),
+    }
+}
+
+#[tokio::test]
+async fn those_who_give_way_and_have_not_left_yet_are_few() {
+    let hour = Duration::from_secs(3600);
+    let (mut incoming, addr) = secured(Times {
+        greeting_max: hour,
+        admission_max: hour,
+    })
+    .await;
+    let mut held = Vec::new();
+    // Four places; nobody looks at the connections, so that none of them leaves.
+    for _ in 0..5 {
+        let client = TcpStream::connect(addr).await.unwrap();
+        held.push((client, next(&mut incoming).await));
+    }
+    let mut refused = TcpStream::connect(addr).await.unwrap();
+    let mut byte = [0];
+    tokio::select! {
+        _ = next(&mut incoming) => panic!("too many were admitted"),
+        read = refused.read(&mut byte) => assert!(matches!(read, Ok(0) | Err(_))),
+    }
 }

@@ -246,11 +246,13 @@ impl<R: HttpBody> HttpBody for Answer<R> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<R::Data>, R::Error>>> {
-        let frame = ready!(self.body.as_mut().poll_frame(cx));
+        let this = &mut *self;
+        let _within = this.span.enter();
+        let frame = ready!(this.body.as_mut().poll_frame(cx));
         if let Some(Ok(frame)) = &frame
             && let Some(trailers) = frame.trailers_ref()
         {
-            note_status(&self.span, trailers);
+            note_status(&this.span, trailers);
         }
         Poll::Ready(frame)
     }

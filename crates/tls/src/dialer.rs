@@ -11,6 +11,7 @@ use std::{
 };
 
 use hyper_util::rt::TokioIo;
+use parking_lot::Mutex;
 use rustls::{
     ClientConfig, ConfigBuilder, RootCertStore, client::WantsClientCert, pki_types::ServerName,
     sign::SingleCertAndKey,
@@ -58,7 +59,8 @@ impl Interceptor for Bearer {
     }
 }
 
-/// What a client shows, and whom it trusts. All are read anew for each connection.
+/// What a client shows, and whom it trusts. Certificates and keys are read anew for each connection, also where one that broke
+/// is made again; a token is at each [`Dialer::dial`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct DialerFiles {
     /// The CAs of services. `https` takes them.
@@ -130,7 +132,16 @@ impl Dialer {
             .map_err(|error| not_ready(url, &error))?;
         let channel = match ready.config {
             None => tune(Endpoint::from(uri)).connect().await?,
-            Some(config) => secured(uri, config, tune).await?,
+            Some(config) => {
+                let files = self.files.clone();
+                // Files that can be read once, such as pipes, are enough for one connection.
+                let first = Arc::new(Mutex::new(Some(config)));
+                let setup = move || match first.lock().take() {
+                    Some(config) => Ok(config),
+                    None => client_config(&files).map(Arc::new),
+                };
+                secured(uri, setup, tune).await?
+            }
         };
         Ok(InterceptedService::new(channel, ready.bearer))
     }
@@ -139,7 +150,7 @@ impl Dialer {
 /// Connects with TLS that is set up already.
 pub(crate) async fn over_tls(url: &str, config: Arc<ClientConfig>) -> Result<Line, RpcError> {
     let uri: Uri = url.parse().map_err(|_| bad_url(url))?;
-    let channel = secured(uri, config, |endpoint| endpoint).await?;
+    let channel = secured(uri, move || Ok(Arc::clone(&config)), |endpoint| endpoint).await?;
     Ok(InterceptedService::new(channel, Bearer::default()))
 }
 
@@ -179,16 +190,20 @@ pub fn dial_lazily(
     }
 }
 
+/// `setup` is asked for each connection: a channel makes one again by itself where the last one broke.
 async fn secured(
     uri: Uri,
-    config: Arc<ClientConfig>,
+    setup: impl Fn() -> Result<Arc<ClientConfig>, FileError> + Clone + Send + Sync + 'static,
     tune: impl FnOnce(Endpoint) -> Endpoint,
 ) -> Result<Channel, RpcError> {
     let host = Host::of(&uri)?;
     let endpoint = tune(Endpoint::from(uri));
     let connector = tower::service_fn(move |_: Uri| {
-        let (host, config) = (host.clone(), Arc::clone(&config));
+        let (setup, host) = (setup.clone(), host.clone());
         async move {
+            let config = tokio::task::spawn_blocking(setup)
+                .await?
+                .map_err(|error| io::Error::other(format!("{TLS_REFUSED_MARK}{error}")))?;
             Wire::open(host.connect(config).await?)
                 .await
                 .map(TokioIo::new)

@@ -1,7 +1,8 @@
 //! Certificates, keys and tokens, as they lie in files.
 
 use std::{
-    fs, io,
+    fs,
+    io::{self, Read},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -72,14 +73,16 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, FileError> {
         path: path.to_owned(),
         error,
     };
-    let length = fs::metadata(path).map_err(unreadable)?.len();
-    if length > FILE_BYTES_MAX {
+    let file = fs::File::open(path).map_err(unreadable)?;
+    let mut bytes = Vec::new();
+    let read = file.take(FILE_BYTES_MAX + 1).read_to_end(&mut bytes);
+    if read.map_err(unreadable)? as u64 > FILE_BYTES_MAX {
         return Err(FileError::invalid(
             path,
-            format!("{length} bytes are too many"),
+            format!("has more than {FILE_BYTES_MAX} bytes"),
         ));
     }
-    fs::read(path).map_err(unreadable)
+    Ok(bytes)
 }
 
 pub(crate) fn read_text(path: &Path) -> Result<String, FileError> {

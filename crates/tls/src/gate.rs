@@ -27,7 +27,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use crate::{
-    expiry::{self, Ends},
+    expiry::{self, Ends, OwnCertificate, Purpose, Validity},
     files::{self, FileError},
     limit::LogLimit,
     peer::Peer,
@@ -61,6 +61,7 @@ type Print = Option<(u64, u64, u64, i64, i64, i64, i64)>;
 #[derive(Debug)]
 struct State {
     acceptor: Option<Arc<ServerConfig>>,
+    certificate: Option<OwnCertificate>,
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     identities: Option<Identities>,
     ends: Ends,
@@ -119,6 +120,12 @@ impl Gate {
     #[must_use]
     pub fn ends(&self) -> Ends {
         self.state.read().ends
+    }
+
+    /// The certificate that is shown now; none where connections are plain text.
+    #[must_use]
+    pub fn certificate(&self) -> Option<OwnCertificate> {
+        self.state.read().certificate.clone()
     }
 
     /// Reads the files again where one has changed, or with `always` in any case.
@@ -278,11 +285,16 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
             Some(client_verifier(path)?)
         }
     };
-    let acceptor = match &files.certificate {
-        None => None,
+    let (acceptor, certificate) = match &files.certificate {
+        None => (None, None),
         Some((cert, key)) => {
             let certified = files::certified(cert, key)?;
             ends.certificate = expiry::first(&certified.cert);
+            let own = OwnCertificate {
+                file: cert.clone(),
+                purpose: Purpose::Listening,
+                validity: Validity::of(cert, &certified.cert)?,
+            };
             let builder = ServerConfig::builder_with_provider(files::provider())
                 .with_protocol_versions(&[&rustls::version::TLS13])
                 .map_err(|error| FileError::Setup(error.to_string()))?;
@@ -293,11 +305,12 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
             let mut config =
                 builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
             config.alpn_protocols = vec![ALPN.to_vec()];
-            Some(Arc::new(config))
+            (Some(Arc::new(config)), Some(own))
         }
     };
     Ok(State {
         acceptor,
+        certificate,
         verifier,
         identities,
         ends,
@@ -409,27 +422,6 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_is_read_once_and_what_cannot_be_used_changes_nothing() {
-        let files = Files::new();
-        let gate = Gate::open(files.gate()).unwrap();
-        let now = || Arc::as_ptr(&gate.state.read());
-        let first = now();
-        assert!(matches!(gate.reload(false), Reloaded::Unchanged));
-        files.write("identities", "[[identity]]");
-        assert!(matches!(gate.reload(false), Reloaded::Failed(_)));
-        // It is said once.
-        assert!(matches!(gate.reload(false), Reloaded::Unchanged));
-        assert!(matches!(gate.reload(true), Reloaded::Failed(_)));
-        assert_eq!(now(), first);
-        files.write("identities", "");
-        assert!(matches!(gate.reload(false), Reloaded::Done));
-        assert_ne!(now(), first);
-        assert!(matches!(gate.reload(true), Reloaded::Done));
-        fs::remove_file(files.path("own.key")).unwrap();
-        assert!(matches!(gate.reload(false), Reloaded::Failed(_)));
-    }
-
-    #[test]
     fn what_kubernetes_swaps_all_at_once_is_read_again() {
         let files = Files::new();
         for version in ["1", "2"] {
@@ -451,6 +443,49 @@ mod tests {
         link("2", "..data");
         assert!(matches!(gate.reload(false), Reloaded::Done));
         assert!(matches!(gate.reload(false), Reloaded::Unchanged));
+    }
+
+    #[test]
+    fn who_shows_a_certificate_is_somebody_only_where_its_ca_is_trusted() {
+        let files = Files::new();
+        files.pair("other");
+        files.write(
+            "identities",
+            "[[identity]]\nname = 'own'\nroles = ['viewer']\nvolumes = ['*']\n",
+        );
+        let gate = Gate::open(files.gate()).unwrap();
+        let shows = |name: &str| {
+            let peer = Peer::new(None);
+            peer.showed(&files::certificates(&files.path(name)).unwrap());
+            gate.identify(&peer, None)
+        };
+        assert_eq!(shows("own.crt").unwrap().name(), "own");
+        // It is called the same, and somebody else has made it.
+        files.pair("own");
+        let error = shows("own.crt").unwrap_err();
+        assert_eq!(error.reason, Reason::Unauthenticated);
+        assert!(gate.identify(&Peer::new(None), None).is_err());
+    }
+
+    #[test]
+    fn what_changes_is_read_once_and_what_cannot_be_used_changes_nothing() {
+        let files = Files::new();
+        let gate = Gate::open(files.gate()).unwrap();
+        let now = || Arc::as_ptr(&gate.state.read());
+        let first = now();
+        assert!(matches!(gate.reload(false), Reloaded::Unchanged));
+        files.write("identities", "[[identity]]");
+        assert!(matches!(gate.reload(false), Reloaded::Failed(_)));
+        // It is said once.
+        assert!(matches!(gate.reload(false), Reloaded::Unchanged));
+        assert!(matches!(gate.reload(true), Reloaded::Failed(_)));
+        assert_eq!(now(), first);
+        files.write("identities", "");
+        assert!(matches!(gate.reload(false), Reloaded::Done));
+        assert_ne!(now(), first);
+        assert!(matches!(gate.reload(true), Reloaded::Done));
+        fs::remove_file(files.path("own.key")).unwrap();
+        assert!(matches!(gate.reload(false), Reloaded::Failed(_)));
     }
 
     fn named(names: Vec<SanType>) -> CertificateDer<'static> {

@@ -19,7 +19,7 @@ mod settings;
 mod shield;
 
 pub use dialer::{Bearer, Dialer, DialerFiles, Line, dial_lazily, is_loopback_url};
-pub use expiry::Ends;
+pub use expiry::{Ends, OwnCertificate, OwnCertificates, Purpose, Standing, Validity};
 pub use files::{FileError, random};
 pub use gate::{Gate, GateFiles, Reloaded};
 pub use own::dial_own;

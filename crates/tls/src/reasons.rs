@@ -72,10 +72,14 @@ fn of_certificate(error: &CertificateError) -> String {
 fn of_alert(alert: AlertDescription) -> String {
     use AlertDescription as A;
     let what = match alert {
-        A::CertificateExpired => "our certificate has expired",
+        // One word for both.
+        A::CertificateExpired => "our certificate has expired, or is not valid yet",
         A::UnknownCA => "the CA of our certificate is not trusted there",
         A::CertificateRequired => "a certificate is needed, and we have none",
-        A::BadCertificate | A::CertificateUnknown | A::UnsupportedCertificate => {
+        A::UnsupportedCertificate => {
+            "our certificate is not for this use: servers and clients need different ones"
+        }
+        A::BadCertificate | A::CertificateUnknown => {
             "our certificate is not accepted: see the peer's log"
         }
         A::AccessDenied => "our certificate gives no access",

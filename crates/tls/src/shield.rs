@@ -11,10 +11,10 @@ use http::{HeaderMap, Request as HttpRequest, Response as HttpResponse, header::
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tidemark_identity::{
     Roles,
-    rules::{self, Sends, Who},
+    rules::{self, Lasts, Rule, Sends, Who},
 };
 use tidemark_proto::{Reason, RpcError};
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Sleep, sleep, timeout};
 use tonic::{Extensions, Status, body::Body};
 use tower::{Layer, Service};
 
@@ -24,6 +24,8 @@ use crate::{gate::Gate, peer::Peer};
 
 /// How long the one message of a call may take to arrive.
 const REQUEST_MAX: Duration = Duration::from_secs(30);
+/// How long a call that only tells what there is may take to be answered.
+const ANSWER_MAX: Duration = Duration::from_secs(60);
 
 /// How long a connection may last before it has made a call with an identity that is known: enough for a slow link, and
 /// for whoever asks after the service's health.
@@ -39,7 +41,14 @@ pub fn caller(extensions: &Extensions) -> Caller {
 #[derive(Debug, Clone)]
 pub struct ShieldLayer {
     gate: Arc<Gate>,
+    times: Times,
+}
+
+/// How long a call may take.
+#[derive(Debug, Clone, Copy)]
+struct Times {
     request_max: Duration,
+    answer_max: Duration,
 }
 
 impl ShieldLayer {
@@ -48,7 +57,10 @@ impl ShieldLayer {
     pub fn new(gate: Arc<Gate>) -> Self {
         Self {
             gate,
-            request_max: REQUEST_MAX,
+            times: Times {
+                request_max: REQUEST_MAX,
+                answer_max: ANSWER_MAX,
+            },
         }
     }
 }
@@ -59,7 +71,7 @@ impl<S> Layer<S> for ShieldLayer {
     fn layer(&self, inner: S) -> Shield<S> {
         Shield {
             gate: Arc::clone(&self.gate),
-            request_max: self.request_max,
+            times: self.times,
             inner,
         }
     }
@@ -69,19 +81,22 @@ impl<S> Layer<S> for ShieldLayer {
 #[derive(Debug, Clone)]
 pub struct Shield<S> {
     gate: Arc<Gate>,
-    request_max: Duration,
+    times: Times,
     inner: S,
 }
 
 impl<S> Shield<S> {
-    /// Who calls, and how its request comes.
-    fn check<B>(&self, request: &HttpRequest<B>) -> Result<(Option<Caller>, Sends), Status> {
+    /// Who calls, and what the call takes.
+    fn check<B>(
+        &self,
+        request: &HttpRequest<B>,
+    ) -> Result<(Option<Caller>, &'static Rule), Status> {
         let path = request.uri().path();
         let Some(rule) = rules::rule(path) else {
             return Err(Status::unimplemented(format!("there is no call {path}")));
         };
         let roles = match rule.who {
-            Who::Anybody => return Ok((None, rule.sends)),
+            Who::Anybody => return Ok((None, rule)),
             Who::Known => None,
             Who::Having(roles) => Some(roles),
         };
@@ -100,7 +115,7 @@ impl<S> Shield<S> {
             self.gate.log_refusal(peer, &error.message);
             return Err(error.into());
         }
-        Ok((Some(caller), rule.sends))
+        Ok((Some(caller), rule))
     }
 }
 
@@ -150,7 +165,7 @@ where
     }
 
     fn call(&mut self, mut request: HttpRequest<Body>) -> Self::Future {
-        let (caller, sends) = match self.check(&request) {
+        let (caller, rule) = match self.check(&request) {
             Ok(checked) => checked,
             Err(status) => {
                 let refused = status.into_http();
@@ -160,12 +175,31 @@ where
         if let Some(caller) = caller {
             request.extensions_mut().insert(caller);
         }
-        if sends == Sends::One {
-            let deadline = self.request_max;
+        if rule.sends == Sends::One {
+            let deadline = self.times.request_max;
             request = request.map(|body| Body::new(Timely::new(body, deadline)));
         }
-        Box::pin(self.inner.call(request))
+        let answer = self.inner.call(request);
+        if rule.lasts == Lasts::AsItTakes {
+            return Box::pin(answer);
+        }
+        let answer_max = self.times.answer_max;
+        Box::pin(async move {
+            timeout(answer_max, answer)
+                .await
+                .unwrap_or_else(|_| Ok(unanswered(rule.path, answer_max).into_http()))
+        })
     }
+}
+
+fn unanswered(path: &str, after: Duration) -> Status {
+    let call = path.rsplit('.').next().unwrap_or(path);
+    let error = RpcError::new(
+        Reason::TooSlow,
+        format!("{call} is not answered within {after:?}"),
+        "the disk or the store of the service may be stuck: look at its log, and try again",
+    );
+    error.into()
 }
 
 /// A request that must have arrived in time.
@@ -225,6 +259,7 @@ mod tests {
     use std::convert::Infallible;
 
     use http_body::Frame;
+    use tidemark_identity::token::TokenHash;
 
     use super::*;
     use crate::gate::GateFiles;
@@ -246,9 +281,10 @@ mod tests {
         }
     }
 
-    /// Reads its request to the end, and answers with the error of it.
+    /// Reads its request to the end, and answers with the error of it; never where there is none.
     fn shield(
-        gate: Arc<Gate>,
+        request_max: Duration,
+        answer_max: Duration,
     ) -> impl Service<
         HttpRequest<Body>,
         Response = HttpResponse<Option<Status>>,
@@ -258,22 +294,103 @@ mod tests {
         let inner = tower::service_fn(|request: HttpRequest<Body>| async {
             let mut body = request.into_body();
             let frame = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await;
-            Ok::<_, Infallible>(HttpResponse::new(frame.and_then(Result::err)))
+            match frame.and_then(Result::err) {
+                Some(error) => Ok::<_, Infallible>(HttpResponse::new(Some(error))),
+                None => std::future::pending().await,
+            }
         });
         Shield {
-            gate,
-            request_max: Duration::from_millis(20),
+            gate: Gate::open(GateFiles::default()).unwrap(),
+            times: Times {
+                request_max,
+                answer_max,
+            },
             inner,
         }
     }
 
+    const LONG: Duration = Duration::from_secs(3600);
+    const SHORT: Duration = Duration::from_millis(20);
+
     #[tokio::test]
     async fn a_request_that_does_not_arrive_is_not_waited_for() {
-        let gate = Gate::open(GateFiles::default()).unwrap();
         let request = HttpRequest::post(CALL).body(Body::new(Stalled)).unwrap();
-        let answer = shield(gate).call(request).await.unwrap();
+        let answer = shield(SHORT, LONG).call(request).await.unwrap();
         let error = RpcError::from(answer.into_body().unwrap());
         assert_eq!(error.reason, Reason::TooSlow);
+    }
+
+    #[tokio::test]
+    async fn who_only_looks_is_not_kept_waiting_and_work_is_waited_for() {
+        let request = |path: &str| HttpRequest::post(path).body(Body::empty()).unwrap();
+        let answer = shield(LONG, SHORT).call(request(CALL)).await.unwrap();
+        let error = RpcError::from(Status::from_header_map(answer.headers()).unwrap());
+        assert_eq!(error.reason, Reason::TooSlow);
+        assert!(error.message.contains("Vault/GetStatus"), "{error}");
+        let mut waiting = shield(LONG, SHORT);
+        let work = waiting.call(request("/tidemark.vault.v1.Vault/Maintain"));
+        assert!(timeout(SHORT * 3, work).await.is_err());
+    }
+
+    /// Two who come with tokens, and a call of one of them.
+    #[tokio::test]
+    async fn a_call_is_let_through_where_its_caller_has_a_role_that_it_takes() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identities");
+        let token = |name: &str| format!("the-token-of-{name}");
+        let identity = |name: &str, role| {
+            let hash = TokenHash::of(&token(name)).to_hex();
+            format!(
+                "[[identity]]\nname = '{name}'\nroles = ['{role}']\nvolumes = ['*']\ntoken_sha256 = '{hash}'\n"
+            )
+        };
+        let text = identity("desk", "viewer") + &identity("edge-7", "source");
+        std::fs::write(&path, text).unwrap();
+        let gate = Gate::open(GateFiles {
+            identities: Some(path),
+            ..GateFiles::default()
+        })
+        .unwrap();
+        let inner = tower::service_fn(|_: HttpRequest<Body>| async {
+            Ok::<_, Infallible>(HttpResponse::new(()))
+        });
+        let asked = async |name: &str, call: &str| {
+            let request = HttpRequest::post(call)
+                .header(AUTHORIZATION, format!("Bearer {}", token(name)))
+                .body(Body::empty());
+            let mut shield = ShieldLayer::new(Arc::clone(&gate)).layer(inner);
+            let answer = shield.call(request.unwrap()).await.unwrap();
+            Status::from_header_map(answer.headers()).map(|status| RpcError::from(status).reason)
+        };
+        assert_eq!(asked("desk", CALL).await, None);
+        let denied = Some(Reason::PermissionDenied);
+        assert_eq!(asked("edge-7", CALL).await, denied);
+        let work = "/tidemark.vault.v1.Vault/Maintain";
+        assert_eq!(asked("desk", work).await, denied);
+        let unknown = Some(Reason::Unauthenticated);
+        assert_eq!(asked("nobody", CALL).await, unknown);
+    }
+
+    #[tokio::test]
+    async fn who_is_unknown_stays_a_stranger() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identities");
+        std::fs::write(&path, "").unwrap();
+        let gate = Gate::open(GateFiles {
+            identities: Some(path),
+            ..GateFiles::default()
+        });
+        let inner = tower::service_fn(|_: HttpRequest<Body>| async {
+            Ok::<_, Infallible>(HttpResponse::new(()))
+        });
+        let mut shield = ShieldLayer::new(gate.unwrap()).layer(inner);
+        let peer = Peer::new(None);
+        for call in [CALL, "/grpc.health.v1.Health/Check", "/no/call"] {
+            let mut request = HttpRequest::post(call).body(Body::empty()).unwrap();
+            request.extensions_mut().insert(peer.clone());
+            shield.call(request).await.unwrap();
+            assert!(!peer.is_admitted(), "{call}");
+        }
     }
 
     #[test]

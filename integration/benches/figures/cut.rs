@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use capture_svc::engine::{EngineOptions, intercept::Intercept as Engine};
+use capture_svc::engine::{EngineOptions, EngineSetup, intercept::Intercept as Engine};
 use tidemark_block::{BlockSize, Geometry, VolumeId};
 use tidemark_export::{BlockDevice as _, Durability};
 
@@ -93,7 +93,13 @@ fn watch(dir: &Path, report: &mut Report) -> Result<()> {
         ..EngineOptions::default()
     };
     let id = VolumeId::from_bytes([1; 16]);
-    let engine = Engine::create(&dir.join("state"), id, &path, geometry, options)?;
+    let engine = Engine::create(EngineSetup {
+        dir: &dir.join("state"),
+        volume: id,
+        file: &path,
+        geometry,
+        options,
+    })?;
     // The first touch of each region waits for the disk whether there are cuts or not.
     for region in 0..WATCHED >> 20 {
         engine.write(region << 20, &[0x22; 4096], Durability::Volatile)?;
@@ -173,7 +179,13 @@ fn measure(dir: &Path, gib: u64, report: &mut Report) -> Result<()> {
     let geometry = Geometry::new(gib * GIB, BlockSize::MIN)?;
     let options = EngineOptions::default();
     let id = VolumeId::from_bytes([1; 16]);
-    let engine = Engine::create(&dir.join("state"), id, &path, geometry, options)?;
+    let engine = Engine::create(EngineSetup {
+        dir: &dir.join("state"),
+        volume: id,
+        file: &path,
+        geometry,
+        options,
+    })?;
 
     let stop = AtomicBool::new(false);
     let (mut whole, mut flips) = (Vec::new(), Vec::new());

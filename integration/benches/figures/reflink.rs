@@ -31,7 +31,7 @@ struct Mounted(PathBuf);
 impl Mounted {
     fn new(dir: &Path, kind: &str) -> Result<Self> {
         let (image, at) = (dir.join("disk"), dir.join("mounted"));
-        File::create(&image)?.set_len(SIZE + 4 * GIB)?;
+        File::create(&image)?.set_len(2 * SIZE + 4 * GIB)?;
         fs::create_dir_all(&at)?;
         program(&format!("mkfs.{kind}"), args!["-q", image]);
         program("mount", args!["-o", "loop", image, at]);
@@ -62,38 +62,47 @@ pub(crate) fn run(dir: &Path, args: &Args, report: &mut Report) -> Result<()> {
 
 fn measure(dir: &Path, kind: &str, args: &Args, report: &mut Report) -> Result<()> {
     let disk = Mounted::new(dir, kind)?;
-    let path = disk.0.join("data.img");
-    fill(&path)?;
     let mut services = Services::start(&dir.join("services"), &["--codec", "raw"])?;
-    services.split.cli.json(args![
-        "volume", "add", "data", "--file", path, "--engine", "reflink"
-    ]);
-    services.ship("data")?;
-    let file = File::options().write(true).open(&path)?;
     let mut rng = StdRng::seed_from_u64(1);
     let (mut times, mut stalls, mut read) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..args.rounds {
-        scatter(&file, &mut rng)?;
+    let (mut idle, mut peer) = (Vec::new(), Vec::new());
+    for round in 0..args.rounds {
+        // A new one each time: a round leaves its file in 20,000 pieces.
+        let path = disk.0.join(format!("data-{round}.img"));
+        fill(&path)?;
+        let volume = format!("data-{round}");
+        services.split.cli.json(args![
+            "volume", "add", volume, "--file", path, "--engine", "reflink"
+        ]);
+        services.ship(&volume)?;
+        scatter(&File::options().write(true).open(&path)?, &mut rng)?;
         let before = bytes_read(services.split.capture_pid())?;
-        let (time, receipt) = timed(|| services.ship("data"))?;
+        let (time, receipt) = timed(|| services.ship(&volume))?;
         ensure!(receipt.changed_blocks == CHANGED as u64, "{receipt:?}");
         times.push(time);
         read.push(bytes_read(services.split.capture_pid())? - before);
-        let shown = services.split.cli.json(args!["volume", "show", "data"]);
+        let shown = services.split.cli.json(args!["volume", "show", volume]);
         stalls.push(shown["cut_stall_us"].as_f64().unwrap_or(0.0) / 1000.0);
+        idle.push(timed(|| services.ship(&volume))?.0);
+        services.split.cli.json(args!["volume", "remove", volume]);
+        fs::remove_file(&path)?;
+        if kind == "btrfs" {
+            peer.push(send(dir, &disk.0.join(format!("peer-{round}")), &mut rng)?);
+        }
     }
-    report.alone(
-        &format!("{kind}: trigger to receipt, dirty pages included"),
-        "ms",
-        median(&times),
-        Bound::AtMost(1000.0),
-    );
-    report.alone(
-        &format!("{kind}: of it, writers wait"),
-        "ms",
-        median(&stalls),
-        Bound::None,
-    );
+    let what = format!("{kind}: trigger to receipt, dirty pages included");
+    report.alone(&what, "ms", median(&times), Bound::AtMost(1000.0));
+    if !peer.is_empty() {
+        report.ratio(
+            "the same; peer: sync, snapshot, btrfs send to a file",
+            "ms",
+            median(&times),
+            median(&peer),
+            Bound::None,
+        );
+    }
+    let what = format!("{kind}: of it, writers wait");
+    report.alone(&what, "ms", median(&stalls), Bound::None);
     let changed = (CHANGED as u64 * BLOCK) as f64;
     report.ratio(
         &format!("{kind}: bytes read; peer: those of the changed blocks"),
@@ -102,18 +111,35 @@ fn measure(dir: &Path, kind: &str, args: &Args, report: &mut Report) -> Result<(
         changed / MIB,
         Bound::AtMost(1.2),
     );
-    let mut idle = Vec::new();
-    for _ in 0..args.rounds {
-        idle.push(timed(|| services.ship("data"))?.0);
-    }
-    report.alone(
-        &format!("{kind}: no change"),
-        "ms",
-        median(&idle),
-        Bound::None,
-    );
+    let what = format!("{kind}: no change, the file in 20,000 pieces");
+    report.alone(&what, "ms", median(&idle), Bound::None);
     services.stop(&format!("intervals of a file on {kind}"), report);
     Ok(())
+}
+
+/// The peer's interval of as many blocks of such a file, in a subvolume of its own: how long it takes, in milliseconds.
+fn send(dir: &Path, subvolume: &Path, rng: &mut StdRng) -> Result<f64> {
+    let sent = dir.join("sent");
+    let [base, now] = ["base", "now"].map(|of| subvolume.with_extension(of));
+    program("btrfs", args!["subvolume", "create", subvolume]);
+    let path = subvolume.join("data.img");
+    fill(&path)?;
+    program(
+        "btrfs",
+        args!["subvolume", "snapshot", "-r", subvolume, base],
+    );
+    scatter(&File::options().write(true).open(&path)?, rng)?;
+    let (time, ()) = timed(|| {
+        program("sync", args!["--file-system", path]);
+        program(
+            "btrfs",
+            args!["subvolume", "snapshot", "-r", subvolume, now],
+        );
+        program("btrfs", args!["send", "-q", "-p", base, "-f", sent, now]);
+        Ok(File::open(&sent)?.sync_all()?)
+    })?;
+    program("btrfs", args!["subvolume", "delete", subvolume, base, now]);
+    Ok(time)
 }
 
 /// One piece, each block other than the next.

@@ -11,6 +11,7 @@ pub mod bounded;
 pub mod capture_records;
 pub mod config;
 pub mod frame;
+pub mod identities;
 pub mod ingest;
 mod input;
 pub mod manifest;
@@ -34,6 +35,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("capture_records", capture_records::run),
     ("config", config::run),
     ("frame", frame::run),
+    ("identities", identities::run),
     ("ingest", ingest::run),
     ("manifest", manifest::run),
     ("messages", messages::run),

@@ -228,7 +228,7 @@ async fn an_older_copy_of_a_source_is_refused_says_so_and_takes_nothing_away() {
         "{told}"
     );
     assert_eq!(copy.show()["uplink"]["state"], "fenced");
-    copy.logs("has another writer");
+    copy.logs("another writer owns the volume");
 
     source.goes_on();
     source.settle_and_check();

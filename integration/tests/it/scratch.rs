@@ -7,6 +7,7 @@ use std::{
     process::Command,
 };
 
+use serde_json::json;
 use tidemark_integration::small_disk::may_mount;
 
 use crate::{
@@ -56,6 +57,26 @@ impl Snapshot {
             "{said}{}",
             String::from_utf8_lossy(&told.stderr)
         );
+    }
+
+    /// The scratches of snapshot 1, as everything shows them.
+    fn shows(&self, expected: &[(&str, u64, u64)]) {
+        let expected: Vec<_> = expected
+            .iter()
+            .map(|(name, clients, bytes)| {
+                json!({ "name": name, "snapshot": 1, "clients": clients, "bytes_used": bytes })
+            })
+            .collect();
+        let shown = || {
+            let status = self.up.cli.json(args!["status"]);
+            status["capture"]["volumes"][0]["scratches"].clone()
+        };
+        // Whoever hangs up is gone a moment later.
+        wait_for("the scratches to be shown", || {
+            (shown() == json!(expected)).then_some(())
+        });
+        let listed = self.up.cli.json(args!["snapshot", "list", "data"]);
+        assert_eq!(listed[0]["scratches"], json!(expected));
     }
 
     fn copy(&self, export: &str, name: &str) -> PathBuf {
@@ -110,6 +131,7 @@ fn what_nbd_clients_write_to_a_scratch_is_theirs_alone_and_gone_after_the_last_o
     drop(first);
     second.read(MIB + 4, &mut read).unwrap();
     assert_eq!(read[1], 0x55);
+    one.shows(&[("data@1+scratch", 1, 4096), ("data@1+scratch-x1", 1, 0)]);
 
     let info = run("nbdinfo", args!["--json", one.uri("data@1+scratch")]);
     for flag in [

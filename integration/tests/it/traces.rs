@@ -123,7 +123,7 @@ fn the_trace_of_an_interval_goes_over_both_services_and_is_that_of_the_manual() 
     for span in &spans {
         let within = |outer: &Seen| outer.start_ns <= span.start_ns && span.end_ns <= outer.end_ns;
         if span.service() == interval.service() {
-            assert!(within(&interval), "{span:?}");
+            assert!(within(&interval), "{span:?} {interval:?}");
         }
         assert!(!span.failed, "{span:?}");
     }
@@ -309,29 +309,28 @@ fn volumes_of_a_group_have_their_own_traces_linked_with_that_of_their_cut() {
         .push("--groups=both=data,logs".to_owned());
     services.start_vault();
     services.start_capture();
-    let (file, other) = (dir.path().join("data.img"), dir.path().join("logs.img"));
-    let size = SIZE.to_string();
-    services.cli.json(args![
-        "volume", "add", "data", "--file", file, "--size", size
-    ]);
-    services.cli.json(args![
-        "volume", "add", "logs", "--file", other, "--size", size
-    ]);
-    let intervals = ["data", "logs"].map(|name| collector.interval(name, 1));
-    assert_ne!(intervals[0].trace, intervals[1].trace);
+    for name in ["data", "logs"] {
+        add(&services, dir.path(), name);
+    }
     let group = collector.span("the group's span", |seen| {
-        let linked = |interval: &Seen| seen.links.contains(&interval.trace);
-        seen.name == "group" && intervals.iter().all(linked)
+        seen.name == "group" && seen.says("volumes") == "data,logs"
     });
     let cut = collector.span("the cut", |seen| {
         seen.trace == group.trace && seen.name == "cut"
     });
     assert_eq!(cut.parent, group.id);
-    for interval in &intervals {
+    assert_eq!(group.links.len(), 2);
+    let volumes = group.links.iter().map(|trace| {
+        let interval = collector.span("the interval's span", |seen| {
+            seen.trace == *trace && seen.name == "interval"
+        });
         let finding = collector.span("the search", |seen| {
-            seen.trace == interval.trace && seen.name == "find moment"
+            seen.trace == *trace && seen.name == "find moment"
         });
         assert_eq!(finding.links, [group.trace.clone()]);
-    }
+        interval.says("volume").to_owned()
+    });
+    let volumes: BTreeSet<_> = volumes.collect();
+    assert_eq!(volumes, ["data", "logs"].map(str::to_owned).into());
     services.stop();
 }

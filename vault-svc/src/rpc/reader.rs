@@ -1,6 +1,6 @@
 //! `tidemark.vault.v1.Vault`.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use tidemark_identity::Caller;
@@ -16,7 +16,7 @@ use tidemark_proto::{
     },
 };
 use tidemark_tls::caller;
-use tokio::sync::mpsc;
+use tokio::sync::mpsc::{self, error::SendTimeoutError};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 use vault_core::manifest::{self, Manifest};
@@ -98,6 +98,10 @@ impl Vault for Service {
         };
         let (answers, receiver) = mpsc::channel(BATCHES_MAX);
         let mut stop = self.stopping.clone();
+        let answers = Answers {
+            to: answers,
+            unread_max: self.vault.config().stream_idle_max.get(),
+        };
         tokio::spawn(async move {
             let mut bytes = 0;
             let sent = tokio::select! {
@@ -106,10 +110,11 @@ impl Vault for Service {
             };
             let ended = sent.as_ref().map_or(Restored::Failed, |ended| *ended);
             volume.figures.restored(ended, bytes);
-            if let Err(error) = sent {
-                let _ = answers.send(Err(error.into())).await;
-            }
+            // Whoever takes nothing more may take long to hear why.
             drop(permit);
+            if let Err(error) = sent {
+                let _ = answers.to.send(Err(error.into())).await;
+            }
         });
         Ok(Response::new(ReceiverStream::new(receiver)))
     }
@@ -170,23 +175,39 @@ impl Service {
     }
 }
 
+/// The way to whoever reads an image.
+struct Answers {
+    to: mpsc::Sender<Result<RestoreResponse, Status>>,
+    /// How long it may take nothing.
+    unread_max: Duration,
+}
+
+impl Answers {
+    /// False where nobody wants more.
+    async fn send(&self, message: Message) -> Result<bool, RpcError> {
+        let answer = RestoreResponse {
+            message: Some(message),
+        };
+        match self.to.send_timeout(Ok(answer), self.unread_max).await {
+            Ok(()) => Ok(true),
+            Err(SendTimeoutError::Closed(_)) => Ok(false),
+            Err(SendTimeoutError::Timeout(_)) => Err(RpcError::new(
+                Reason::TooSlow,
+                format!("nothing was taken for {:?}", self.unread_max),
+                "restore again where there is room to write to, or raise stream_idle_max at the vault",
+            )),
+        }
+    }
+}
+
 /// Sends all of an image; `bytes` are those of its frames, as far as it came.
 async fn send_image(
     reader: Arc<ImageReader>,
     header: RestoreHeader,
-    answers: &mpsc::Sender<Result<RestoreResponse, Status>>,
+    answers: &Answers,
     bytes: &mut u64,
 ) -> Result<Restored, RpcError> {
-    let message = |message| {
-        Ok(RestoreResponse {
-            message: Some(message),
-        })
-    };
-    if answers
-        .send(message(Message::Header(header)))
-        .await
-        .is_err()
-    {
+    if !answers.send(Message::Header(header)).await? {
         return Ok(Restored::Abandoned);
     }
     let mut blocks_sent = 0;
@@ -195,20 +216,19 @@ async fn send_image(
         let batch = batch?;
         blocks_sent += batch.blocks;
         let length = batch.batch.frames.len() as u64;
-        if answers
-            .send(message(Message::Frames(batch.batch.into())))
-            .await
-            .is_err()
-        {
+        if !answers.send(Message::Frames(batch.batch.into())).await? {
             return Ok(Restored::Abandoned);
         }
         *bytes += length;
     }
-    let end = message(Message::End(RestoreEnd { blocks_sent }));
-    match answers.send(end).await {
-        Ok(()) => Ok(Restored::Completed),
-        Err(_) => Ok(Restored::Abandoned),
-    }
+    let all = answers
+        .send(Message::End(RestoreEnd { blocks_sent }))
+        .await?;
+    Ok(if all {
+        Restored::Completed
+    } else {
+        Restored::Abandoned
+    })
 }
 
 fn volume_message(volume: &Volume) -> VolumeMessage {

@@ -5,8 +5,9 @@ use tidemark_block::{BlockCount, BlockIndex, GenerationId, Geometry, ImageDigest
 use tidemark_proto::{
     Reason,
     convert::{FrameBatch, ShipAnswer, ShipMessage},
-    vault::v1::ListVolumesRequest,
+    vault::v1::{ListVolumesRequest, RestoreRequest, vault_client::VaultClient},
 };
+use tonic::transport::Channel;
 
 use crate::source::{Clients, Prepared, Source, Wire, config, connect, restore, ship};
 
@@ -278,5 +279,54 @@ async fn streams_beyond_the_limit_are_refused_and_stalled_ones_are_closed() {
     source.start_term(&mut clients).await.unwrap();
     source.write(1);
     source.ship(&mut clients).await.unwrap();
+    running.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_takes_nothing_of_an_image_makes_room_for_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = vault_svc::Config {
+        restores_max: 1,
+        stream_idle_max: std::time::Duration::from_millis(300).into(),
+        part_age_max: std::time::Duration::from_millis(20).into(),
+        ..config(dir.path())
+    };
+    let running = vault_svc::start(config).await.unwrap();
+    let mut clients = connect(&running).await;
+    let mut source = Source::new(26, 3000);
+    source.start_term(&mut clients).await.unwrap();
+    for block in 0..3000 {
+        source.write(block);
+    }
+    source.ship(&mut clients).await.unwrap();
+
+    // It has room for 64 KiB, and looks at nothing.
+    let channel = Channel::from_shared(format!("http://{}", running.listen_addr)).unwrap();
+    let mut slow = VaultClient::new(channel.connect().await.unwrap());
+    let request = RestoreRequest {
+        volume: source.volume.to_string(),
+        generation: 1,
+    };
+    let mut unread = slow.restore(request).await.unwrap().into_inner();
+    let error = restore(&mut clients, &source, 1).await.unwrap_err();
+    assert_eq!(error.reason, Reason::LimitReached);
+    let began = std::time::Instant::now();
+    let image = loop {
+        match restore(&mut clients, &source, 1).await {
+            Ok(image) => break image,
+            Err(error) => assert_eq!(error.reason, Reason::LimitReached),
+        }
+        assert!(began.elapsed().as_secs() < 20, "its place is never free");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    };
+    assert!(image == source.image);
+    // Once it looks, it hears why there is no more.
+    let error = loop {
+        match unread.message().await {
+            Ok(message) => assert!(message.is_some(), "an end without a reason"),
+            Err(error) => break tidemark_proto::RpcError::from(error),
+        }
+    };
+    assert_eq!(error.reason, Reason::TooSlow);
     running.shutdown().await.unwrap();
 }

@@ -21,7 +21,7 @@ use tidemark_disk::{
 };
 
 use super::{
-    EngineError, EngineOptions, Intercept, Trust,
+    EngineError, EngineOptions, EngineSetup, Intercept, Trust,
     files::{self, Files, REGION_LEN},
     seals, upgrade, volume_file,
 };
@@ -58,13 +58,14 @@ fn failed(action: &'static str, dir: &Path) -> impl Fn(io::Error) -> EngineError
 }
 
 /// Makes the state of a new volume and opens it.
-pub(super) fn create(
-    dir: &Path,
-    volume: VolumeId,
-    file: &Path,
-    geometry: Geometry,
-    options: EngineOptions,
-) -> Result<Intercept, EngineError> {
+pub(super) fn create(setup: EngineSetup<'_>) -> Result<Intercept, EngineError> {
+    let EngineSetup {
+        dir,
+        volume,
+        file,
+        geometry,
+        options,
+    } = setup;
     durable::create_dir(dir).map_err(failed("create the state", dir))?;
     let state_lock = lock_state(dir)?;
     if dir.join("identity").exists() {
@@ -160,13 +161,16 @@ fn read_identity(
 ///
 /// The identity is written last: until then another opening finds the recorded one, and refuses the file again.
 pub(super) fn open(
-    dir: &Path,
-    volume: VolumeId,
-    file: &Path,
-    geometry: Geometry,
-    options: EngineOptions,
+    setup: EngineSetup<'_>,
     taken: Taken,
 ) -> Result<(Intercept, Trust), EngineError> {
+    let EngineSetup {
+        dir,
+        volume,
+        file,
+        geometry,
+        options,
+    } = setup;
     let (recorded, state_lock) = read_identity(dir, volume, geometry, taken)?;
     let (opened, volume_lock) = volume_file::open(file, geometry)?;
     let identity = volume_file::identity(&opened).map_err(failed("identify the volume", dir))?;

@@ -19,8 +19,10 @@ use tidemark_block::{Epoch, Geometry, VolumeId};
 use tidemark_disk::durable;
 
 use super::{
-    super::{EngineError, EngineOptions, Trust, lock_state, volume_file},
-    CloneReader, Clones, IntervalCut, Now, Reflink, changed_since, clones, explain,
+    super::{EngineError, EngineOptions, EngineSetup, Trust, lock_state, volume_file},
+    CloneReader, Clones, IntervalCut, Now, Reflink, clones,
+    compare::changed_since,
+    explain,
 };
 
 /// In pieces of this many bytes the filesystem is to allocate a file that is still empty.
@@ -77,13 +79,8 @@ impl Opened {
 }
 
 /// Makes the state of a new volume and opens it, once a clone of its file could be made in time.
-pub(super) fn create(
-    dir: &Path,
-    volume: VolumeId,
-    file: &Path,
-    geometry: Geometry,
-    options: EngineOptions,
-) -> Result<Reflink, EngineError> {
+pub(super) fn create(setup: EngineSetup<'_>) -> Result<Reflink, EngineError> {
+    let (dir, volume) = (setup.dir, setup.volume);
     durable::create_dir(dir)
         .map_err(|error| EngineError::io(format!("create {}", dir.display()), error))?;
     if has_record(dir) {
@@ -91,8 +88,8 @@ pub(super) fn create(
             path: dir.to_owned(),
         });
     }
-    prepare(dir, volume, file, geometry, &options, Base::Zero)?;
-    let opened = open(dir, volume, file, geometry, options, false);
+    prepare(&setup, Base::Zero)?;
+    let opened = open(setup, false);
     if opened.is_err() {
         // Best effort, as the caller removes what is left.
         let _ = remove_state(dir, volume);
@@ -102,25 +99,19 @@ pub(super) fn create(
 
 /// Writes the record of a volume whose clones are compared with `base` from now on: with [`Base::Lost`], every block is.
 /// Tries first whether the file can be cloned, and in time. What was recorded before is replaced.
-pub(in super::super) fn prepare(
-    dir: &Path,
-    volume: VolumeId,
-    file: &Path,
-    geometry: Geometry,
-    options: &EngineOptions,
-    base: Base,
-) -> Result<(), EngineError> {
-    let opened = Opened::new(file, volume, geometry)?;
+pub(in super::super) fn prepare(setup: &EngineSetup<'_>, base: Base) -> Result<(), EngineError> {
+    let (volume, geometry) = (setup.volume, setup.geometry);
+    let opened = Opened::new(setup.file, volume, geometry)?;
     volume_file::keep_whole(&opened.source, EXTENT_BYTES);
     let mut state = State::new(volume, geometry, opened.identity, base);
     if base == Base::Lost {
         state.doubt_everything();
     }
-    opened.ready(&mut state, dir)?;
-    let tried = try_out(&opened, file, options).and_then(|()| {
-        durable::write_file(&record_path(dir), &state.encode()).map_err(|error| {
-            EngineError::io(format!("write {}", record_path(dir).display()), error)
-        })
+    opened.ready(&mut state, setup.dir)?;
+    let tried = try_out(&opened, setup.file, &setup.options).and_then(|()| {
+        let record = record_path(setup.dir);
+        durable::write_file(&record, &state.encode())
+            .map_err(|error| EngineError::io(format!("write {}", record.display()), error))
     });
     if tried.is_err() {
         // Nothing names it. What can't be removed is an empty directory.
@@ -172,14 +163,14 @@ fn read_state(
 }
 
 /// Opens a volume's record and brings the clones in line with it.
-pub(super) fn open(
-    dir: &Path,
-    volume: VolumeId,
-    file: &Path,
-    geometry: Geometry,
-    options: EngineOptions,
-    anew: bool,
-) -> Result<(Reflink, Trust), EngineError> {
+pub(super) fn open(setup: EngineSetup<'_>, anew: bool) -> Result<(Reflink, Trust), EngineError> {
+    let EngineSetup {
+        dir,
+        volume,
+        file,
+        geometry,
+        options,
+    } = setup;
     let lock = lock_state(dir)?;
     let opened = Opened::new(file, volume, geometry)?;
     let mut state = read_state(dir, volume, geometry, opened.identity, anew)?;
@@ -287,6 +278,14 @@ fn now(clones: &Clones, state: State) -> Result<Now, EngineError> {
         stall: Duration::ZERO,
         extents: 0,
     })
+}
+
+/// The directory of the clones, where it is recorded and not there: its filesystem isn't mounted, or somebody has taken
+/// it away.
+pub(in super::super) fn missing_clones(dir: &Path, volume: VolumeId) -> Option<PathBuf> {
+    let state = State::decode(&fs::read(record_path(dir)).ok()?).ok()?;
+    let clones = PathBuf::from(OsStr::from_bytes(&state.dir));
+    (state.volume == volume && !clones.is_dir()).then_some(clones)
 }
 
 /// Removes the clones and then their record. Nothing happens where there is none.

@@ -17,7 +17,7 @@ use tidemark_block::{Epoch, Geometry, VolumeId};
 use tidemark_disk::durable;
 
 use super::{
-    super::{EngineError, EngineOptions, Trust, lock_state, volume_file},
+    super::{EngineError, EngineSetup, Trust, lock_state, volume_file},
     IntervalCut, Kept, Now, Scan, ScanReader, Source,
     kept::{path_in, sweep},
 };
@@ -54,13 +54,8 @@ fn write(dir: &Path, state: &State) -> Result<(), EngineError> {
 }
 
 /// Makes the state of a new volume and opens it.
-pub(super) fn create(
-    dir: &Path,
-    volume: VolumeId,
-    file: &Path,
-    geometry: Geometry,
-    options: EngineOptions,
-) -> Result<Scan, EngineError> {
+pub(super) fn create(setup: EngineSetup<'_>) -> Result<Scan, EngineError> {
+    let dir = setup.dir;
     durable::create_dir(dir)
         .map_err(|error| EngineError::io(format!("create {}", dir.display()), error))?;
     if has_record(dir) {
@@ -68,8 +63,8 @@ pub(super) fn create(
             path: dir.to_owned(),
         });
     }
-    prepare(dir, volume, file, geometry)?;
-    let opened = open(dir, volume, file, geometry, options, false);
+    prepare(&setup)?;
+    let opened = open(setup, false);
     if opened.is_err() {
         // Best effort, as the caller removes what is left.
         let _ = remove_state(dir);
@@ -78,17 +73,12 @@ pub(super) fn create(
 }
 
 /// Writes the record of a volume of which nothing was cut by this engine yet, if the file can be scanned.
-pub(in super::super) fn prepare(
-    dir: &Path,
-    volume: VolumeId,
-    file: &Path,
-    geometry: Geometry,
-) -> Result<(), EngineError> {
-    let source = Source::open(file, geometry)?;
-    let identity = identity(&source, file)?;
-    let mut state = State::new(volume, geometry, identity);
-    notes_place(&mut state, dir, identity)?;
-    write(dir, &state)
+pub(in super::super) fn prepare(setup: &EngineSetup<'_>) -> Result<(), EngineError> {
+    let source = Source::open(setup.file, setup.geometry)?;
+    let identity = identity(&source, setup.file)?;
+    let mut state = State::new(setup.volume, setup.geometry, identity);
+    notes_place(&mut state, setup.dir, identity)?;
+    write(setup.dir, &state)
 }
 
 /// The record in a state directory, which must be of this volume. One that is damaged or missing is made up for where the
@@ -119,14 +109,14 @@ fn read_state(
 }
 
 /// Opens a volume's record, and what was put aside for its open interval.
-pub(super) fn open(
-    dir: &Path,
-    volume: VolumeId,
-    file: &Path,
-    geometry: Geometry,
-    options: EngineOptions,
-    anew: bool,
-) -> Result<(Scan, Trust), EngineError> {
+pub(super) fn open(setup: EngineSetup<'_>, anew: bool) -> Result<(Scan, Trust), EngineError> {
+    let EngineSetup {
+        dir,
+        volume,
+        file,
+        geometry,
+        options,
+    } = setup;
     let lock = lock_state(dir)?;
     let source = Arc::new(Source::open(file, geometry)?);
     let identity = identity(&source, file)?;

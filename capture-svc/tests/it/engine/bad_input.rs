@@ -282,22 +282,22 @@ fn a_file_or_a_state_in_use_is_refused() {
         Err(EngineError::StateLocked { .. })
     ));
     let other = setup.dir.path().join("other");
-    let created = Engine::create(
-        &other,
-        volume(),
-        &setup.file(),
-        setup.geometry(),
-        EngineOptions::default(),
-    );
+    let created = Engine::create(EngineSetup {
+        dir: &other,
+        volume: volume(),
+        file: &setup.file(),
+        geometry: setup.geometry(),
+        options: EngineOptions::default(),
+    });
     assert!(matches!(created, Err(EngineError::VolumeLocked { .. })));
     drop(engine);
-    let created = Engine::create(
-        &setup.state(),
-        volume(),
-        &setup.file(),
-        setup.geometry(),
-        EngineOptions::default(),
-    );
+    let created = Engine::create(EngineSetup {
+        dir: &setup.state(),
+        volume: volume(),
+        file: &setup.file(),
+        geometry: setup.geometry(),
+        options: EngineOptions::default(),
+    });
     assert!(matches!(created, Err(EngineError::StateExists { .. })));
     setup.open();
 }
@@ -311,7 +311,15 @@ fn the_state_of_another_volume_or_geometry_is_refused() {
         Err(EngineError::StateMissing { .. })
     ));
     drop(setup.create());
-    let open = |id, geometry| Engine::open(&state, id, &file, geometry, EngineOptions::default());
+    let open = |id, geometry| {
+        Engine::open(EngineSetup {
+            dir: &state,
+            volume: id,
+            file: &file,
+            geometry,
+            options: EngineOptions::default(),
+        })
+    };
     let other = VolumeId::from_bytes([8; 16]);
     assert!(matches!(
         open(other, setup.geometry()),

@@ -176,8 +176,14 @@ fn child_of_the_kill_test() {
     let dir = PathBuf::from(dir);
     let geometry = Geometry::new(2048 * BLOCK, BlockSize::MIN).unwrap();
     let (state, file) = (dir.join("state"), dir.join("volume.img"));
-    let (engine, _) =
-        Engine::open(&state, volume(), &file, geometry, EngineOptions::default()).unwrap();
+    let (engine, _) = Engine::open(EngineSetup {
+        dir: &state,
+        volume: volume(),
+        file: &file,
+        geometry,
+        options: EngineOptions::default(),
+    })
+    .unwrap();
     let mut handles = Vec::new();
     for thread in 0..3_u64 {
         let engine = Arc::clone(&engine);

@@ -29,7 +29,16 @@ fn left(how: Left) -> Setup {
     }
     drop(file);
     let options = EngineOptions::default();
-    drop(Engine::create(&probe, volume(), &setup.file(), setup.geometry(), options).unwrap());
+    drop(
+        Engine::create(EngineSetup {
+            dir: &probe,
+            volume: volume(),
+            file: &setup.file(),
+            geometry: setup.geometry(),
+            options,
+        })
+        .unwrap(),
+    );
     let told = Identity::decode(&fs::read(probe.join("identity")).unwrap()).unwrap();
 
     let golden = match how {

@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use capture_svc::engine::{EngineError, Trust, reflink::Reflink};
+use capture_svc::engine::{EngineError, EngineSetup, Trust, reflink::Reflink};
 
 use super::{BLOCK, BLOCKS, Scene, VOLUME, geometry, whole};
 
@@ -152,7 +152,14 @@ fn a_damaged_record_of_the_clones_is_refused_until_the_volume_is_readopted() {
         file.write_all_at(&[2; BLOCK], 40_960).unwrap();
         let (state, path) = (scene.state.path(), scene.file());
         let options = scene.options.clone();
-        let (engine, trust) = Reflink::readopt(state, VOLUME, &path, geometry(), options).unwrap();
+        let (engine, trust) = Reflink::readopt(EngineSetup {
+            dir: state,
+            volume: VOLUME,
+            file: &path,
+            geometry: geometry(),
+            options,
+        })
+        .unwrap();
         assert!(matches!(trust, Trust::Everything { .. }));
         scene.engine = Some(engine);
         assert!(scene.engine().list_snapshots().is_empty());

@@ -7,7 +7,7 @@ use std::{
     thread,
 };
 
-use capture_svc::engine::{EngineOptions, Trust, reflink::Reflink};
+use capture_svc::engine::{EngineOptions, EngineSetup, Trust, reflink::Reflink};
 use rustix::fs::{FallocateFlags, fallocate};
 use tidemark_block::{BlockCount, BlockIndex, Extent};
 
@@ -206,7 +206,14 @@ fn files_that_are_not_copied_on_write_and_compressed_ones_are_exact_too() {
         new_file(&path);
         let state = tempfile::tempdir().unwrap();
         let options = EngineOptions::default();
-        let engine = Reflink::create(state.path(), VOLUME, &path, geometry(), options).unwrap();
+        let engine = Reflink::create(EngineSetup {
+            dir: state.path(),
+            volume: VOLUME,
+            file: &path,
+            geometry: geometry(),
+            options,
+        })
+        .unwrap();
         let file = OpenOptions::new().write(true).open(&path).unwrap();
         let mut image = vec![0; BLOCKS * BLOCK];
         for round in 1..6_u8 {

@@ -5,7 +5,7 @@ use std::{
     os::unix::fs::FileExt,
 };
 
-use capture_svc::engine::{EngineError, EngineOptions, Trust, reflink::Reflink};
+use capture_svc::engine::{EngineError, EngineOptions, EngineSetup, Trust, reflink::Reflink};
 use rustix::fs::{FallocateFlags, fallocate};
 use tidemark_block::VolumeId;
 
@@ -54,8 +54,14 @@ fn a_file_that_is_cut_short_or_replaced_is_noticed_and_taken_again_when_it_is_ba
         "{replaced}"
     );
     let options = scene.options.clone();
-    let (engine, trust) =
-        Reflink::readopt(scene.state.path(), VOLUME, &path, geometry(), options).unwrap();
+    let (engine, trust) = Reflink::readopt(EngineSetup {
+        dir: scene.state.path(),
+        volume: VOLUME,
+        file: &path,
+        geometry: geometry(),
+        options,
+    })
+    .unwrap();
     assert!(matches!(trust, Trust::Everything { .. }));
     scene.engine = Some(engine);
     let cut = scene.ship(&mut image);
@@ -73,7 +79,14 @@ fn a_file_that_cannot_be_cloned_is_refused_and_nothing_is_left_behind() {
     let path = disk.path("data.img");
     new_file(&path);
     let options = EngineOptions::default();
-    let refused = Reflink::create(state.path(), VOLUME, &path, geometry(), options).unwrap_err();
+    let refused = Reflink::create(EngineSetup {
+        dir: state.path(),
+        volume: VOLUME,
+        file: &path,
+        geometry: geometry(),
+        options,
+    })
+    .unwrap_err();
     assert!(
         matches!(refused, EngineError::NotClonable { .. }),
         "{refused}"
@@ -95,7 +108,13 @@ fn a_folder_of_clones_that_others_may_use_is_refused() {
     let clones = disk.path(&format!(".tidemark-{VOLUME}"));
     let create = || {
         let options = EngineOptions::default();
-        Reflink::create(state.path(), VOLUME, &path, geometry(), options)
+        Reflink::create(EngineSetup {
+            dir: state.path(),
+            volume: VOLUME,
+            file: &path,
+            geometry: geometry(),
+            options,
+        })
     };
     std::os::unix::fs::symlink(&elsewhere, &clones).unwrap();
     let refused = create().unwrap_err();
@@ -123,7 +142,14 @@ fn a_file_whose_clone_takes_too_long_is_refused() {
         ..EngineOptions::default()
     };
     let other = VolumeId::from_bytes([8; 16]);
-    let refused = Reflink::create(state.path(), other, &path, geometry(), options).unwrap_err();
+    let refused = Reflink::create(EngineSetup {
+        dir: state.path(),
+        volume: other,
+        file: &path,
+        geometry: geometry(),
+        options,
+    })
+    .unwrap_err();
     assert!(
         matches!(refused, EngineError::CutStalls { .. }),
         "{refused}"

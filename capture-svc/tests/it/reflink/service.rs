@@ -25,12 +25,51 @@ async fn readopt(rig: &Rig, name: &str, engine: &str) -> Result<pb::Volume, RpcE
         .map_err(RpcError::from)
 }
 
-async fn remove(rig: &Rig, name: &str) {
+async fn try_remove(rig: &Rig, name: &str, force: bool) -> Result<String, RpcError> {
     let request = pb::RemoveVolumeRequest {
         volume: name.to_owned(),
-        force: true,
+        force,
     };
-    rig.client().await.remove_volume(request).await.unwrap();
+    let removed = rig.client().await.remove_volume(request).await?;
+    Ok(removed.into_inner().left_behind)
+}
+
+async fn remove(rig: &Rig, name: &str) {
+    assert_eq!(try_remove(rig, name, true).await.unwrap(), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clones_that_are_out_of_reach_are_left_behind_only_where_that_is_wanted() {
+    let Some(disk) = Disk::new("xfs", 512) else {
+        return;
+    };
+    let mut rig = Rig::new().await;
+    add(&rig, "data", &disk.path("data.img"), "reflink")
+        .await
+        .unwrap();
+    rig.first_generation("data").await;
+    let clones = disk.clones().unwrap();
+    rig.stop_capture().await;
+    disk.unmount();
+    rig.start_capture().await;
+    let error = try_remove(&rig, "data", false).await.unwrap_err();
+    assert_eq!(error.reason, Reason::VolumeFailed);
+    let path = clones.display().to_string();
+    assert!(error.message.contains(&path), "{error}");
+    assert_eq!(rig.volume("data").await.name, "data");
+
+    // Nothing was done: mounted again, it is served on.
+    disk.mount();
+    eventually("the volume", || async {
+        rig.volume("data").await.problem.is_empty().then_some(())
+    })
+    .await;
+    rig.stop_capture().await;
+    disk.unmount();
+    rig.start_capture().await;
+    assert_eq!(try_remove(&rig, "data", true).await.unwrap(), path);
+    disk.mount();
+    assert_eq!(disk.clones().as_deref(), Some(&*clones));
 }
 
 #[tokio::test(flavor = "multi_thread")]

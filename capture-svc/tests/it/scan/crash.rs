@@ -6,7 +6,7 @@ use std::{
 };
 
 use capture_core::scan::state::State;
-use capture_svc::engine::scan::Scan;
+use capture_svc::engine::{EngineSetup, scan::Scan};
 
 use super::{BLOCK, BLOCKS, EngineError, Scene, Trust, VOLUME, apply, geometry};
 use crate::disk::Disk;
@@ -89,13 +89,13 @@ fn a_damaged_record_is_refused_until_the_volume_is_readopted() {
         let refused = scene.try_open().unwrap_err();
         assert!(refused.to_string().contains("volume readopt"), "{refused}");
         let options = scene.options.clone();
-        let (_, trust) = Scan::readopt(
-            scene.state.path(),
-            VOLUME,
-            &scene.file(),
-            geometry(),
+        let (_, trust) = Scan::readopt(EngineSetup {
+            dir: scene.state.path(),
+            volume: VOLUME,
+            file: &scene.file(),
+            geometry: geometry(),
             options,
-        )
+        })
         .unwrap();
         assert!(matches!(trust, Trust::Everything { .. }));
     }
@@ -150,7 +150,14 @@ fn a_full_disk_of_the_state_costs_the_cut_and_nothing_else() {
     };
     let options = scene.options.clone();
     let state = disk.path("state");
-    let engine = Scan::create(&state, VOLUME, &scene.file(), geometry(), options).unwrap();
+    let engine = Scan::create(EngineSetup {
+        dir: &state,
+        volume: VOLUME,
+        file: &scene.file(),
+        geometry: geometry(),
+        options,
+    })
+    .unwrap();
     let file = OpenOptions::new().write(true).open(scene.file()).unwrap();
     file.write_all_at(&vec![3; BLOCKS * BLOCK], 0).unwrap();
     let ballast = disk.path("ballast");

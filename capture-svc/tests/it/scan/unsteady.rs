@@ -10,7 +10,7 @@ use std::{
 };
 
 use capture_core::scan::moment::Unsteady;
-use capture_svc::engine::scan::Scan;
+use capture_svc::engine::{EngineSetup, scan::Scan};
 use tidemark_block::{BlockCount, BlockIndex, BlockSize, Extent, Geometry};
 
 use super::{
@@ -309,13 +309,13 @@ fn a_file_whose_times_cannot_be_relied_on_is_refused() {
         .unwrap()
         .set_len(geometry().length())
         .unwrap();
-    let made = Scan::create(
-        state.path(),
-        VOLUME,
-        &file,
-        geometry(),
-        EngineOptions::default(),
-    );
+    let made = Scan::create(EngineSetup {
+        dir: state.path(),
+        volume: VOLUME,
+        file: &file,
+        geometry: geometry(),
+        options: EngineOptions::default(),
+    });
     let refused = made.unwrap_err();
     assert!(
         matches!(&refused, EngineError::NotScannable { filesystem, .. } if filesystem == "tmpfs"),

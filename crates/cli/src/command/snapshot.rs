@@ -157,6 +157,7 @@ fn table(snapshots: &[report::Snapshot]) -> String {
                 format::time(s.cut_time),
                 s.epoch.to_string(),
                 s.coherence.to_owned(),
+                s.scratches.len().to_string(),
                 s.label.clone(),
                 s.coherence_reason.clone(),
             ]
@@ -167,6 +168,7 @@ fn table(snapshots: &[report::Snapshot]) -> String {
         "CUT",
         "EPOCH",
         "COHERENCE",
+        "SCRATCHES",
         "LABEL",
         "WHY NO BETTER",
     ];
@@ -269,6 +271,12 @@ mod tests {
                 block_size: 4096,
             }),
             coherence_reason: "no agent or command quiesces the workload".into(),
+            scratches: vec![capture::Scratch {
+                name: "data@3+scratch".into(),
+                snapshot: 3,
+                clients: 2,
+                bytes_used: 4096,
+            }],
         });
         insta::assert_json_snapshot!(snapshot);
         insta::assert_snapshot!(table(&[snapshot]));

@@ -167,6 +167,7 @@ fn show(global: &Global, status: &Status, clear: &str) -> Result<(), Failure> {
 fn describe(status: &Status, now: Timestamp) -> String {
     let mut text = headline("capture", &status.capture);
     text.push_str(&captured(&status.capture.volumes, now));
+    text.push_str(&scratches(&status.capture.volumes));
     text.push_str(&problems(&status.capture.volumes));
     text.push('\n');
     text.push_str(&headline("vault", &status.vault));
@@ -205,6 +206,12 @@ fn captured(volumes: &[Volume], now: Timestamp) -> String {
         ],
         &rows,
     )
+}
+
+fn scratches(volumes: &[Volume]) -> String {
+    let all = volumes.iter().flat_map(|v| &v.scratches);
+    all.map(|scratch| format!("scratch {}\n", super::volume::scratch(scratch)))
+        .collect()
 }
 
 fn problems(volumes: &[Volume]) -> String {

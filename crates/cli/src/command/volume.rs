@@ -60,11 +60,21 @@ pub(super) async fn run(global: &Global, command: VolumeCommand) -> Result<(), F
                 volume: volume.clone(),
                 force,
             };
-            global.capture().await?.remove_volume(request).await?;
+            let mut capture = global.capture().await?;
+            let removed = capture.remove_volume(request).await?.into_inner();
+            let left = removed.left_behind;
+            let mut text =
+                format!("{volume} is no longer protected; its file and its generations stay\n");
+            if !left.is_empty() {
+                text += &format!(
+                    "its clones are left behind: delete {left} once their filesystem is mounted\n"
+                );
+            }
+            let left = Some(left).filter(|left| !left.is_empty());
             output::print(
                 global.json,
-                &serde_json::json!({ "removed": volume }),
-                &format!("{volume} is no longer protected; its file and its generations stay\n"),
+                &serde_json::json!({ "removed": volume, "left_behind": left }),
+                &text,
             )
         }
         VolumeCommand::Readopt { volume, engine } => {
@@ -200,6 +210,16 @@ fn show(global: &Global, v: &report::Volume) -> Result<(), Failure> {
     output::print(global.json, v, &describe(v))
 }
 
+/// A scratch, who uses it and what it keeps.
+pub(super) fn scratch(s: &report::Scratch) -> String {
+    let clients = match s.clients {
+        1 => "1 client".to_owned(),
+        n => format!("{n} clients"),
+    };
+    let written = format::bytes(s.bytes_used);
+    format!("{}: {clients}, {written} written", s.name)
+}
+
 fn describe(v: &report::Volume) -> String {
     let mut fields = vec![
         ("volume", v.volume.clone()),
@@ -237,6 +257,13 @@ fn describe(v: &report::Volume) -> String {
         ("epoch", v.epoch.to_string()),
         ("changed", format!("{} blocks", v.changed_blocks)),
         ("snapshots", v.snapshots.to_string()),
+        (
+            "scratches",
+            match v.scratches.as_slice() {
+                [] => "none".to_owned(),
+                some => some.iter().map(scratch).collect::<Vec<_>>().join("; "),
+            },
+        ),
         (
             "spool",
             format!(
@@ -374,6 +401,12 @@ pub(super) mod tests {
             fuse_path: "/mnt/volumes/data.img".into(),
             group: "db".into(),
             clients: 1,
+            scratches: vec![capture::Scratch {
+                name: "data@3+scratch".into(),
+                snapshot: 3,
+                clients: 1,
+                bytes_used: 12 << 20,
+            }],
             uplink: Some(capture::Uplink {
                 state: capture::UplinkState::Backoff.into(),
                 error: "the vault cannot be reached".into(),

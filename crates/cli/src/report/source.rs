@@ -55,6 +55,8 @@ pub struct Volume {
     pub extents: u64,
     /// NBD clients and open files, now.
     pub clients: u32,
+    /// The scratches in use.
+    pub scratches: Vec<Scratch>,
     /// The shipping.
     pub uplink: Uplink,
     /// The source scrub.
@@ -93,6 +95,19 @@ pub struct Scrub {
     pub mismatches: u64,
 }
 
+/// A writable view of a snapshot, while somebody uses it.
+#[derive(Debug, Serialize)]
+pub struct Scratch {
+    /// The name of its export.
+    pub name: String,
+    /// Of which snapshot.
+    pub snapshot: u64,
+    /// NBD clients and open files, now.
+    pub clients: u32,
+    /// What they have written, in bytes.
+    pub bytes_used: u64,
+}
+
 /// A snapshot.
 #[derive(Debug, Serialize)]
 pub struct Snapshot {
@@ -112,6 +127,8 @@ pub struct Snapshot {
     pub size: u64,
     /// Bytes.
     pub block_size: u32,
+    /// Those of it that are in use.
+    pub scratches: Vec<Scratch>,
 }
 
 const fn uplink_state(value: capture::UplinkState) -> &'static str {
@@ -161,6 +178,7 @@ impl Volume {
             fuse_path: v.fuse_path,
             group: v.group,
             clients: v.clients,
+            scratches: scratches(v.scratches),
             uplink,
             scrub: Scrub {
                 passes: scrub.passes,
@@ -189,6 +207,16 @@ impl Uplink {
     }
 }
 
+fn scratches(all: Vec<capture::Scratch>) -> Vec<Scratch> {
+    let each = all.into_iter().map(|s| Scratch {
+        name: s.name,
+        snapshot: s.snapshot,
+        clients: s.clients,
+        bytes_used: s.bytes_used,
+    });
+    each.collect()
+}
+
 impl Snapshot {
     /// From the capture service's answer.
     #[must_use]
@@ -203,6 +231,7 @@ impl Snapshot {
             cut_time: time(s.cut_time_ms),
             size,
             block_size,
+            scratches: scratches(s.scratches),
         }
     }
 }

@@ -4,7 +4,10 @@ use bytes::Bytes;
 use tidemark_identity::Role;
 use tidemark_proto::{ErrorKind, Reason};
 
-use super::site::{Site, call, dial, url_of};
+use super::{
+    rude,
+    site::{Site, call, dial, url_of},
+};
 
 /// More than a message may have.
 const TOO_LONG: usize = (4 << 20) + 1;
@@ -28,103 +31,6 @@ async fn a_message_that_is_too_long_is_refused_and_a_strangers_is_not_looked_at(
     let listed = "/tidemark.vault.v1.Vault/ListVolumes";
     call(&viewer, listed, Bytes::new()).await.unwrap();
     vault.shutdown().await.unwrap();
-}
-
-/// HTTP/2 by hand, for a peer that heeds no limit.
-mod rude {
-    use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt},
-        net::TcpStream,
-    };
-
-    pub(super) const HEADERS: u8 = 1;
-    pub(super) const RST_STREAM: u8 = 3;
-    const SETTINGS: u8 = 4;
-    const END_HEADERS: u8 = 4;
-    const ACK: u8 = 1;
-
-    pub(super) struct Peer(TcpStream);
-
-    /// A frame: its type, stream and payload.
-    pub(super) type Frame = (u8, u32, Vec<u8>);
-
-    impl Peer {
-        pub(super) async fn connect(address: std::net::SocketAddr) -> Self {
-            let mut stream = TcpStream::connect(address).await.unwrap();
-            stream
-                .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
-                .await
-                .unwrap();
-            let mut peer = Self(stream);
-            peer.send(SETTINGS, 0, 0, &[]).await;
-            // What the service allows; it is not heeded.
-            while peer.frame().await.0 != SETTINGS {}
-            peer.send(SETTINGS, ACK, 0, &[]).await;
-            peer
-        }
-
-        async fn send(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-            let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-            let mut bytes = vec![length[1], length[2], length[3], kind, flags];
-            bytes.extend_from_slice(&stream.to_be_bytes());
-            bytes.extend_from_slice(payload);
-            self.0.write_all(&bytes).await.unwrap();
-        }
-
-        /// Begins a call that never ends, with a header of so many bytes.
-        pub(super) async fn begin(&mut self, stream: u32, path: &str, header_bytes: usize) {
-            // Literals without indexing, as RFC 7541 has them; the pseudo-headers are from its static table.
-            let mut block = vec![0x83, 0x86, 0x04];
-            put(&mut block, path.as_bytes());
-            block.push(0x01);
-            put(&mut block, b"localhost");
-            for (name, value) in [("content-type", "application/grpc"), ("te", "trailers")] {
-                block.push(0);
-                put(&mut block, name.as_bytes());
-                put(&mut block, value.as_bytes());
-            }
-            block.push(0);
-            put(&mut block, b"x");
-            put(&mut block, &vec![b'x'; header_bytes]);
-            self.send(HEADERS, END_HEADERS, stream, &block).await;
-        }
-
-        pub(super) async fn frame(&mut self) -> Frame {
-            let mut head = [0; 9];
-            self.0.read_exact(&mut head).await.unwrap();
-            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-            let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
-            let mut payload = vec![0; usize::try_from(length).unwrap()];
-            self.0.read_exact(&mut payload).await.unwrap();
-            (head[3], stream, payload)
-        }
-
-        /// The next frame of a call.
-        pub(super) async fn answer(&mut self) -> Frame {
-            loop {
-                let frame = self.frame().await;
-                if [HEADERS, RST_STREAM].contains(&frame.0) {
-                    return frame;
-                }
-            }
-        }
-    }
-
-    /// A text with its length: 7 bits, and what is over that in groups of 7.
-    fn put(block: &mut Vec<u8>, text: &[u8]) {
-        if text.len() < 127 {
-            block.push(u8::try_from(text.len()).unwrap());
-        } else {
-            block.push(127);
-            let mut rest = text.len() - 127;
-            while rest >= 128 {
-                block.push(u8::try_from(rest % 128).unwrap() | 128);
-                rest /= 128;
-            }
-            block.push(u8::try_from(rest).unwrap());
-        }
-        block.extend_from_slice(text);
-    }
 }
 
 const REFUSED_STREAM: [u8; 4] = [0, 0, 0, 7];

@@ -3,7 +3,7 @@
 use std::{fs, net::SocketAddr, path::PathBuf, process::Command, time::Duration};
 
 use bytes::Bytes;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use prost::Message;
 use rustix::process::Signal;
 use tidemark_block::{Geometry, MemoryTable, image_digest};
@@ -95,9 +95,11 @@ async fn certificates_that_do_not_fit_are_refused_with_the_reason_on_both_sides(
     let (site, other) = (Site::new(), Site::new());
     site.knows(&[("viewer", &[Role::Viewer], &["*"])]);
     let long_ago: Timestamp = "2020-01-01T00:00:00Z".parse().unwrap();
+    let in_a_month = Timestamp::now() + SignedDuration::from_hours(24 * 30);
     site.certificate("viewer", &[]);
     site.certificate("one-address", &["127.0.0.1"]);
     site.certificate_of("too-old", &["127.0.0.1"], long_ago);
+    site.certificate_of("too-new", &["127.0.0.1"], in_a_month);
     let vault = Vault::start(&site, "one-address");
     let url = vault.url("127.0.0.1");
     let good = site.dialer("viewer");
@@ -110,6 +112,8 @@ async fn certificates_that_do_not_fit_are_refused_with_the_reason_on_both_sides(
     of_other_ca.files.certificate = Some(other.certificate("viewer", &[]));
     let mut too_old = good.clone();
     too_old.files.certificate = Some(site.certificate_of("viewer-of-2020", &[], long_ago));
+    let mut too_new = good.clone();
+    too_new.files.certificate = Some(site.certificate_of("viewer-to-be", &[], in_a_month));
     let mut trusts_another = good.clone();
     trusts_another.files.ca = Some(other.ca());
     for (dialer, url, says, logs) in [
@@ -124,6 +128,12 @@ async fn certificates_that_do_not_fit_are_refused_with_the_reason_on_both_sides(
             vault.url("127.0.0.1"),
             "our certificate has expired",
             "the peer's certificate has expired",
+        ),
+        (
+            &too_new,
+            vault.url("127.0.0.1"),
+            "or is not valid yet",
+            "the peer's certificate is not valid yet",
         ),
         (
             &trusts_another,
@@ -149,18 +159,50 @@ async fn certificates_that_do_not_fit_are_refused_with_the_reason_on_both_sides(
     assert_eq!(error.reason, Reason::Unauthenticated);
     assert!(error.message.contains("\"stranger\""), "{error}");
     vault.logs("stranger");
+    let error = refused(&site.dialer_with(None), &url).await;
+    assert_eq!(error.reason, Reason::Unauthenticated);
+    assert!(error.message.contains("neither a certificate"), "{error}");
+    vault.logs("neither a certificate");
 
-    let old = Vault::start(&site, "too-old");
-    let error = refused(&good, &old.url("127.0.0.1")).await;
-    assert!(
-        error.message.contains("the peer's certificate has expired"),
-        "{error}"
-    );
-    old.logs("our certificate has expired");
-    // It serves all the same: a probe that told otherwise would only restart it.
-    let mut health = Vault::command(&site, "too-old", old.address);
-    let output = health.arg("health").output().unwrap();
-    assert!(output.status.success(), "{output:?}");
+    for (name, says, logs, warns) in [
+        (
+            "too-old",
+            "the peer's certificate has expired",
+            "our certificate has expired",
+            "has expired, and is refused",
+        ),
+        (
+            "too-new",
+            "the peer's certificate is not valid yet",
+            "or is not valid yet",
+            "is not valid yet, and is refused",
+        ),
+    ] {
+        let vault = Vault::start(&site, name);
+        // It knows it by itself, too.
+        vault.logs_of(&format!("{name}.crt"), warns);
+        let error = refused(&good, &vault.url("127.0.0.1")).await;
+        assert!(error.message.contains(says), "{error}");
+        vault.logs(logs);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn certificates_that_end_soon_are_told_of_by_whoever_shows_them() {
+    let site = Site::new();
+    let a_while_ago = Timestamp::now() - SignedDuration::from_hours(24 * 355);
+    site.certificate_of("ends-soon", &["127.0.0.1"], a_while_ago);
+    let vault = Vault::start(&site, "ends-soon");
+    vault.logs_of("ends-soon.crt", "is shown to clients ends soon");
+    vault.process.terminate();
+    // What was renewed is not told of any more.
+    site.certificate("ends-soon", &["127.0.0.1"]);
+    let again = Vault::start(&site, "ends-soon");
+    let good = site.dialer_with(None);
+    refused(&good, &again.url("127.0.0.1")).await;
+    again.logs("neither a certificate");
+    let log = fs::read_to_string(&again.log).unwrap();
+    assert!(!log.contains("ends soon"), "{log}");
 }
 
 #[test]
@@ -175,6 +217,17 @@ fn sighup_reads_certificates_and_identities_at_once() {
     vault.process.terminate();
 }
 
+#[test]
+fn a_vault_whose_certificate_has_expired_is_not_restarted_for_it() {
+    let site = Site::new();
+    let long_ago: Timestamp = "2020-01-01T00:00:00Z".parse().unwrap();
+    site.certificate_of("too-old", &["vault.example.com"], long_ago);
+    let vault = Vault::start(&site, "too-old");
+    let mut health = Vault::command(&site, "too-old", vault.address);
+    let output = health.arg("health").output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_no_service_cannot_pass_for_one() {
     let site = Site::new();
@@ -183,6 +236,7 @@ async fn who_is_no_service_cannot_pass_for_one() {
     let error = refused(&site.dialer("localhost"), &vault.url("localhost")).await;
     assert_eq!(error.reason, Reason::TlsRefused);
     assert!(error.message.contains("not for this use"), "{error}");
+    vault.logs("our certificate is not for this use");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -196,6 +250,29 @@ async fn plain_text_is_not_sent_to_another_machine() {
     assert_eq!(output.status.code(), Some(2));
     let told = String::from_utf8(output.stderr).unwrap();
     assert!(told.contains("PLAIN_TEXT_REFUSED"), "{told}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_is_made_again_shows_the_certificate_that_is_there_then() {
+    let site = Site::new();
+    site.knows(&[("renamed", &[Role::Viewer], &["*"])]);
+    site.certificate("viewer", &[]);
+    let (cert, key) = site.certificate("renamed", &[]);
+    let vault = site.vault().await;
+    let listen = vault.listen_addr;
+    let line = dial(&site.dialer("viewer"), &url_of(&vault)).await.unwrap();
+    let ask = async || call(&line, STATUS, Bytes::new()).await;
+    fs::copy(cert, site.path("viewer.crt")).unwrap();
+    fs::copy(key, site.path("viewer.key")).unwrap();
+    assert_eq!(ask().await.unwrap_err().reason, Reason::Unauthenticated);
+    vault.shutdown().await.unwrap();
+    let config = vault_svc::Config {
+        listen,
+        ..site.vault_config()
+    };
+    let vault = vault_svc::start(config).await.unwrap();
+    eventually("the new certificate", async || ask().await.ok()).await;
+    vault.shutdown().await.unwrap();
 }
 
 fn zeroes() -> (Geometry, Bytes) {

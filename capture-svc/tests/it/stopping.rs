@@ -1,0 +1,59 @@
+//! A service that is told to stop while it is at something.
+
+use std::{
+    fs::{self, OpenOptions},
+    io::Write,
+    os::unix::fs::OpenOptionsExt,
+    time::Duration,
+};
+
+use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
+
+use crate::rig::{Rig, eventually, state_dir};
+
+const BLOCK: usize = 4096;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_that_is_just_being_opened_is_closed_as_cleanly_as_the_others() {
+    let mut rig = Rig::new().await;
+    rig.add("data", 1024).await;
+    rig.nbd("data").write(0, &[1; BLOCK]).unwrap();
+    let state = state_dir(&rig, "data").await;
+    rig.stop_capture().await;
+
+    // Its file is not there, so it is tried again and again; then its record is a pipe, which keeps the next try waiting.
+    let (file, away) = (rig.path("data.img"), rig.path("away"));
+    fs::rename(&file, &away).unwrap();
+    rig.start_capture().await;
+    let (record, pipe) = (state.join("volume"), state.join("pipe"));
+    let bytes = fs::read(&record).unwrap();
+    mknodat(CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    fs::rename(&pipe, &record).unwrap();
+    fs::rename(&away, &file).unwrap();
+    let mut at_work = eventually("a try", || async {
+        let nonblocking = i32::try_from(OFlags::NONBLOCK.bits()).unwrap();
+        let mut options = OpenOptions::new();
+        // That fails as long as nobody reads it.
+        options
+            .write(true)
+            .custom_flags(nonblocking)
+            .open(&record)
+            .ok()
+    })
+    .await;
+
+    let goes_on = async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        at_work.write_all(&bytes).unwrap();
+        drop(at_work);
+    };
+    tokio::join!(rig.stop_capture(), goes_on);
+    fs::remove_file(&record).unwrap();
+    fs::write(&record, &bytes).unwrap();
+
+    // As after a crash all of the region around the block would be in doubt.
+    rig.start_capture().await;
+    let volume = rig.volume("data").await;
+    assert_eq!((&*volume.problem, volume.changed_blocks), ("", 1));
+    assert_eq!(rig.ship("data").await.changed_blocks.get(), 1);
+}
