@@ -327,7 +327,7 @@ fn volumes_of_a_group_have_their_own_traces_linked_with_that_of_their_cut() {
         let finding = collector.span("the search", |seen| {
             seen.trace == *trace && seen.name == "find moment"
         });
-        assert_eq!(finding.links, [group.trace.clone()]);
+        assert_eq!(finding.links, std::slice::from_ref(&group.trace));
         interval.says("volume").to_owned()
     });
     let volumes: BTreeSet<_> = volumes.collect();
