@@ -69,6 +69,7 @@ pub(super) struct Endpoint {
     reading: Arc<Semaphore>,
     /// How long one may take, others before it included.
     patience: Duration,
+    headers_max: Duration,
 }
 
 type Answer = Response<Full<Bytes>>;
@@ -81,6 +82,7 @@ impl Endpoint {
             read,
             reading: Arc::new(Semaphore::new(1)),
             patience: READING_MAX,
+            headers_max: HEADERS_MAX,
         }
     }
 
@@ -88,11 +90,12 @@ impl Endpoint {
     pub(super) async fn serve(self, bound: Bound, mut stop: watch::Receiver<bool>) {
         let mut open = JoinSet::new();
         loop {
-            while open.try_join_next().is_some() {}
             let accepted = tokio::select! {
                 _ = stop.wait_for(|stop| *stop) => break,
                 accepted = bound.listener.accept() => accepted,
             };
+            // Those that have ended since.
+            while open.try_join_next().is_some() {}
             match accepted {
                 // The client sees its connection closed, and comes again.
                 Ok(_) if open.len() >= CONNECTIONS_MAX => {}
@@ -109,13 +112,14 @@ impl Endpoint {
     }
 
     async fn converse(self, stream: TcpStream) -> Result<(), hyper::Error> {
+        let headers_max = self.headers_max;
         let answering = service_fn(move |request| {
             let endpoint = self.clone();
             async move { Ok::<_, Infallible>(endpoint.answer(request).await) }
         });
         http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(HEADERS_MAX)
+            .header_read_timeout(headers_max)
             .max_buf_size(REQUEST_BYTES_MAX)
             .keep_alive(false)
             .serve_connection(TokioIo::new(stream), answering)
