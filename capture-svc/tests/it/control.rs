@@ -19,6 +19,35 @@ use crate::{
 
 const BLOCK: usize = 4096;
 
+#[tokio::test(flavor = "multi_thread")]
+async fn so_many_snapshots_are_read_at_a_time_and_no_more() {
+    let rig = Rig::new().await;
+    rig.add("data", 2048).await;
+    let mut nbd = rig.nbd("data");
+    for part in 0..8 {
+        nbd.write(part << 20, &noise(part, 1 << 20)).unwrap();
+    }
+    rig.snapshot("data", "").await;
+    let client = rig.client().await;
+    // Nobody takes more of the answers than the connection holds.
+    let read = || async {
+        let request = pb::ReadSnapshotRequest {
+            volume: "data".to_owned(),
+            snapshot: 1,
+            since_snapshot: 0,
+        };
+        client.clone().read_snapshot(request).await
+    };
+    let mut held = Vec::new();
+    for _ in 0..16 {
+        held.push(read().await.unwrap());
+    }
+    let error = RpcError::from(read().await.unwrap_err());
+    assert_eq!(error.reason, Reason::LimitReached);
+    held.pop();
+    held.push(eventually("a place", || async { read().await.ok() }).await);
+}
+
 fn named(volume: &str) -> pb::GetVolumeRequest {
     pb::GetVolumeRequest {
         volume: volume.to_owned(),

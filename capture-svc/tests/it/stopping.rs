@@ -7,7 +7,9 @@ use std::{
     time::Duration,
 };
 
+use capture_svc::engine::{EngineOptions, EngineSetup, Trust, intercept::Intercept};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
+use tidemark_proto::convert::volume_id;
 
 use crate::rig::{Rig, eventually, state_dir};
 
@@ -16,7 +18,7 @@ const BLOCK: usize = 4096;
 #[tokio::test(flavor = "multi_thread")]
 async fn a_volume_that_is_just_being_opened_is_closed_as_cleanly_as_the_others() {
     let mut rig = Rig::new().await;
-    rig.add("data", 1024).await;
+    let added = rig.add("data", 1024).await;
     rig.nbd("data").write(0, &[1; BLOCK]).unwrap();
     let state = state_dir(&rig, "data").await;
     rig.stop_capture().await;
@@ -51,7 +53,20 @@ async fn a_volume_that_is_just_being_opened_is_closed_as_cleanly_as_the_others()
     fs::remove_file(&record).unwrap();
     fs::write(&record, &bytes).unwrap();
 
-    // As after a crash all of the region around the block would be in doubt.
+    let (engine, trust) = Intercept::open(EngineSetup {
+        dir: &state,
+        volume: volume_id(&added.volume_id).unwrap(),
+        file: &file,
+        geometry: added.geometry.unwrap().try_into().unwrap(),
+        options: EngineOptions {
+            spool_bytes_max: rig.config.spool_bytes_max.get(),
+            ..EngineOptions::default()
+        },
+    })
+    .unwrap();
+    assert_eq!(trust, Trust::Clean, "it was closed");
+    engine.close().unwrap();
+    drop(engine);
     rig.start_capture().await;
     let volume = rig.volume("data").await;
     assert_eq!((&*volume.problem, volume.changed_blocks), ("", 1));
