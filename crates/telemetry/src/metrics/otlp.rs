@@ -53,6 +53,8 @@ pub(super) struct Push {
     /// Of the collector, for the log.
     endpoint: String,
     period: Duration,
+    /// [`LAST_PUSH_MAX`], save in tests.
+    last_push_max: Duration,
 }
 
 impl Push {
@@ -76,6 +78,7 @@ impl Push {
             },
             endpoint: collector.endpoint.clone(),
             period: PERIOD,
+            last_push_max: LAST_PUSH_MAX,
         }))
     }
 
@@ -88,8 +91,16 @@ impl Push {
                 _ = stop.wait_for(|stop| *stop) => true,
                 () = sleep(self.period) => false,
             };
-            let patience = if stops { LAST_PUSH_MAX } else { PUSH_MAX };
-            let pushed = timeout(patience, self.push(&read, started)).await;
+            let push = self.push(&read, started);
+            let pushed = if stops {
+                timeout(self.last_push_max, push).await
+            } else {
+                tokio::select! {
+                    // What this one would have told, the last one does.
+                    _ = stop.wait_for(|stop| *stop) => continue,
+                    pushed = timeout(PUSH_MAX, push) => pushed,
+                }
+            };
             let pushed = pushed.unwrap_or_else(|_| Err(Status::deadline_exceeded("too slow")));
             let (failed, endpoint) = (pushed.is_err(), &self.endpoint);
             match pushed {
@@ -203,7 +214,8 @@ fn metric(family: &Family, points: &[Point], times: (u64, u64)) -> Metric {
         name: family.name.trim_end_matches("_total").to_owned(),
         description: family.help.trim().to_owned(),
         unit: match family.unit {
-            Unit::None => "1",
+            // Not "1": for Prometheus a gauge would be a ratio then, and be named so.
+            Unit::None => "",
             Unit::Seconds => "s",
             Unit::Bytes => "By",
         }
@@ -355,6 +367,7 @@ mod tests {
             resource: Resource::default(),
             endpoint: endpoint.to_owned(),
             period,
+            last_push_max: Duration::from_secs(60),
         }
     }
 
@@ -374,7 +387,7 @@ mod tests {
         let names: Vec<_> = metrics.iter().map(|m| (&m.name[..], &m.unit[..])).collect();
         let expected = [
             ("test_sent_bytes", "By"),
-            ("test_there", "1"),
+            ("test_there", ""),
             ("test_took_seconds", "s"),
         ];
         assert_eq!(names, expected);
@@ -408,6 +421,19 @@ mod tests {
             .await
             .unwrap()
             .unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_stop_does_not_wait_for_a_push_to_a_collector_that_says_nothing() {
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", silent.local_addr().unwrap());
+        let (stop, stopping) = watch::channel(false);
+        let mut push = push(&endpoint, Duration::ZERO);
+        push.last_push_max = Duration::from_millis(50);
+        let pushing = tokio::spawn(push.run(read(), stopping));
+        let _open = silent.accept().await.unwrap();
+        stop.send_replace(true);
+        timeout(PUSH_MAX / 2, pushing).await.unwrap().unwrap();
     }
 
     #[test]
