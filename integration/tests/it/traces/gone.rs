@@ -8,8 +8,10 @@ use std::{
 use super::{Collector, add, services, write};
 use crate::programs::{Split, args, free_addr, wait_for};
 
-/// How long the services have to end: what they take for traces is two seconds of it.
-const END_MAX: Duration = Duration::from_secs(6);
+/// How long the services have to end, one after the other. Whoever waited for the collector would take forever.
+const END_MAX: Duration = Duration::from_secs(30);
+/// How long an interval may take on a machine that is busy.
+const SHIP_MAX: Duration = Duration::from_secs(10);
 const FAILS: &str = "traces can't be exported";
 const WORKS: &str = "traces are exported again";
 
@@ -17,14 +19,14 @@ fn told(services: &Split, what: &str) -> usize {
     services.logged().matches(what).count()
 }
 
-/// Ships a few intervals, each of which takes no longer than without a collector.
+/// Ships a few intervals, none of which waits for a collector.
 fn ships(services: &Split, generations: std::ops::RangeInclusive<u64>) {
     for generation in generations {
         write(services, "data", u8::try_from(generation).unwrap(), 4);
         let began = Instant::now();
         services.cli.json(args!["ship", "data"]);
         let took = began.elapsed();
-        assert!(took < Duration::from_secs(2), "{took:?}");
+        assert!(took < SHIP_MAX, "{took:?}");
         assert_eq!(services.cli.generations("data").len() as u64, generation);
     }
 }
