@@ -33,6 +33,10 @@ PLAIN_TEXT = {"allowPlainText": True}
 SECRET = {"tls": {"secretName": "vault-tls"}}
 EDGE = {"name": "edge-7", "roles": ["source"], "volumes": ["*"]}
 DASHBOARD = {"name": "dashboard", "roles": ["viewer"], "volumes": ["*"], "token_sha256": "0a" * 32}
+COLLECTOR = {
+    "to": [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}],
+    "ports": [{"port": 4317, "protocol": "TCP"}],
+}
 PLAIN_URL = "http://tidemark-vault.tidemark.svc:7402"
 
 
@@ -58,7 +62,12 @@ RENDERED = [
         {
             "image": {"repository": "registry.example/tidemark-vault", "tag": "1.2.3", "pullPolicy": "Always"},
             "imagePullSecrets": [{"name": "registry"}],
-            "settings": {"retain": 24, "scrub_period": "3d", "volume_bytes_max": "2TiB"},
+            "settings": {
+                "retain": 24,
+                "scrub_period": "3d",
+                "volume_bytes_max": "2TiB",
+                "otlp_endpoint": "http://collector.monitoring.svc:4317",
+            },
             "tls": {
                 "secretName": "north-vault-tls",
                 **cert_manager(dnsNames=["vault.example.com"], ipAddresses=["192.0.2.7"], renewBefore="240h"),
@@ -68,7 +77,10 @@ RENDERED = [
             "service": {"type": "LoadBalancer", "port": 443, "annotations": {"a": "b"}},
             "persistence": {"size": "2Ti", "storageClassName": "fast", "annotations": {"c": "d"}},
             "serviceAccount": {"create": False, "name": "vaults"},
-            "networkPolicy": {"from": [{"namespaceSelector": {"matchLabels": {"tidemark": "source"}}}]},
+            "networkPolicy": {
+                "from": [{"namespaceSelector": {"matchLabels": {"tidemark": "source"}}}],
+                "egress": [COLLECTOR],
+            },
             "podDisruptionBudget": {"maxUnavailable": 0},
             "metrics": {
                 "port": 9999,
@@ -168,6 +180,9 @@ REFUSED = [
     ("tidemark", {"settings": {"retain": "many"}}, "retain"),
     ("tidemark", {"image": {"repository": ""}}, "repository"),
     ("tidemark", {"networkPolicy": {"from": [{}]}}, "from"),
+    ("tidemark", {"networkPolicy": {"egress": [{}]}}, "egress"),
+    ("tidemark", {"networkPolicy": {"egress": [{"from": COLLECTOR["to"]}]}}, "egress"),
+    ("tidemark", SECRET | {"settings": {"otlp_endpoint": "http://collector:4317"}}, "networkPolicy.egress"),
     ("tidemark", {"metrics": {"port": 7402}}, "port"),
     ("tidemark", {"metrics": {"serviceMonitor": {"interval": "often"}}}, "interval"),
     ("tidemark", {"settings": {"metrics_listen": "0.0.0.0:1"}}, "metrics_listen"),

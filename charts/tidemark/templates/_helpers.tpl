@@ -93,6 +93,9 @@ seccompProfile:
 {{- if and (not $tls) (or .Values.identities .Values.identitiesFrom.secretName .Values.identitiesFrom.configMapName) -}}
 {{- fail "identities are of no use with allowPlainText: without certificates nobody is asked who they are" -}}
 {{- end -}}
+{{- if and .Values.settings.otlp_endpoint .Values.networkPolicy.enabled (not .Values.networkPolicy.egress) -}}
+{{- fail "settings.otlp_endpoint names a collector, and the network policy keeps the vault from it: give the rule that lets it call the collector in networkPolicy.egress" -}}
+{{- end -}}
 {{- end -}}
 
 {{/* One key of a Secret or a ConfigMap, as a source of a projected volume: {from, path, default}. */}}
