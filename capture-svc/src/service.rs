@@ -222,11 +222,18 @@ async fn serve(
             .await
             .unwrap_or(Ok(())),
     };
-    reloading.await.context("join the gate's watch")?;
-    measuring.await.context("join the metrics")?;
-    expiry.await.context("join the watch over certificates")?;
+    join("watch over the gate's files", reloading).await;
+    join("metrics", measuring).await;
+    join("watch over certificates", expiry).await;
     served.context("serve the control interface")?;
     ended
+}
+
+/// Waits for a task to end; that it failed keeps nothing else from ending well.
+async fn join(task: &'static str, handle: JoinHandle<()>) {
+    if let Err(error) = handle.await {
+        tracing::error!(task, %error, "a task failed");
+    }
 }
 
 /// Tells of the service in numbers, where that is wanted.

@@ -85,21 +85,21 @@ impl Running {
         self.stop.send_replace(true);
         let mut server = self.server;
         let served = match tokio::time::timeout(DRAIN_MAX, &mut server).await {
-            Ok(served) => served.context("join the server task")?,
+            Ok(served) => served.context("join the server task").flatten(),
             Err(_) => {
                 tracing::warn!("connections stay open; they are closed");
                 server.abort();
                 Ok(())
             }
         };
-        self.upkeep.await.context("join the upkeep task")?;
-        self.scrub.await.context("join the scrub")?;
-        self.reloading.await.context("join the gate's watch")?;
-        self.measuring.await.context("join the metrics")?;
-        self.expiry
-            .await
-            .context("join the watch over certificates")?;
-        self.vault.close().await?;
+        join("upkeep", self.upkeep).await;
+        join("scrub", self.scrub).await;
+        let closed = self.vault.close().await;
+        // These only look and tell.
+        join("watch over the gate's files", self.reloading).await;
+        join("metrics", self.measuring).await;
+        join("watch over certificates", self.expiry).await;
+        closed?;
         // Work that was cut off ends on its own; until then it holds the locks.
         let (vault, store_in_use) = (Arc::downgrade(&self.vault), self.vault.store_in_use());
         drop(self.vault);
@@ -125,6 +125,13 @@ impl Running {
     #[must_use]
     pub fn vault(&self) -> &Arc<Vault> {
         &self.vault
+    }
+}
+
+/// Waits for a task to end; that it failed keeps nothing else from ending well.
+async fn join(task: &'static str, handle: JoinHandle<()>) {
+    if let Err(error) = handle.await {
+        tracing::error!(task, %error, "a task failed");
     }
 }
 
