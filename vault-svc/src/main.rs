@@ -45,7 +45,8 @@ fn run(arguments: Arguments) -> Result<()> {
         .build()
         .context("start the async runtime")?;
     let result = runtime.block_on(serve(config));
-    drop(runtime);
+    // Blocking work that is stuck in a disk must not keep the process.
+    runtime.shutdown_timeout(Duration::from_millis(500));
     telemetry.shutdown();
     result
 }

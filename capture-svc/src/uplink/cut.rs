@@ -310,7 +310,7 @@ impl Driver {
         };
         let now = self.now();
         let message = format!("no cut was made: {why}");
-        self.trace.fail(Reason::NotQuiesced, &message);
+        self.trace.skip(&message);
         let action = "see to what quiesces the workload; it is tried again by itself";
         for ticket in self.controller.on(now, event).tickets {
             if let Some(waiter) = self.waiters.remove(&ticket) {

@@ -239,8 +239,12 @@ impl Driver {
         if let Some(ending) = ending {
             self.figures.ended(ending);
         }
-        let moot = "the vault's newest generation is another than its base";
-        self.trace.fail(Reason::BaseNotHead, moot);
+        if ending == Some(Ending::Committed) {
+            self.trace.found(found);
+        } else {
+            let moot = "the vault's newest generation is another than its base";
+            self.trace.fail(Reason::BaseNotHead, moot);
+        }
         self.recut();
         let recovery_point_ms = self.record.recovery_point_ms;
         self.show.send_modify(|status| {

@@ -4,7 +4,7 @@
 //! known any more; its interval's id, which spans of both services carry, leads from one to the other.
 
 use capture_core::uplink::Action;
-use tidemark_block::{IntervalId, Receipt, Trigger};
+use tidemark_block::{GenerationId, IntervalId, Receipt, Trigger};
 use tidemark_proto::Reason;
 use tidemark_telemetry::{Origin, SpanExt, traced};
 use tracing::Span;
@@ -19,8 +19,12 @@ pub(super) struct Trace {
     interval: Option<Span>,
     /// Of an interval that has ended within the step that is under way.
     over: Option<Span>,
-    /// Those who have asked for the interval that comes next.
+    /// Those who have asked for an interval and have none yet.
     askers: Vec<Origin>,
+    /// Whether the interval is a child of the first of them.
+    adopted: bool,
+    /// So many of them asked before the cut: its interval answers them.
+    answered: usize,
     attempts: u64,
 }
 
@@ -31,6 +35,8 @@ impl Trace {
             interval: None,
             over: None,
             askers: Vec::new(),
+            adopted: false,
+            answered: 0,
             attempts: 0,
         }
     }
@@ -46,6 +52,7 @@ impl Trace {
         let span = traced!("interval", %trigger);
         span.note("volume", &self.volume);
         self.attempts = 0;
+        self.adopted = false;
         self.interval = Some(span.clone());
         span
     }
@@ -53,18 +60,20 @@ impl Trace {
     /// A cut is due. The interval is a child of the first request that it answers.
     pub(super) fn begin(&mut self, trigger: Trigger) -> Span {
         let span = self.start(trigger);
-        if !self.askers.is_empty() {
-            self.askers.remove(0).adopt(&span);
+        if let Some(first) = self.askers.first() {
+            first.adopt(&span);
+            self.adopted = true;
         }
         span
     }
 
     /// The cut was made: it answers all who have asked before.
     pub(super) fn cut(&mut self, id: IntervalId) {
-        let askers = std::mem::take(&mut self.askers);
+        self.answered = self.askers.len();
         if let Some(span) = &self.interval {
             span.note("interval", id);
-            askers.iter().for_each(|asker| asker.link(span));
+            let others = self.askers.iter().skip(usize::from(self.adopted));
+            others.for_each(|asker| asker.link(span));
         }
     }
 
@@ -114,6 +123,8 @@ impl Trace {
 
     /// The vault has given the receipt, and it is recorded.
     pub(super) fn succeed(&mut self, receipt: &Receipt) {
+        self.askers.drain(..self.answered);
+        self.answered = 0;
         if let Some(span) = self.end() {
             span.count("generation", receipt.generation.get());
             span.note("unchanged", !receipt.created);
@@ -123,8 +134,25 @@ impl Trace {
         }
     }
 
-    /// No generation comes of it.
+    /// It is the vault's newest generation, and the receipt was lost.
+    pub(super) fn found(&mut self, generation: GenerationId) {
+        self.askers.drain(..self.answered);
+        self.answered = 0;
+        if let Some(span) = self.end() {
+            span.count("generation", generation.get());
+            span.succeed();
+        }
+    }
+
+    /// Nothing is cut, and whoever asked is told so.
+    pub(super) fn skip(&mut self, message: &str) {
+        self.askers.clear();
+        self.fail(Reason::NotQuiesced, message);
+    }
+
+    /// No generation comes of it. Who asked for it is answered by the next one.
     pub(super) fn fail(&mut self, reason: Reason, message: &str) {
+        self.answered = 0;
         if let Some(span) = self.end() {
             span.fail(reason.as_str(), message);
         }

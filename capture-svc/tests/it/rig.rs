@@ -148,13 +148,16 @@ impl Rig {
     }
 
     pub(crate) async fn client(&self) -> CaptureClient<Channel> {
-        let address = self.capture.as_ref().unwrap().control_addr();
-        CaptureClient::new(channel(address).await).max_decoding_message_size(4 << 20)
+        CaptureClient::new(channel(self.control_addr()).await).max_decoding_message_size(4 << 20)
     }
 
     pub(crate) async fn vault_client(&self) -> VaultClient<Channel> {
         let address = self.vault.as_ref().unwrap().listen_addr;
         VaultClient::new(channel(address).await).max_decoding_message_size(4 << 20)
+    }
+
+    pub(crate) fn control_addr(&self) -> SocketAddr {
+        self.capture.as_ref().unwrap().control_addr()
     }
 
     pub(crate) async fn stop_capture(&mut self) {

@@ -4,14 +4,15 @@ use std::{
     fs::{self, OpenOptions},
     io::Write,
     os::unix::fs::OpenOptionsExt,
-    time::Duration,
 };
 
 use capture_svc::engine::{EngineOptions, EngineSetup, Trust, intercept::Intercept};
 use rustix::fs::{CWD, FileType, Mode, OFlags, mknodat};
+use tidemark_listen::health::check;
 use tidemark_proto::convert::volume_id;
+use tidemark_tls::Dialer;
 
-use crate::rig::{Rig, eventually, state_dir};
+use crate::rig::{PATIENCE, Rig, eventually, state_dir};
 
 const BLOCK: usize = 4096;
 
@@ -44,8 +45,13 @@ async fn a_volume_that_is_just_being_opened_is_closed_as_cleanly_as_the_others()
     })
     .await;
 
+    let url = format!("http://{}", rig.control_addr());
+    let dialer = Dialer::default();
     let goes_on = async {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        eventually("the service to stop", || async {
+            check(&dialer, &url, PATIENCE).await.err()
+        })
+        .await;
         at_work.write_all(&bytes).unwrap();
         drop(at_work);
     };

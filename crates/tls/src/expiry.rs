@@ -3,7 +3,7 @@
 
 use std::{
     collections::HashMap,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
@@ -14,11 +14,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use crate::{
-    dialer::DialerFiles,
-    files::{self, FileError},
-    gate::Gate,
-};
+use crate::{dialer::DialerFiles, files, gate::Gate};
 
 /// How long before its end a certificate is told of.
 const NOTICE: Duration = Duration::from_secs(14 * DAY_SECS);
@@ -103,16 +99,13 @@ fn end(certificate: &CertificateDer<'_>) -> Option<i64> {
 }
 
 impl Validity {
-    /// Of a certificate with its chain.
-    pub(crate) fn of(path: &Path, chain: &[CertificateDer<'_>]) -> Result<Self, FileError> {
-        let each: Option<Vec<_>> = chain.iter().map(Self::of_one).collect();
-        let common = each.and_then(|each| {
-            Some(Self {
-                not_before: each.iter().map(|v| v.not_before).max()?,
-                not_after: each.iter().map(|v| v.not_after).min()?,
-            })
-        });
-        common.ok_or_else(|| FileError::invalid(path, "holds a certificate without dates"))
+    /// Of a certificate with its chain, in which others than it may be of a form whose dates can't be read.
+    pub(crate) fn of(chain: &[CertificateDer<'_>]) -> Option<Self> {
+        let each: Vec<_> = chain.iter().filter_map(Self::of_one).collect();
+        Some(Self {
+            not_before: each.iter().map(|v| v.not_before).max()?,
+            not_after: each.iter().map(|v| v.not_after).min()?,
+        })
     }
 
     /// As the verifier sees it: it is asked about a time before all others, and about one after them.
@@ -175,7 +168,7 @@ impl OwnCertificates {
             Some(OwnCertificate {
                 file: file.clone(),
                 purpose: Purpose::Connecting,
-                validity: Validity::of(file, &chain).ok()?,
+                validity: Validity::of(&chain)?,
             })
         });
         self.gate
@@ -282,16 +275,15 @@ mod tests {
 
     #[test]
     fn a_chain_is_valid_as_long_as_all_of_it_is() {
-        let path = Path::new("x.crt");
         let (own, above) = (certificate(2020..2100), certificate(1971..2060));
-        let alone = Validity::of(path, std::slice::from_ref(&own)).unwrap();
+        let alone = Validity::of(std::slice::from_ref(&own)).unwrap();
         assert_eq!(alone.not_before, at("2020-01-01T00:00:00Z"));
         assert_eq!(alone.not_after, at("2100-01-01T00:00:00Z"));
-        let chain = Validity::of(path, &[own, above]).unwrap();
+        // What can't be read, such as a root of an old form, doesn't count.
+        let chain = Validity::of(&[own, above, vec![1, 2, 3].into()]).unwrap();
         assert_eq!(chain.not_before, alone.not_before);
         assert_eq!(chain.not_after, at("2060-01-01T00:00:00Z"));
-        let error = Validity::of(path, &[vec![1, 2, 3].into()]).unwrap_err();
-        assert!(error.to_string().contains("x.crt"), "{error}");
+        assert_eq!(Validity::of(&[vec![1, 2, 3].into()]), None);
     }
 
     #[test]

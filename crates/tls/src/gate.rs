@@ -290,11 +290,11 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
         Some((cert, key)) => {
             let certified = files::certified(cert, key)?;
             ends.certificate = expiry::first(&certified.cert);
-            let own = OwnCertificate {
+            let own = Validity::of(&certified.cert).map(|validity| OwnCertificate {
                 file: cert.clone(),
                 purpose: Purpose::Listening,
-                validity: Validity::of(cert, &certified.cert)?,
-            };
+                validity,
+            });
             let builder = ServerConfig::builder_with_provider(files::provider())
                 .with_protocol_versions(&[&rustls::version::TLS13])
                 .map_err(|error| FileError::Setup(error.to_string()))?;
@@ -305,7 +305,7 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
             let mut config =
                 builder.with_cert_resolver(Arc::new(SingleCertAndKey::from(certified)));
             config.alpn_protocols = vec![ALPN.to_vec()];
-            (Some(Arc::new(config)), Some(own))
+            (Some(Arc::new(config)), own)
         }
     };
     Ok(State {

@@ -249,7 +249,7 @@ async fn streams_beyond_the_limit_are_refused_and_stalled_ones_are_closed() {
     let dir = tempfile::tempdir().unwrap();
     let config = vault_svc::Config {
         streams_max: 2,
-        stream_idle_max: std::time::Duration::from_millis(300).into(),
+        stream_idle_max: std::time::Duration::from_secs(2).into(),
         part_age_max: std::time::Duration::from_millis(20).into(),
         ..config(dir.path())
     };
