@@ -10,7 +10,8 @@ use crate::bounded::bounded;
 /// name of a caller, a source and a volume, too.
 pub fn run(data: &[u8]) {
     let Ok(text) = from_utf8(data) else { return };
-    let most = 256 * data.len() + (64 << 10);
+    // The reader of TOML has tables of its own, for its errors too.
+    let most = 1024 * data.len() + (1 << 20);
     if let Ok(read) = bounded(most, || Identities::parse(text)) {
         file(&read);
     }
