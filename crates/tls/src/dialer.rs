@@ -155,11 +155,11 @@ pub(crate) async fn over_tls(url: &str, config: Arc<ClientConfig>) -> Result<Lin
 }
 
 /// A connection to a service of somebody else's, such as a collector of traces: it is made when it is first used, and
-/// again whenever it has broken. Without `ca` an `https` one is verified by the CAs of the system. To be called within a
-/// runtime, to which the connection then belongs.
+/// again whenever it has broken. Without `ca` an `https` one is verified by the CAs of the system; either are read anew for
+/// each connection. To be called within a runtime, to which the connection then belongs.
 ///
 /// # Errors
-/// The URL is none, or the CAs can't be used.
+/// The URL is none: [`is_service_url`] says so beforehand.
 pub fn dial_lazily(
     url: &str,
     ca: Option<&Path>,
@@ -169,20 +169,16 @@ pub fn dial_lazily(
     match uri.scheme_str() {
         Some("http") => Ok(tune(Endpoint::from(uri)).connect_lazy()),
         Some("https") => {
-            let roots = match ca {
-                Some(path) => files::roots(path),
-                None => files::system_roots(),
-            };
-            let config = roots
-                .and_then(trusting)
-                .map_err(|error| not_ready(url, &error))?;
-            let mut config = config.with_no_client_auth();
-            config.alpn_protocols = vec![ALPN.to_vec()];
-            let config = Arc::new(config);
-            let host = Host::of(&uri)?;
+            let (host, ca) = (Host::of(&uri)?, ca.map(Path::to_owned));
             let connector = tower::service_fn(move |_: Uri| {
-                let (host, config) = (host.clone(), Arc::clone(&config));
-                async move { host.connect(config).await.map(TokioIo::new) }
+                let (host, ca) = (host.clone(), ca.clone());
+                async move {
+                    let config =
+                        tokio::task::spawn_blocking(move || anonymous_config(ca.as_deref()))
+                            .await?
+                            .map_err(io::Error::other)?;
+                    host.connect(Arc::new(config)).await.map(TokioIo::new)
+                }
             });
             Ok(tune(Endpoint::from(uri)).connect_with_connector_lazy(connector))
         }
@@ -276,6 +272,17 @@ fn client_config(files: &DialerFiles) -> Result<ClientConfig, FileError> {
     Ok(config)
 }
 
+/// Of a client that shows nothing, and trusts these CAs, or those of the system.
+fn anonymous_config(ca: Option<&Path>) -> Result<ClientConfig, FileError> {
+    let roots = match ca {
+        Some(path) => files::roots(path)?,
+        None => files::system_roots()?,
+    };
+    let mut config = trusting(roots)?.with_no_client_auth();
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    Ok(config)
+}
+
 fn trusting(
     roots: RootCertStore,
 ) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, FileError> {
@@ -283,6 +290,16 @@ fn trusting(
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(|error| FileError::Setup(error.to_string()))?;
     Ok(builder.with_root_certificates(roots))
+}
+
+/// Whether a URL is the address of a service, whoever's.
+#[must_use]
+pub fn is_service_url(url: &str) -> bool {
+    url.parse::<Uri>().is_ok_and(|uri| match uri.scheme_str() {
+        Some("http") => true,
+        Some("https") => Host::of(&uri).is_ok(),
+        _ => false,
+    })
 }
 
 /// Whether a URL leads to this machine itself.

@@ -18,7 +18,7 @@ mod reasons;
 mod settings;
 mod shield;
 
-pub use dialer::{Bearer, Dialer, DialerFiles, Line, dial_lazily, is_loopback_url};
+pub use dialer::{Bearer, Dialer, DialerFiles, Line, dial_lazily, is_loopback_url, is_service_url};
 pub use expiry::{Ends, OwnCertificate, OwnCertificates, Purpose, Standing, Validity};
 pub use files::{FileError, random};
 pub use gate::{Gate, GateFiles, Reloaded};
