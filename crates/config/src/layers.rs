@@ -45,6 +45,9 @@ impl Origin {
     }
 }
 
+/// The name of the layer of [`Origin::Standard`].
+const STANDARD: &str = "standard";
+
 struct Layer {
     origin: Origin,
     values: Dict,
@@ -53,7 +56,11 @@ struct Layer {
 impl Provider for Layer {
     fn metadata(&self) -> Metadata {
         let origin = self.origin.clone();
-        Metadata::default().interpolater(move |_: &Profile, keys: &[&str]| {
+        let name = match origin {
+            Origin::Standard(_) => STANDARD,
+            _ => "",
+        };
+        Metadata::named(name).interpolater(move |_: &Profile, keys: &[&str]| {
             origin.of(keys.first().copied().unwrap_or_default())
         })
     }
@@ -67,24 +74,33 @@ impl Provider for Layer {
 #[derive(Debug)]
 pub struct Layers {
     known: &'static [&'static str],
+    defaults: Dict,
     figment: Figment,
     /// Keys whose value is text, whatever the key's type is.
     texts: BTreeSet<String>,
     /// Keys that could not be read: nothing more is said of them.
     unread: BTreeSet<&'static str>,
     problems: Vec<String>,
+    /// Keys that a standard variable has set to what is of no use.
+    passed_over: Vec<String>,
 }
 
 impl Layers {
     pub(crate) fn new(defaults: &impl Serialize, known: &'static [&'static str]) -> Self {
         let mut layers = Self {
             known,
+            defaults: Dict::new(),
             figment: Figment::new(),
             texts: BTreeSet::new(),
             unread: BTreeSet::new(),
             problems: Vec::new(),
+            passed_over: Vec::new(),
         };
-        layers.add(Origin::Default, Serialized::defaults(defaults).data());
+        let defaults = Serialized::defaults(defaults).data();
+        if let Ok(profiles) = &defaults {
+            layers.defaults = profiles.get(&Profile::Default).cloned().unwrap_or_default();
+        }
+        layers.add(Origin::Default, defaults);
         layers
     }
 
@@ -98,26 +114,18 @@ impl Layers {
         }
     }
 
-    /// Takes the values of variables that many programs heed. An empty one is as good as none.
+    /// Takes the values of variables that many programs heed. One that is empty or not UTF-8 is as good as none.
     pub(crate) fn add_standard(
         &mut self,
         variables: &'static [(&'static str, &'static str)],
         environment: &[(OsString, OsString)],
     ) {
-        let origin = Origin::Standard(variables);
-        let mut values = Vec::new();
-        for (name, key) in variables {
-            let given = environment.iter().find(|(given, _)| given == name);
-            match given.map(|(_, value)| value.to_str().ok_or(value)) {
-                Some(Ok("")) | None => {}
-                Some(Ok(value)) => values.push(((*key).to_owned(), value.to_owned())),
-                Some(Err(value)) => self.problems.push(format!(
-                    "{key} = {value:?} ({}): isn't UTF-8",
-                    origin.of(key)
-                )),
-            }
-        }
-        self.add_texts(origin, values);
+        let values = variables.iter().filter_map(|(name, key)| {
+            let (_, value) = environment.iter().find(|(given, _)| given == name)?;
+            let value = value.to_str().filter(|value| !value.is_empty())?;
+            Some(((*key).to_owned(), value.to_owned()))
+        });
+        self.add_texts(Origin::Standard(variables), values.collect());
     }
 
     pub(crate) fn add_environment(
@@ -207,8 +215,40 @@ impl Layers {
         }
     }
 
+    /// Puts the configuration together and checks it. A standard variable is meant for many programs: what is of no use
+    /// to this one is passed over.
+    pub(crate) fn settle<C>(
+        &mut self,
+        read: impl Fn(&mut Self) -> C,
+        check: impl Fn(&C, &mut Rules),
+    ) -> C {
+        let so_far = self.problems.len();
+        loop {
+            let config = read(self);
+            let mut rules = Rules::default();
+            check(&config, &mut rules);
+            self.add_broken(rules);
+            if self.passed_over.is_empty() {
+                return config;
+            }
+            self.problems.truncate(so_far);
+            self.unread.clear();
+            let keys = std::mem::take(&mut self.passed_over);
+            let defaults = &self.defaults;
+            let values = keys.into_iter().filter_map(|key| {
+                let value = defaults.get(&key)?.clone();
+                Some((key, value))
+            });
+            let values = Map::from([(Profile::Default, values.collect())]);
+            self.add(Origin::Default, Ok(values));
+        }
+    }
+
     fn note(&mut self, key: &str, what: &str) {
         let origin = match self.figment.find_metadata(key) {
+            Some(metadata) if metadata.name == STANDARD => {
+                return self.passed_over.push(key.to_owned());
+            }
             Some(metadata) => metadata.interpolate(&Profile::Default, &[key]),
             None => Origin::Default.of(key),
         };

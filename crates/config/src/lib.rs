@@ -58,7 +58,7 @@ pub trait Settings: Keys {
     const PREFIX: &'static str;
 
     /// Variables without the prefix that many programs heed, each with the key that it sets. The file wins over them, and
-    /// so does whatever wins over the file.
+    /// so does whatever wins over the file. What this service can't use of them is passed over.
     const STANDARD: &'static [(&'static str, &'static str)] = &[];
 
     /// Whether a variable that shares the prefix is none of ours to judge; `key` is in lower case and without it.
@@ -85,10 +85,7 @@ pub trait Settings: Keys {
         }
         layers.add_environment(Self::PREFIX, Self::is_foreign, environment);
         layers.add_flags(Self::given(flags));
-        let config = Self::read(&mut layers);
-        let mut rules = Rules::default();
-        config.check(&mut rules);
-        layers.add_broken(rules);
+        let config = layers.settle(Self::read, Self::check);
         failing_with(layers.into_problems()).map(|()| config)
     }
 

@@ -170,10 +170,19 @@ fn a_standard_variable_counts_where_nothing_of_our_own_says_otherwise() {
     assert_eq!(named("name = 'file'\n", &standard).0, "file");
     let both = [standard[0], ("SAMPLE_NAME", "own")];
     assert_eq!(named("", &both).0, "own");
-    let found = problems("", &[("COMMON_TIME", "soon")]);
-    assert_eq!(found.len(), 1, "{found:?}");
-    assert!(
-        found[0].starts_with("time = \"soon\" (COMMON_TIME): "),
-        "{found:?}"
-    );
+}
+
+#[test]
+fn a_standard_variable_that_is_of_no_use_is_passed_over() {
+    for useless in ["soon", "0s"] {
+        let standard = [("COMMON_NAME", "common"), ("COMMON_TIME", useless)];
+        let config = load("", &standard, Flags::default()).unwrap();
+        let expected = ("common", Span::from_secs(1));
+        assert_eq!((&*config.name, config.time), expected, "{useless}");
+        // What else is wrong is told all the same, and once.
+        let found = problems("number = 0\nother = 1\n", &standard);
+        assert_eq!(found.len(), 2, "{found:?}");
+        let found = problems("time = '0s'\n", &standard);
+        assert_eq!(found.len(), 1, "{found:?}");
+    }
 }
