@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use tracing_subscriber::{layer::SubscriberExt, util::SubscriberInitExt};
 
-pub use logs::{LogFormat, UnknownLogFormat};
+pub use logs::{BadFilter, LogFormat, UnknownLogFormat};
 pub use propagation::{Origin, Propagating};
 pub use requests::{CallLayer, Calls, Identify, Named, RequestLayer, about_volume};
 pub use traces::{CollectorSettings, Export, REQUEST, SampleRatio, SpanExt, TRACED, in_trace};
@@ -64,7 +64,7 @@ pub struct Telemetry {
 /// Starts logs and traces for this process; call it once, before anything else logs.
 ///
 /// # Errors
-/// The filter cannot be parsed, the export can't be set up as it is configured, or logging has been started before.
+/// The filter cannot be parsed ([`BadFilter`]), the export can't be set up as it is configured, or logging has been started before.
 pub fn init(settings: Settings<'_>) -> Result<Telemetry> {
     let filter = logs::parse_filter(settings.log_filter)?;
     let lines = Lines::to_stderr().context("start logging")?;
@@ -81,7 +81,7 @@ pub fn init(settings: Settings<'_>) -> Result<Telemetry> {
         .with(logs)
         .try_init()
         .context("start logging")?;
-    traces.tell(&settings.traces);
+    settings.traces.tell();
     Ok(Telemetry { lines, traces })
 }
 

@@ -8,7 +8,7 @@ mod writer;
 
 use std::{fmt, io::IsTerminal, str::FromStr};
 
-use anyhow::{Result, anyhow};
+use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use tracing::Subscriber;
 use tracing_subscriber::{
@@ -66,6 +66,18 @@ impl fmt::Display for UnknownLogFormat {
 
 impl std::error::Error for UnknownLogFormat {}
 
+/// A log filter that can't be parsed, and what to write.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BadFilter(String);
+
+impl fmt::Display for BadFilter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadFilter {}
+
 /// Whether lines are coloured.
 pub(crate) fn colours() -> bool {
     std::io::stderr().is_terminal()
@@ -75,7 +87,7 @@ pub(crate) fn colours() -> bool {
 /// them.
 pub(crate) fn parse_filter(filter: &str) -> Result<EnvFilter> {
     let mut parsed = EnvFilter::builder().parse(filter).map_err(|error| {
-        anyhow!("log filter \"{filter}\": {error}; use directives such as \"info\" or \"info,capture_svc=debug\"")
+        BadFilter(format!("log filter \"{filter}\": {error}; use directives such as \"info\" or \"info,capture_svc=debug\""))
     })?;
     for target in [TRACED, REQUEST] {
         parsed = parsed.add_directive(format!("{target}=info").parse()?);

@@ -17,6 +17,7 @@ use tracing::{Level, Span, Subscriber, level_filters::LevelFilter};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::{Layer, filter::filter_fn, registry::LookupSpan};
 
+pub(crate) use export::{Headers, standard_headers};
 pub use settings::{CollectorSettings, Export, SampleRatio};
 
 use export::Exporting;
@@ -135,13 +136,6 @@ impl Tracing {
             .with_error_events_to_status(false)
             .with_error_events_to_exceptions(false)
             .with_filter(is_wanted.with_max_level_hint(LevelFilter::INFO))
-    }
-
-    /// Says where traces go, and what is odd about that.
-    pub(crate) fn tell(&self, export: &Export) {
-        if let Some(collector) = &export.collector {
-            collector.tell();
-        }
     }
 
     /// Exports what is left, for at most so long.

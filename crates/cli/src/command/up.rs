@@ -10,6 +10,7 @@ use tidemark_disk::{
     durable,
     lock::{FileLock, LockError},
 };
+use tidemark_telemetry::BadFilter;
 
 use crate::{
     args::{Global, UpArgs},
@@ -26,7 +27,12 @@ pub(super) async fn run(
     let telemetry =
         tidemark_telemetry::init(tidemark_telemetry::Settings::plain("tidemark", &args.log))
             .map_err(|error| {
-                Failure::new(Kind::Usage, "LOG_FILTER_INVALID", format!("{error:#}"), "")
+                let (kind, reason) = if error.is::<BadFilter>() {
+                    (Kind::Usage, "LOG_FILTER_INVALID")
+                } else {
+                    (Kind::Failed, "TELEMETRY_FAILED")
+                };
+                Failure::new(kind, reason, format!("{error:#}"), "")
             })?;
     let done = serve(global, args, stop).await;
     // It waits for what is still to be written and exported.

@@ -31,7 +31,10 @@ use tokio::{
 use tonic::{Request, Status, metadata::MetadataMap, transport::Channel};
 
 use super::{Family, HistogramCounts, Kind, Number, Point, Read, Reading, Unit, Value};
-use crate::{Settings, traces::resource};
+use crate::{
+    Settings,
+    traces::{Headers, resource, standard_headers},
+};
 
 /// How often a reading is sent.
 const PERIOD: Duration = Duration::from_secs(15);
@@ -46,8 +49,9 @@ const LAST_PUSH_MAX: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Push {
     channel: Channel,
-    /// What is shown to it.
-    headers: MetadataMap,
+    /// What is shown to it, as standard variables have it; `headers` win.
+    standard: MetadataMap,
+    headers: Headers,
     /// What all metrics of this process have in common.
     resource: Resource,
     /// Of the collector, for the log.
@@ -71,6 +75,7 @@ impl Push {
         let resource = resource::of(settings.service);
         Ok(Some(Self {
             channel,
+            standard: standard_headers(),
             headers,
             resource: Resource {
                 attributes: ResourceAttributesWithSchema::from(&resource).attributes.0,
@@ -125,10 +130,12 @@ impl Push {
         let messages = messages
             .await
             .map_err(|_| Status::internal("the metrics can't be read"))?;
+        self.headers.renew().await;
         let mut client = MetricsServiceClient::new(self.channel.clone());
         for message in messages {
             let mut request = Request::new(message);
-            *request.metadata_mut() = self.headers.clone();
+            *request.metadata_mut() = self.standard.clone();
+            self.headers.put(request.metadata_mut());
             client.export(request).await?;
         }
         Ok(())
@@ -359,11 +366,12 @@ mod tests {
 
     fn push(endpoint: &str, period: Duration) -> Push {
         let channel = Endpoint::from_shared(endpoint.to_owned()).unwrap();
-        let mut headers = MetadataMap::new();
-        headers.insert("x-team", "storage".parse().unwrap());
+        let mut standard = MetadataMap::new();
+        standard.insert("x-team", "storage".parse().unwrap());
         Push {
             channel: channel.connect_lazy(),
-            headers,
+            standard,
+            headers: Headers::open(None).unwrap(),
             resource: Resource::default(),
             endpoint: endpoint.to_owned(),
             period,

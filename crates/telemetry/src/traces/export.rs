@@ -6,7 +6,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -25,11 +25,12 @@ use opentelemetry_sdk::{
 use parking_lot::Mutex;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tonic::{
-    metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap},
+    Request,
+    metadata::{AsciiMetadataKey, AsciiMetadataValue, KeyAndValueRef, MetadataMap},
     transport::{Channel, Endpoint},
 };
 
-use super::settings::Collector;
+use super::settings::{Collector, metrics_headers};
 
 /// Spans that wait.
 const QUEUE_MAX: usize = 2048;
@@ -146,8 +147,10 @@ impl Exporting {
             .build()
             .context("start the runtime that exports traces")?;
         let books = Arc::new(Books::new(&collector.endpoint));
+        let (otlp, headers) = otlp(collector, &runtime)?;
         let exporter = Exporter {
-            inner: Arc::new(otlp(collector, &runtime)?),
+            inner: Arc::new(otlp),
+            headers,
             runtime: runtime.handle().clone(),
             books: Arc::clone(&books),
         };
@@ -179,8 +182,8 @@ impl Collector {
     /// called in.
     ///
     /// # Errors
-    /// A file can't be used.
-    pub(crate) fn dial(&self) -> Result<(Channel, MetadataMap)> {
+    /// The file of headers can't be used.
+    pub(crate) fn dial(&self) -> Result<(Channel, Headers)> {
         let tune = |endpoint: Endpoint| {
             endpoint
                 .connect_timeout(CONNECT_MAX)
@@ -188,24 +191,112 @@ impl Collector {
         };
         let channel = tidemark_tls::dial_lazily(&self.endpoint, self.ca.as_deref(), tune)
             .context("otlp_endpoint")?;
-        let headers = match &self.headers_file {
-            Some(path) => headers(path)?,
-            None => MetadataMap::new(),
-        };
-        Ok((channel, headers))
+        Ok((channel, Headers::open(self.headers_file.as_deref())?))
     }
 }
 
-fn otlp(collector: &Collector, runtime: &Runtime) -> Result<Otlp> {
+fn otlp(collector: &Collector, runtime: &Runtime) -> Result<(Otlp, Headers)> {
     let _entered = runtime.enter();
     let (channel, headers) = collector.dial()?;
-    Otlp::builder()
+    let shown = headers.clone();
+    let otlp = Otlp::builder()
         .with_tonic()
         .with_channel(channel)
-        .with_metadata(headers)
+        .with_interceptor(move |mut request: Request<()>| {
+            shown.put(request.metadata_mut());
+            Ok(request)
+        })
         .with_timeout(BATCH_TIME_MAX)
         .build()
-        .context("set up the export of traces")
+        .context("set up the export of traces")?;
+    Ok((otlp, headers))
+}
+
+/// What is shown to a collector, as its file had it last.
+#[derive(Debug, Clone)]
+pub(crate) struct Headers(Option<Arc<HeadersFile>>);
+
+#[derive(Debug)]
+struct HeadersFile {
+    path: PathBuf,
+    last: Mutex<MetadataMap>,
+}
+
+impl Headers {
+    /// # Errors
+    /// The file can't be used.
+    pub(crate) fn open(path: Option<&Path>) -> Result<Self> {
+        let file = path.map(|path| {
+            let last = Mutex::new(headers(path)?);
+            let path = path.to_owned();
+            anyhow::Ok(Arc::new(HeadersFile { path, last }))
+        });
+        Ok(Self(file.transpose()?))
+    }
+
+    /// Reads the file again. One that can't be used now, as while it is written, changes nothing.
+    pub(crate) async fn renew(&self) {
+        let Some(file) = self.0.clone() else { return };
+        let renewed = tokio::task::spawn_blocking(move || {
+            if let Ok(headers) = headers(&file.path) {
+                *file.last.lock() = headers;
+            }
+        });
+        // It can't fail but by a mistake of ours; the last ones are as good then.
+        let _ = renewed.await;
+    }
+
+    /// Puts them in place of those of the same names.
+    pub(crate) fn put(&self, metadata: &mut MetadataMap) {
+        let Some(file) = &self.0 else { return };
+        for header in file.last.lock().iter() {
+            if let KeyAndValueRef::Ascii(name, value) = header {
+                metadata.insert(name, value.clone());
+            }
+        }
+    }
+}
+
+/// Headers for metrics as standard variables have them: `name=value,name=value`, values encoded as in URLs. What is none
+/// is passed over.
+pub(crate) fn standard_headers() -> MetadataMap {
+    listed(&metrics_headers().unwrap_or_default())
+}
+
+fn listed(text: &str) -> MetadataMap {
+    let mut headers = MetadataMap::new();
+    for (name, value) in text.split(',').filter_map(|header| header.split_once('=')) {
+        if let Some((name, value)) = header(name, &decoded(value.trim())) {
+            headers.insert(name, value);
+        }
+    }
+    headers
+}
+
+/// Without the encoding of URLs; as it is, where it is not encoded so.
+fn decoded(text: &str) -> String {
+    let mut parts = text.split('%');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let Some(byte) = part
+            .get(..2)
+            .and_then(|hex| u8::from_str_radix(hex, 16).ok())
+        else {
+            return text.to_owned();
+        };
+        bytes.push(byte);
+        bytes.extend_from_slice(&part.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).unwrap_or_else(|_| text.to_owned())
+}
+
+/// A header, whose value nobody gets to see.
+fn header(name: &str, value: &str) -> Option<(AsciiMetadataKey, AsciiMetadataValue)> {
+    let name = name.trim().to_ascii_lowercase();
+    let name = AsciiMetadataKey::from_bytes(name.as_bytes()).ok()?;
+    let mut value: AsciiMetadataValue = value.trim().parse().ok()?;
+    value.set_sensitive(true);
+    Some((name, value))
 }
 
 /// The headers of a file: lines of `name: value`. What is wrong with a line is told without its value.
@@ -221,13 +312,9 @@ fn headers(path: &Path) -> Result<MetadataMap> {
         if line.trim().is_empty() || line.starts_with('#') {
             continue;
         }
-        let header = line.split_once(':').and_then(|(name, value)| {
-            let name = name.trim().to_ascii_lowercase();
-            let name = AsciiMetadataKey::from_bytes(name.as_bytes()).ok()?;
-            let mut value: AsciiMetadataValue = value.trim().parse().ok()?;
-            value.set_sensitive(true);
-            Some((name, value))
-        });
+        let header = line
+            .split_once(':')
+            .and_then(|(name, value)| header(name, value));
         let Some((name, value)) = header else {
             bail!("{}: line {number} is no header: write name: value", shown());
         };
@@ -271,6 +358,7 @@ impl SpanProcessor for Bounded {
 #[derive(Debug)]
 struct Exporter {
     inner: Arc<Otlp>,
+    headers: Headers,
     runtime: Handle,
     books: Arc<Books>,
 }
@@ -279,8 +367,9 @@ impl SpanExporter for Exporter {
     fn export(&self, batch: Vec<SpanData>) -> impl Future<Output = OTelSdkResult> + Send {
         let spans = batch.len();
         self.books.waiting.fetch_sub(spans, Relaxed);
-        let inner = Arc::clone(&self.inner);
+        let (inner, headers) = (Arc::clone(&self.inner), self.headers.clone());
         let sent = self.runtime.spawn(async move {
+            headers.renew().await;
             let sent = tokio::time::timeout(BATCH_TIME_MAX, inner.export(batch)).await;
             sent.unwrap_or(Err(OTelSdkError::Timeout(BATCH_TIME_MAX)))
         });
@@ -361,5 +450,33 @@ mod tests {
             assert!(named && !told.contains("ecret"), "{told}");
         }
         assert!(headers(&dir.path().join("missing")).is_err());
+    }
+
+    #[test]
+    fn standard_headers_are_a_list_with_values_as_in_urls() {
+        let headers =
+            listed("Authorization=Basic%20a%3D=, x-team = storage ,none,x-raw=50%,se cret=1");
+        assert_eq!(headers.len(), 3);
+        assert_eq!(headers.get("authorization").unwrap(), "Basic a==");
+        assert_eq!(headers.get("x-team").unwrap(), "storage");
+        assert_eq!(headers.get("x-raw").unwrap(), "50%");
+    }
+
+    #[tokio::test]
+    async fn a_file_of_headers_is_read_again_and_wins() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("headers");
+        let write = |text: &str| fs::write(&path, text).unwrap();
+        write("authorization: old\n");
+        let headers = Headers::open(Some(&path)).unwrap();
+        for (text, shown) in [("authorization: new\n", "new"), ("half a li", "new")] {
+            write(text);
+            headers.renew().await;
+            let mut metadata = listed("authorization=standard,x-team=storage");
+            headers.put(&mut metadata);
+            let values: Vec<_> = metadata.get_all("authorization").iter().collect();
+            assert_eq!(values, [shown], "{text}");
+            assert_eq!(metadata.get("x-team").unwrap(), "storage");
+        }
     }
 }

@@ -1,15 +1,14 @@
 //! Where traces go, from the configuration of a service.
 
 use std::{
-    fmt,
+    env, fmt,
     path::{Path, PathBuf},
     str::FromStr,
 };
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 use tidemark_config::Rules;
-use tidemark_tls::is_loopback_url;
-use tonic::transport::Uri;
+use tidemark_tls::{is_loopback_url, is_service_url};
 
 /// The variable that says to many programs where the collector is.
 const STANDARD_ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
@@ -18,12 +17,25 @@ pub(crate) const STANDARD: [(&str, &str); 2] = [
     (STANDARD_ENDPOINT, "otlp_endpoint"),
     ("OTEL_EXPORTER_OTLP_CERTIFICATE", "otlp_ca"),
 ];
-/// What the exporter takes from the environment itself.
-const STANDARD_HEADERS: [&str; 2] = [
+/// What is shown to the collector with everything, with traces, and with metrics. The exporter of traces takes it from the
+/// environment itself.
+const STANDARD_HEADERS: [&str; 3] = [
     "OTEL_EXPORTER_OTLP_HEADERS",
     "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
+    METRICS_HEADERS,
 ];
+const METRICS_HEADERS: &str = "OTEL_EXPORTER_OTLP_METRICS_HEADERS";
 const STANDARD_PROTOCOL: &str = "OTEL_EXPORTER_OTLP_PROTOCOL";
+
+/// The value of a standard variable; an empty one is as good as none.
+fn standard(name: &str) -> Option<String> {
+    env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// What is shown with metrics, as the standard variables have it.
+pub(super) fn metrics_headers() -> Option<String> {
+    standard(METRICS_HEADERS).or_else(|| standard(STANDARD_HEADERS[0]))
+}
 
 /// How many of the traces that begin here are exported: from none (0) to all (1), in millionths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -117,9 +129,8 @@ impl CollectorSettings<'_> {
 
     /// What holds between the keys.
     pub fn check(&self, rules: &mut Rules) {
-        let is_https = self.endpoint.starts_with("https://");
-        let is_url = (is_https || self.endpoint.starts_with("http://"))
-            && self.endpoint.parse::<Uri>().is_ok();
+        let is_https = is_https(self.endpoint);
+        let is_url = is_service_url(self.endpoint);
         let has = |path: &Path| !path.as_os_str().is_empty();
         rules.that(
             "otlp_endpoint",
@@ -174,19 +185,45 @@ impl Export {
         sample_ratio: SampleRatio::ALL,
     };
 
-    /// As the standard variables say, of a program without a configuration of its own.
+    /// As the standard variables say, of a program without a configuration of its own. What is of no use is passed over.
     pub(crate) fn standard() -> Self {
-        let given = |name| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let [endpoint, ca] = STANDARD.map(|(name, _)| given(name));
+        let [endpoint, ca] = STANDARD.map(|(name, _)| standard(name));
+        Self::of(endpoint, ca)
+    }
+
+    fn of(endpoint: Option<String>, ca: Option<String>) -> Self {
+        let endpoint = endpoint.filter(|endpoint| is_service_url(endpoint));
         Self {
             collector: endpoint.map(|endpoint| Collector {
+                ca: ca.filter(|_| is_https(&endpoint)).map(PathBuf::from),
                 endpoint,
-                ca: ca.map(PathBuf::from),
                 headers_file: None,
             }),
             sample_ratio: SampleRatio::ALL,
         }
     }
+
+    /// Says where traces go, what is odd about that, and which standard variables were passed over.
+    pub(crate) fn tell(&self) {
+        let [(endpoint, _), (ca, _)] = STANDARD;
+        if let Some(value) = standard(endpoint).filter(|value| !is_service_url(value)) {
+            tracing::warn!(
+                variable = endpoint,
+                value,
+                "this variable is passed over: it is no URL like http://HOST:4317"
+            );
+        }
+        if let Some(collector) = &self.collector {
+            if !is_https(&collector.endpoint) && standard(ca).is_some() {
+                tracing::warn!(variable = ca, endpoint = %collector.endpoint, "this variable is passed over: the collector's URL is not https");
+            }
+            collector.tell();
+        }
+    }
+}
+
+fn is_https(url: &str) -> bool {
+    url.starts_with("https://")
 }
 
 /// Who takes the traces.
@@ -199,20 +236,17 @@ pub(crate) struct Collector {
 
 impl Collector {
     /// Says where it is, and what is odd about it.
-    pub(crate) fn tell(&self) {
+    fn tell(&self) {
         let endpoint = &self.endpoint;
         tracing::info!(%endpoint, "traces are exported");
         if endpoint.starts_with("http://") && !is_loopback_url(endpoint) {
             tracing::warn!(%endpoint, "traces leave this machine in plain text: names of volumes and hosts can be read on their way");
-            let is_set =
-                |name: &&str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-            if let Some(variable) = STANDARD_HEADERS.iter().find(|name| is_set(name)) {
+            let mut names = STANDARD_HEADERS.iter();
+            if let Some(variable) = names.find(|name| standard(name).is_some()) {
                 tracing::warn!(%endpoint, variable, "and so do the headers of this variable");
             }
         }
-        if let Ok(protocol) = std::env::var(STANDARD_PROTOCOL)
-            && !matches!(protocol.as_str(), "" | "grpc")
-        {
+        if let Some(protocol) = standard(STANDARD_PROTOCOL).filter(|protocol| protocol != "grpc") {
             tracing::warn!(%endpoint, variable = STANDARD_PROTOCOL, %protocol, "only grpc is spoken with the collector, whatever the variable says; its port is mostly 4317");
         }
     }
@@ -221,6 +255,24 @@ impl Collector {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn standard_variables_that_are_of_no_use_are_passed_over() {
+        let of = |endpoint: &str| {
+            let export = Export::of(Some(endpoint.to_owned()), Some("ca.pem".to_owned()));
+            export.collector.map(|collector| collector.ca)
+        };
+        for useless in [
+            "collector:4317",
+            "ftp://collector",
+            "https://",
+            "http://a b",
+        ] {
+            assert_eq!(of(useless), None, "{useless}");
+        }
+        assert_eq!(of("http://collector:4317"), Some(None));
+        assert_eq!(of("https://collector"), Some(Some("ca.pem".into())));
+    }
 
     #[test]
     fn a_ratio_is_a_number_from_none_to_all() {
