@@ -59,10 +59,11 @@ fn a_hosted_collector_is_verified_and_shown_a_secret_that_nobody_else_sees() {
     let (dir, site) = (tempfile::tempdir().unwrap(), Site::new());
     let collector = Collector::start_with_tls((site.path("service.crt"), site.path("service.key")));
     let headers = dir.path().join("headers");
-    fs::write(&headers, format!("# ours\nAuthorization: {SECRET}\n")).unwrap();
+    fs::write(&headers, "Authorization: of-yesterday-and-nobodys\n").unwrap();
     let endpoint = format!("--otlp-endpoint=https://{}", collector.addr);
     let mut services = services(dir.path(), &endpoint);
-    let trusted = format!("--otlp-ca={}", site.ca().display());
+    let ca = dir.path().join("ca.pem");
+    let trusted = format!("--otlp-ca={}", ca.display());
     let shown = format!("--otlp-headers-file={}", headers.display());
     services
         .vault_flags
@@ -71,6 +72,17 @@ fn a_hosted_collector_is_verified_and_shown_a_secret_that_nobody_else_sees() {
     // This one trusts the CAs of the system, and ours is none.
     services.start_capture();
     add(&services, dir.path(), "data");
+    wait_for("the vault to say why not", || {
+        let says = "traces can't be exported, and are lost; nothing else waits for that";
+        lines(&services, says)
+            .into_iter()
+            .find(|line| line["service"] == "vault-svc" && line.to_string().contains("ca.pem"))
+    });
+    // Files that come, or change, count from the next connection and the next call on.
+    fs::write(&headers, format!("# ours\nAuthorization: {SECRET}\n")).unwrap();
+    fs::copy(site.ca(), &ca).unwrap();
+    write(&services, "data", 1, 1);
+    services.cli.json(args!["ship", "data"]);
     collector.span("the vault's span", |seen| {
         seen.name.ends_with("Ingest/Ship")
     });
@@ -91,6 +103,25 @@ fn a_hosted_collector_is_verified_and_shown_a_secret_that_nobody_else_sees() {
             .iter()
             .all(|seen| seen.service() == "vault-svc")
     );
+}
+
+#[test]
+fn metrics_of_both_services_come_under_their_names_and_without_a_unit_where_they_have_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let collector = Collector::start();
+    let mut services = services(dir.path(), &collector.flag());
+    services.start_vault();
+    services.start_capture();
+    add(&services, dir.path(), "data");
+    for (metric, unit) in [
+        ("tidemark_capture_volume_serving", ""),
+        ("tidemark_capture_recovery_point_age_seconds", "s"),
+        ("tidemark_vault_broken_volumes", ""),
+        ("tidemark_vault_received_bytes", "By"),
+    ] {
+        assert_eq!(collector.unit(metric), unit, "{metric}");
+    }
+    services.stop();
 }
 
 /// What is between these lines of the manual.

@@ -1,4 +1,4 @@
-//! A collector: takes traces over OTLP, and keeps them for the test.
+//! A collector: takes traces and metrics over OTLP, and keeps them for the test.
 
 use std::{
     collections::BTreeMap,
@@ -7,9 +7,15 @@ use std::{
 };
 
 use opentelemetry_proto::tonic::{
-    collector::trace::v1::{
-        ExportTraceServiceRequest, ExportTraceServiceResponse,
-        trace_service_server::{TraceService, TraceServiceServer},
+    collector::{
+        metrics::v1::{
+            ExportMetricsServiceRequest, ExportMetricsServiceResponse,
+            metrics_service_server::{MetricsService, MetricsServiceServer},
+        },
+        trace::v1::{
+            ExportTraceServiceRequest, ExportTraceServiceResponse,
+            trace_service_server::{TraceService, TraceServiceServer},
+        },
     },
     common::v1::{AnyValue, KeyValue, any_value::Value},
     trace::v1::{Span, status::StatusCode},
@@ -88,6 +94,8 @@ struct Sink {
     spans: Arc<Mutex<Vec<Seen>>>,
     /// Who the last ones said that they were.
     authorization: Arc<Mutex<Option<String>>>,
+    /// The names of metrics, with their units.
+    metrics: Arc<Mutex<BTreeMap<String, String>>>,
 }
 
 #[tonic::async_trait]
@@ -110,6 +118,21 @@ impl TraceService for Sink {
             }
         }
         Ok(Response::new(ExportTraceServiceResponse::default()))
+    }
+}
+
+#[tonic::async_trait]
+impl MetricsService for Sink {
+    async fn export(
+        &self,
+        request: Request<ExportMetricsServiceRequest>,
+    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
+        let of_processes = request.into_inner().resource_metrics.into_iter();
+        let scopes = of_processes.flat_map(|of_process| of_process.scope_metrics);
+        let metrics = scopes.flat_map(|scope| scope.metrics);
+        let named = metrics.map(|metric| (metric.name, metric.unit));
+        self.metrics.lock().unwrap().extend(named);
+        Ok(Response::new(ExportMetricsServiceResponse::default()))
     }
 }
 
@@ -149,7 +172,9 @@ impl Collector {
         };
         let gate = Gate::open(files).unwrap();
         let incoming = Incoming::new(listener, 16, GREETING_MAX, gate);
-        let server = Server::builder().add_service(TraceServiceServer::new(seen.clone()));
+        let server = Server::builder()
+            .add_service(TraceServiceServer::new(seen.clone()))
+            .add_service(MetricsServiceServer::new(seen.clone()));
         runtime.spawn(server.serve_with_incoming(incoming));
         Self {
             addr,
@@ -160,6 +185,13 @@ impl Collector {
 
     pub(super) fn authorization(&self) -> Option<String> {
         self.seen.authorization.lock().unwrap().clone()
+    }
+
+    /// The unit of a metric, as soon as it has come.
+    pub(super) fn unit(&self, metric: &str) -> String {
+        wait_for(metric, || {
+            self.seen.metrics.lock().unwrap().get(metric).cloned()
+        })
     }
 
     /// The flag of both services that leads here.
