@@ -369,8 +369,11 @@ impl SpanExporter for Exporter {
         self.books.waiting.fetch_sub(spans, Relaxed);
         let (inner, headers) = (Arc::clone(&self.inner), self.headers.clone());
         let sent = self.runtime.spawn(async move {
-            headers.renew().await;
-            let sent = tokio::time::timeout(BATCH_TIME_MAX, inner.export(batch)).await;
+            let export = async {
+                headers.renew().await;
+                inner.export(batch).await
+            };
+            let sent = tokio::time::timeout(BATCH_TIME_MAX, export).await;
             sent.unwrap_or(Err(OTelSdkError::Timeout(BATCH_TIME_MAX)))
         });
         async move {
