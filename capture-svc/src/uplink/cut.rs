@@ -114,6 +114,7 @@ impl Driver {
                 let now = self.now();
                 self.controller.on(now, IntervalEvent::Cut);
                 let id = IntervalId::from_bytes(random_id());
+                self.trace.cut(id);
                 self.mark_current(id, cut_time_ms).await
             }
             Found::Skipped(why) => self.skipped(&why),

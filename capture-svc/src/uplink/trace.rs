@@ -67,7 +67,7 @@ impl Trace {
         span
     }
 
-    /// The cut was made: it answers all who have asked before.
+    /// The cut was made, or there is nothing to cut: that answers all who have asked before.
     pub(super) fn cut(&mut self, id: IntervalId) {
         self.answered = self.askers.len();
         if let Some(span) = &self.interval {
