@@ -15,7 +15,7 @@ use crate::{
     programs::{Split, args},
 };
 
-const END_MAX: Duration = Duration::from_secs(6);
+const END_MAX: Duration = Duration::from_secs(30);
 /// More than a pipe holds, and more than may wait.
 const INTERVALS: u8 = 12;
 
