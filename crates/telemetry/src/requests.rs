@@ -11,7 +11,10 @@ use std::{
 
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
-use tidemark_identity::{Caller, rules};
+use tidemark_identity::{
+    Caller,
+    rules::{self, Lasts, Rule, Who},
+};
 use tidemark_proto::RpcError;
 use tonic::{Code, Status, body::Body, codegen::Bytes};
 use tower::{BoxError, Layer, Service};
@@ -141,16 +144,13 @@ pub fn about_volume(name: &str) {
 
 /// The span of a call; none where it is not to be seen in traces.
 fn span_of<B>(request: &Request<B>) -> Option<Span> {
-    let path = &rules::rule(request.uri().path())?.path[1..];
-    let (service, method) = path.split_once('/')?;
+    let rule = rules::rule(request.uri().path())?;
     let origin = Origin::of_headers(request.headers());
-    if !is_traced(
-        service,
-        method,
-        origin.as_ref().is_some_and(Origin::is_sampled),
-    ) {
+    if !is_traced(rule, origin.as_ref().is_some_and(Origin::is_sampled)) {
         return None;
     }
+    let path = &rule.path[1..];
+    let (service, method) = path.split_once('/')?;
     let span = crate::traced!(
         "call",
         otel.name = path,
@@ -174,11 +174,9 @@ fn span_of<B>(request: &Request<B>) -> Option<Span> {
 
 /// Calls that only look come often, and are of interest where somebody's trace asks for them. An agent's lasts as long as
 /// the agent, and a span is seen when it ends.
-fn is_traced(service: &str, method: &str, is_asked_for: bool) -> bool {
-    let only_looks = ["Get", "List", "Watch"]
-        .iter()
-        .any(|p| method.starts_with(p));
-    service.starts_with("tidemark.") && method != "Attach" && (is_asked_for || !only_looks)
+fn is_traced(rule: &Rule, is_asked_for: bool) -> bool {
+    let is_ours = matches!(rule.who, Who::Having(_)) && !rule.path.ends_with("/Attach");
+    is_ours && (is_asked_for || rule.lasts == Lasts::AsItTakes)
 }
 
 impl<S, R> Service<Request<Body>> for Calls<S>

@@ -31,7 +31,7 @@ use tonic::{
 };
 
 use crate::{
-    expiry::{self, Ends},
+    expiry::{self, Ends, Validity},
     files::{self, FileError},
     gate::ALPN,
     reasons,
@@ -97,7 +97,8 @@ impl Dialer {
             ends.ca = expiry::last(&files::certificates(ca)?);
         }
         if let Some((cert, _)) = &self.files.certificate {
-            ends.certificate = expiry::first(&files::certificates(cert)?);
+            let validity = Validity::of(&files::certificates(cert)?);
+            ends.certificate = validity.and_then(|validity| validity.end());
         }
         Ok(ends)
     }

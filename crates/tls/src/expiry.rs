@@ -83,19 +83,10 @@ pub struct Ends {
     pub ca: Option<i64>,
 }
 
-/// The end of the first of them to end.
-pub(crate) fn first(chain: &[CertificateDer<'_>]) -> Option<i64> {
-    chain.iter().filter_map(end).min()
-}
-
 /// The end of the last of them to end.
 pub(crate) fn last(all: &[CertificateDer<'_>]) -> Option<i64> {
-    all.iter().filter_map(end).max()
-}
-
-fn end(certificate: &CertificateDer<'_>) -> Option<i64> {
-    let end = Validity::of_one(certificate)?.not_after;
-    i64::try_from(end.duration_since(UNIX_EPOCH).ok()?.as_secs()).ok()
+    let each = all.iter().filter_map(Validity::of_one);
+    each.filter_map(|validity| validity.end()).max()
 }
 
 impl Validity {
@@ -130,6 +121,12 @@ impl Validity {
             not_before: time(not_before)?,
             not_after: time(not_after)?,
         })
+    }
+
+    /// Its last second, in seconds since the Unix epoch.
+    pub(crate) fn end(&self) -> Option<i64> {
+        let since = self.not_after.duration_since(UNIX_EPOCH).ok()?;
+        i64::try_from(since.as_secs()).ok()
     }
 
     /// How it stands at a time.

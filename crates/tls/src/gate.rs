@@ -64,7 +64,8 @@ struct State {
     certificate: Option<OwnCertificate>,
     verifier: Option<Arc<dyn ClientCertVerifier>>,
     identities: Option<Identities>,
-    ends: Ends,
+    /// When the last of the CAs ends.
+    ca_end: Option<i64>,
 }
 
 /// What became of reading the files again.
@@ -119,7 +120,12 @@ impl Gate {
     /// When the certificates end that are in use now.
     #[must_use]
     pub fn ends(&self) -> Ends {
-        self.state.read().ends
+        let state = self.state.read();
+        let certificate = state.certificate.as_ref();
+        Ends {
+            certificate: certificate.and_then(|own| own.validity.end()),
+            ca: state.ca_end,
+        }
     }
 
     /// The certificate that is shown now; none where connections are plain text.
@@ -277,11 +283,11 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
             Some(read)
         }
     };
-    let mut ends = Ends::default();
+    let mut ca_end = None;
     let verifier = match &files.ca {
         None => None,
         Some(path) => {
-            ends.ca = expiry::last(&files::certificates(path)?);
+            ca_end = expiry::last(&files::certificates(path)?);
             Some(client_verifier(path)?)
         }
     };
@@ -289,7 +295,6 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
         None => (None, None),
         Some((cert, key)) => {
             let certified = files::certified(cert, key)?;
-            ends.certificate = expiry::first(&certified.cert);
             let own = Validity::of(&certified.cert).map(|validity| OwnCertificate {
                 file: cert.clone(),
                 purpose: Purpose::Listening,
@@ -313,7 +318,7 @@ fn load(files: &GateFiles) -> Result<State, FileError> {
         certificate,
         verifier,
         identities,
-        ends,
+        ca_end,
     })
 }
 

@@ -62,32 +62,38 @@ pub(crate) fn run(dir: &Path, args: &Args, report: &mut Report) -> Result<()> {
 
 fn measure(dir: &Path, kind: &str, args: &Args, report: &mut Report) -> Result<()> {
     let disk = Mounted::new(dir, kind)?;
-    let mut services = Services::start(&dir.join("services"), &["--codec", "raw"])?;
+    let at = dir.join("services");
     let mut rng = StdRng::seed_from_u64(1);
     let (mut times, mut stalls, mut read) = (Vec::new(), Vec::new(), Vec::new());
     let (mut idle, mut peer) = (Vec::new(), Vec::new());
     for round in 0..args.rounds {
-        // A new one each time: a round leaves its file in 20,000 pieces.
-        let path = disk.0.join(format!("data-{round}.img"));
+        // A new file each time, which a round leaves in 20,000 pieces, and a new store, for there is no room for all.
+        let mut services = Services::start(&at, &["--codec", "raw"])?;
+        let path = disk.0.join("data.img");
         fill(&path)?;
-        let volume = format!("data-{round}");
         services.split.cli.json(args![
-            "volume", "add", volume, "--file", path, "--engine", "reflink"
+            "volume", "add", "data", "--file", path, "--engine", "reflink"
         ]);
-        services.ship(&volume)?;
+        services.ship("data")?;
         scatter(&File::options().write(true).open(&path)?, &mut rng)?;
         let before = bytes_read(services.split.capture_pid())?;
-        let (time, receipt) = timed(|| services.ship(&volume))?;
+        let (time, receipt) = timed(|| services.ship("data"))?;
         ensure!(receipt.changed_blocks == CHANGED as u64, "{receipt:?}");
         times.push(time);
         read.push(bytes_read(services.split.capture_pid())? - before);
-        let shown = services.split.cli.json(args!["volume", "show", volume]);
+        let shown = services.split.cli.json(args!["volume", "show", "data"]);
         stalls.push(shown["cut_stall_us"].as_f64().unwrap_or(0.0) / 1000.0);
-        idle.push(timed(|| services.ship(&volume))?.0);
-        services.split.cli.json(args!["volume", "remove", volume]);
+        idle.push(timed(|| services.ship("data"))?.0);
+        services.split.cli.json(args!["volume", "remove", "data"]);
         fs::remove_file(&path)?;
+        if round + 1 == args.rounds {
+            services.stop(&format!("interval of a file on {kind}"), report);
+        } else {
+            services.end();
+        }
+        fs::remove_dir_all(&at)?;
         if kind == "btrfs" {
-            peer.push(send(dir, &disk.0.join(format!("peer-{round}")), &mut rng)?);
+            peer.push(send(dir, &disk.0.join("peer"), &mut rng)?);
         }
     }
     let what = format!("{kind}: trigger to receipt, dirty pages included");
@@ -113,7 +119,6 @@ fn measure(dir: &Path, kind: &str, args: &Args, report: &mut Report) -> Result<(
     );
     let what = format!("{kind}: no change, the file in 20,000 pieces");
     report.alone(&what, "ms", median(&idle), Bound::None);
-    services.stop(&format!("intervals of a file on {kind}"), report);
     Ok(())
 }
 
@@ -139,6 +144,8 @@ fn send(dir: &Path, subvolume: &Path, rng: &mut StdRng) -> Result<f64> {
         Ok(File::open(&sent)?.sync_all()?)
     })?;
     program("btrfs", args!["subvolume", "delete", subvolume, base, now]);
+    // Their space is free only then.
+    program("btrfs", args!["subvolume", "sync", dir.join("mounted")]);
     Ok(time)
 }
 

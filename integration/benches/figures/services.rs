@@ -105,8 +105,7 @@ impl Services {
 
     /// Reports the peaks of memory since the start, and ends both services.
     pub(crate) fn stop(self, what: &str, report: &mut Report) {
-        let [capture, vault] = self.memory.stop();
-        for (service, bytes) in [("capture", capture), ("vault", vault)] {
+        for (service, bytes) in ["capture", "vault"].into_iter().zip(self.end()) {
             report.alone(
                 &format!("{what}: peak RssAnon + RssShmem, {service}"),
                 "MiB",
@@ -114,7 +113,13 @@ impl Services {
                 Bound::AtMost(MEMORY_MIB_MAX),
             );
         }
+    }
+
+    /// Ends both services; the peaks of memory since the start, of capture and vault service, in bytes.
+    pub(crate) fn end(self) -> [f64; 2] {
+        let peaks = self.memory.stop();
         self.split.stop();
+        peaks
     }
 }
 

@@ -331,6 +331,42 @@ fn a_trace_goes_on_where_the_link_was_cut_and_says_what_failed() {
 }
 
 #[test]
+fn a_request_whose_first_cut_failed_is_in_its_trace_with_the_interval_that_answers_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let collector = Collector::start();
+    let mut services = services(dir.path(), &collector.flag());
+    services.start_vault();
+    services.start_capture();
+    add(&services, dir.path(), "data");
+    let shown = services.cli.json(args!["volume", "show", "data"]);
+    let volumes = services.capture_state.join("volumes");
+    let record = volumes.join(shown["id"].as_str().unwrap()).join("uplink");
+    // A folder can't be replaced by a file, so that the cut can't be recorded.
+    let kept = fs::read(&record).unwrap();
+    fs::remove_file(&record).unwrap();
+    fs::create_dir(&record).unwrap();
+    write(&services, "data", 1, 8);
+    let trace = "c".repeat(32);
+    let mut ship = services.cli.command(args!["ship", "data"]);
+    ship.env("TRACEPARENT", format!("00-{trace}-{}-01", "c".repeat(16)));
+    let mut ship = ship.spawn().unwrap();
+    let failed = collector.span("the interval that came to nothing", |seen| {
+        seen.name == "interval" && seen.failed
+    });
+    fs::remove_dir(&record).unwrap();
+    fs::write(&record, kept).unwrap();
+    assert!(ship.wait().unwrap().success());
+    let interval = collector.interval("data", 2);
+    assert_eq!((&failed.trace, &interval.trace), (&trace, &trace));
+    assert_eq!(failed.parent, interval.parent);
+    // The next one that nobody asks for is nobody's.
+    write(&services, "data", 2, 8);
+    services.cli.json(args!["ship", "data"]);
+    assert_ne!(collector.interval("data", 3).trace, trace);
+    services.stop();
+}
+
+#[test]
 fn volumes_of_a_group_have_their_own_traces_linked_with_that_of_their_cut() {
     let dir = tempfile::tempdir().unwrap();
     let collector = Collector::start();
