@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Builds the images of docker/ out of programs that are there already, with stand-ins for the public base images made
+# Builds the images of docker/ out of a program that is there already, with stand-ins for the public base images made
 # of Debian's packages: no image is pulled, nothing is compiled. For tests, and for machines without a registry.
 #
 #   docker/test-images.sh --bin-dir target/debug [--tag test] [IMAGE...]
 #
 # An IMAGE is vault, capture, cli or workload; all of them unless some are named. Prints the names that it gave. One that was
-# made of the same programs before stays as it is.
+# made of the same program before stays as it is.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 export DOCKER_BUILDKIT=1
@@ -23,7 +23,7 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 [[ ${#images[@]} -gt 0 ]] || images=(vault capture cli workload)
-[[ "${images[*]}" == workload || -n "$bin_dir" ]] || { echo "test-images: say with --bin-dir where the programs are" >&2; exit 2; }
+[[ "${images[*]}" == workload || -n "$bin_dir" ]] || { echo "test-images: say with --bin-dir where the program is" >&2; exit 2; }
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
@@ -66,14 +66,14 @@ make_debian_image() {
     tar -C "$root" -c . | docker import -c 'ENV PATH=/usr/local/bin:/usr/bin:/bin' - "$debian_image" >/dev/null
 }
 
-# What an image is made of: the same programs are those of the same size and time.
+# What an image is made of: the same program is that of the same size and time.
 inputs_label=tidemark.inputs
 inputs_of() {
     if [[ "$1" == workload ]]; then
         cat "$here"/workload/* && docker image inspect --format '{{.Id}}' "$debian_image"
     else
         cat "$here/Dockerfile" && docker image inspect --format '{{.Id}}' "$runtime_image" &&
-            stat --dereference --format '%n %s %y' "$(realpath "$bin_dir")"/{tidemark,capture-svc,vault-svc}
+            stat --dereference --format '%n %s %y' "$(realpath "$bin_dir")/tidemark"
     fi | sha256sum | cut --delimiter ' ' --fields 1
 }
 is_made_of() {
@@ -98,9 +98,12 @@ for image in "${images[@]}"; do
         docker build --quiet --build-arg "DEBIAN_IMAGE=$debian_image" --label "$inputs_label=$inputs" --tag "$name" \
             "$here/workload" >/dev/null
     else
-        for program in tidemark capture-svc vault-svc; do
-            [[ -f "$context/$program" ]] || strip -o "$context/$program" "$bin_dir/$program"
-        done
+        if [[ ! -f "$context/tidemark" ]]; then
+            strip -o "$context/tidemark" "$bin_dir/tidemark"
+            mkdir "$context"/{capture,vault}
+            ln -s tidemark "$context/capture/capture-svc"
+            ln -s tidemark "$context/vault/vault-svc"
+        fi
         docker build --quiet --file "$here/Dockerfile" --target "$image" --tag "$name" \
             --build-arg BINARIES=prebuilt --build-arg "RUNTIME_IMAGE=$runtime_image" \
             --build-arg "VERSION=$tag" --label "$inputs_label=$inputs" "$context" >/dev/null

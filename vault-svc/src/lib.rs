@@ -11,6 +11,7 @@ mod error;
 mod figures;
 pub mod image;
 pub mod metrics;
+pub mod program;
 mod rpc;
 mod scrub;
 mod ship;

@@ -1,11 +1,20 @@
-//! The `tidemark` program.
+//! The `tidemark` program; by the names of the services, which are in it anyway, it is those (the images have one program).
 
-use std::process::ExitCode;
+use std::{env, path::Path, process::ExitCode};
 
 use clap::Parser;
 use tidemark_cli::{args::Cli, command, failure::Failure};
 
 fn main() -> ExitCode {
+    let name = env::args_os().next().unwrap_or_default();
+    match Path::new(&name).file_name().and_then(|name| name.to_str()) {
+        Some("capture-svc") => capture_svc::program::main(),
+        Some("vault-svc") => vault_svc::program::main(),
+        _ => tidemark(),
+    }
+}
+
+fn tidemark() -> ExitCode {
     tidemark_disk::heap::keep_small();
     if let Some(code) = tidemark_cli::read_device() {
         return code;

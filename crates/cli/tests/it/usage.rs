@@ -158,3 +158,18 @@ fn standard_output_that_nobody_reads_is_no_error() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(stderr(&output), "");
 }
+
+#[test]
+fn by_the_name_of_a_service_the_program_is_that_service() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["capture-svc", "vault-svc"] {
+        let link = dir.path().join(name);
+        std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_tidemark"), &link).unwrap();
+        let output = std::process::Command::new(&link)
+            .arg("--version")
+            .output()
+            .unwrap();
+        let version = format!("{name} {}\n", env!("CARGO_PKG_VERSION"));
+        assert_eq!((stdout(&output), stderr(&output)), (version, String::new()));
+    }
+}
