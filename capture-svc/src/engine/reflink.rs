@@ -185,19 +185,19 @@ impl Reflink {
         self.now.lock().state.clone()
     }
 
-    /// Records what is so from now on; once that is durable it is seen, together with what `show` sets.
-    fn store(
+    /// Records what is so from now on; once that is durable it is seen, together with what `show` sets. Clones that it
+    /// replaces it gives back: to close one may take long.
+    fn store<R>(
         &self,
         _changing: &MutexGuard<'_, ()>,
         state: State,
-        show: impl FnOnce(&mut Now),
-    ) -> Result<(), EngineError> {
+        show: impl FnOnce(&mut Now) -> R,
+    ) -> Result<R, EngineError> {
         durable::write_file(&self.record, &state.encode())
             .map_err(|error| EngineError::io(format!("write {}", self.record.display()), error))?;
         let mut now = self.now.lock();
         now.state = state;
-        show(&mut now);
-        Ok(())
+        Ok(show(&mut now))
     }
 
     /// Cuts, and opens the interval of all blocks that may differ from the base.
@@ -280,7 +280,7 @@ impl Reflink {
     }
 
     fn reader(&self, made: Made) -> CloneReader {
-        CloneReader::new(made.file, made.clone.cut, self.geometry)
+        CloneReader::in_passes(made.file, made.clone.cut, self.geometry)
     }
 
     fn explain(&self, error: CloneError) -> EngineError {
@@ -314,8 +314,8 @@ impl Reflink {
         };
         let mut state = self.state();
         state.give_up(&interval.changed);
-        self.store(&changing, state, |now| now.interval = None)?;
-        drop(changing);
+        let given_up = self.store(&changing, state, |now| now.interval.take())?;
+        drop((changing, given_up));
         self.clones.remove(interval.epoch.get());
         Ok(())
     }
@@ -333,10 +333,11 @@ impl Reflink {
         if !state.commit(cut.get()) {
             return Err(EngineError::NoInterval(cut));
         }
-        self.store(&changing, state, |now| {
-            now.base = now.interval.take().map(|interval| interval.reader);
+        let old_base = self.store(&changing, state, |now| {
+            let base = now.interval.take().map(|interval| interval.reader);
+            std::mem::replace(&mut now.base, base)
         })?;
-        drop(changing);
+        drop((changing, old_base));
         if let Base::Clone(clone) = before {
             self.clones.remove(clone.cut);
         }

@@ -8,6 +8,8 @@ use std::{
 
 use tempfile::TempDir;
 
+use crate::writer::BLOCK;
+
 /// Mounted until it is dropped.
 pub(crate) struct Disk {
     at: PathBuf,
@@ -84,4 +86,22 @@ impl Drop for Disk {
 
 fn name(path: &Path) -> &str {
     path.file_name().unwrap().to_str().unwrap()
+}
+
+/// Which pages of the file are in the page cache.
+#[allow(unsafe_code)]
+pub(crate) fn resident(file: &File) -> Vec<bool> {
+    // SAFETY: the file is not cut short while it is mapped, and nothing is read from the map.
+    let map = unsafe { memmap2::Mmap::map(file).unwrap() };
+    let mut pages = vec![0_u8; map.len().div_ceil(BLOCK)];
+    // SAFETY: the range is that of the map, and there is a byte for each of its pages.
+    let told = unsafe {
+        libc::mincore(
+            map.as_ptr().cast_mut().cast(),
+            map.len(),
+            pages.as_mut_ptr(),
+        )
+    };
+    assert_eq!(told, 0);
+    pages.iter().map(|page| page & 1 == 1).collect()
 }

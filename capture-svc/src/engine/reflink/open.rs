@@ -243,7 +243,7 @@ pub(super) fn open(setup: EngineSetup<'_>, anew: bool) -> Result<(Reflink, Trust
 fn now(clones: &Clones, state: State) -> Result<Now, EngineError> {
     let geometry = state.geometry;
     let reader = |clone| match clones.open(clone, geometry.length()) {
-        Ok(Some(file)) => Ok(CloneReader::new(file, clone.cut, geometry)),
+        Ok(Some(file)) => Ok(CloneReader::in_passes(file, clone.cut, geometry)),
         Ok(None) => Err(EngineError::io(
             format!("open {}", clones.path_of(clone.cut).display()),
             io::ErrorKind::NotFound.into(),

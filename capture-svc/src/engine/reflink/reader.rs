@@ -1,6 +1,15 @@
 //! Reading the volume as it was at a cut: a clone is an ordinary file.
 
-use std::{fs::File, io, num::NonZeroU64, os::unix::fs::FileExt, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    num::NonZeroU64,
+    os::unix::fs::FileExt,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+};
 
 use capture_core::reflink::extents::{Place, Runs as _};
 use rustix::fs::{Advice, fadvise};
@@ -11,6 +20,9 @@ use super::{super::EngineError, fiemap::FileRuns};
 /// The most bytes that are read ahead of the first reader.
 const READ_AHEAD_BYTES: u64 = 64 << 20;
 
+/// How much stays in the page cache of what a pass over a clone has read.
+const KEPT_BYTES: u64 = 16 << 20;
+
 /// Reads a clone. One that is removed meanwhile goes with its last reader. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct CloneReader(Arc<Opened>);
@@ -20,21 +32,34 @@ struct Opened {
     file: File,
     cut: Epoch,
     geometry: Geometry,
+    /// Up to where a pass has let pages go; none where it is read in any order.
+    passed: Option<AtomicU64>,
 }
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        // A clone's pages are not those of the volume file: nobody else wants them.
+        // A clone's pages are not those of the volume file: nobody else wants them. All of a large file take seconds.
         let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
     }
 }
 
 impl CloneReader {
+    /// Of a clone that is read in any order.
     pub(super) fn new(file: File, cut: u64, geometry: Geometry) -> Self {
+        Self::of(file, cut, geometry, None)
+    }
+
+    /// Of a clone that is read in passes, from its start to its end.
+    pub(super) fn in_passes(file: File, cut: u64, geometry: Geometry) -> Self {
+        Self::of(file, cut, geometry, Some(AtomicU64::new(0)))
+    }
+
+    fn of(file: File, cut: u64, geometry: Geometry, passed: Option<AtomicU64>) -> Self {
         Self(Arc::new(Opened {
             file,
             cut: Epoch::new(cut),
             geometry,
+            passed,
         }))
     }
 
@@ -90,7 +115,30 @@ impl CloneReader {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let offset = geometry.offset_of(extent.start()).get();
-        self.0.file.read_exact_at(buffer, offset)
+        self.0.file.read_exact_at(buffer, offset)?;
+        self.let_go_before(offset);
+        Ok(())
+    }
+
+    /// Takes what a pass has behind it from the page cache, a good deal at once.
+    fn let_go_before(&self, offset: u64) {
+        let Some(passed) = &self.0.passed else {
+            return;
+        };
+        let (from, to) = (passed.load(Relaxed), offset.saturating_sub(KEPT_BYTES));
+        if to >= from + KEPT_BYTES {
+            // It changes nothing but what reading again takes, so neither do two at once.
+            let _ = fadvise(
+                &self.0.file,
+                from,
+                NonZeroU64::new(to - from),
+                Advice::DontNeed,
+            );
+            passed.store(to, Relaxed);
+        } else if offset + 2 * KEPT_BYTES < from {
+            // Another pass.
+            passed.store(offset, Relaxed);
+        }
     }
 
     /// The parts of the extent that may hold other bytes than zeroes; the rest reads as zeroes.

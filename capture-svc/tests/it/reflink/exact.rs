@@ -9,12 +9,12 @@ use std::{
 
 use capture_svc::engine::{EngineOptions, EngineSetup, Trust, reflink::Reflink};
 use rustix::fs::{FallocateFlags, fallocate};
-use tidemark_block::{BlockCount, BlockIndex, Extent};
+use tidemark_block::{BlockCount, BlockIndex, BlockSize, Extent, Geometry};
 
 use super::{
     BLOCK, BLOCKS, CLONING, Disk, Scene, VOLUME, apply, apply_blocks, geometry, new_file, whole,
 };
-use crate::writer::Writer;
+use crate::{disk::resident, writer::Writer};
 
 #[test]
 fn each_interval_makes_the_image_of_its_cut_whoever_writes_how() {
@@ -289,6 +289,50 @@ fn holes_of_a_clone_are_found_within_any_range_and_nothing_else_is() {
                 let data = found.contains(BlockIndex::new(block as u64));
                 assert_eq!(data, expected, "{kind}: block {block} of {start}..{end}");
             }
+        }
+    }
+}
+
+#[test]
+fn passes_over_clones_leave_little_in_the_page_cache() {
+    const LEN: usize = 128 << 20;
+    const PIECE: u64 = 256;
+    for kind in CLONING {
+        let Some(disk) = Disk::new(kind, 1024) else {
+            return;
+        };
+        let (state, path) = (tempfile::tempdir().unwrap(), disk.path("data.img"));
+        fs::write(&path, vec![7; LEN]).unwrap();
+        let geometry = Geometry::new(LEN as u64, BlockSize::MIN).unwrap();
+        let engine = Reflink::create(EngineSetup {
+            dir: state.path(),
+            volume: VOLUME,
+            file: &path,
+            geometry,
+            options: EngineOptions::default(),
+        })
+        .unwrap();
+        let cut = engine.begin_interval().unwrap();
+        let name = format!("{}.clone", cut.epoch);
+        let clone = File::open(disk.clones().unwrap().join(name)).unwrap();
+        let pieces = || geometry.all().pieces(BlockCount::new(PIECE));
+        let mut bytes = vec![0; BLOCK * usize::try_from(PIECE).unwrap()];
+        let stays = |what: &str| {
+            let pages = resident(&clone).into_iter().filter(|page| *page).count();
+            assert!(pages * BLOCK < LEN / 2, "{kind}, {what}: {pages} pages");
+        };
+        for piece in pieces() {
+            cut.reader.read_blocks(piece, &mut bytes).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 7));
+        }
+        stays("what is shipped");
+        engine.commit_interval(cut.epoch).unwrap();
+        // The scrub's pass, later, and another one.
+        for pass in 0..2 {
+            for piece in pieces() {
+                engine.read_base(piece, &mut bytes).unwrap();
+            }
+            stays(&format!("pass {pass} over the base"));
         }
     }
 }

@@ -17,7 +17,7 @@ use super::{
     BLOCK, CutAt, EngineError, EngineOptions, KINDS, Scene, VOLUME, apply, geometry,
     held::HeldWrite,
 };
-use crate::writer::aligned;
+use crate::{disk::resident, writer::aligned};
 
 const LEN: usize = 64 << 20;
 
@@ -365,16 +365,4 @@ fn the_page_cache_is_left_as_it_was() {
         .count();
     assert_eq!(lost, 0);
     assert!(gained * BLOCK < LEN / 8, "{gained} pages came to stay");
-}
-
-/// Which pages of the file are in the page cache.
-#[allow(unsafe_code)]
-fn resident(file: &File) -> Vec<bool> {
-    // SAFETY: the file is not cut short while it is mapped, and nothing is read from the map.
-    let map = unsafe { memmap2::Mmap::map(file).unwrap() };
-    let mut pages = vec![0_u8; LEN / BLOCK];
-    // SAFETY: the range is that of the map, and there is a byte for each of its pages.
-    let told = unsafe { libc::mincore(map.as_ptr().cast_mut().cast(), LEN, pages.as_mut_ptr()) };
-    assert_eq!(told, 0);
-    pages.iter().map(|page| page & 1 == 1).collect()
 }
