@@ -185,8 +185,8 @@ impl Reflink {
         self.now.lock().state.clone()
     }
 
-    /// Records what is so from now on; once that is durable it is seen, together with what `show` sets. Clones that it
-    /// replaces it gives back: to close one may take long.
+    /// Records what is so from now on; once that is durable it is seen, together with what `show` sets. What
+    /// `show` takes out is given back: to close a clone may take long, and must not be done under the lock.
     fn store<R>(
         &self,
         _changing: &MutexGuard<'_, ()>,

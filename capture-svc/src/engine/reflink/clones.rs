@@ -155,9 +155,8 @@ impl Clones {
         Ok(same.then_some(file))
     }
 
-    /// Removes a clone that no record names any more. It is gone durably some time later: btrfs does with the sync of a
-    /// folder whatever it has put off (1.3 s after the clone of 20,000 extents), and what comes back is removed by the
-    /// next opening.
+    /// Removes a clone that no record names any more. The folder isn't synced: one that a loss of power brings back is
+    /// removed by the next opening.
     pub(super) fn remove(&self, cut: u64) {
         let path = self.path_of(cut);
         match fs::remove_file(&path) {

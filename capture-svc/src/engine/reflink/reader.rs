@@ -20,7 +20,7 @@ use super::{super::EngineError, fiemap::FileRuns};
 /// The most bytes that are read ahead of the first reader.
 const READ_AHEAD_BYTES: u64 = 64 << 20;
 
-/// How much stays in the page cache of what a pass over a clone has read.
+/// How much stays in the page cache, at least, of what a pass over a clone has read; at most twice as much does.
 const KEPT_BYTES: u64 = 16 << 20;
 
 /// Reads a clone. One that is removed meanwhile goes with its last reader. Cloning is cheap.
@@ -38,7 +38,8 @@ struct Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        // A clone's pages are not those of the volume file: nobody else wants them. All of a large file take seconds.
+        // A clone's pages are not those of the volume file: nobody else wants them. Those of a whole large
+        // file would take seconds: passes let go of them before (`let_go_before`).
         let _ = fadvise(&self.file, 0, None, Advice::DontNeed);
     }
 }
