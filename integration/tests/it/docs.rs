@@ -6,7 +6,12 @@ use std::{
     process::Command,
 };
 
-use crate::programs::{Up, bin_dir, have};
+use tidemark_integration::small_disk::may_mount;
+
+use crate::{
+    programs::{Up, bin_dir, have},
+    scene::Scene,
+};
 
 pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
@@ -51,6 +56,40 @@ fn the_readmes_commands_protect_a_file_word_for_word() {
     );
     let snapshot = fs::read(home.path().join("before-upgrade.img")).unwrap();
     assert!(snapshot[64 << 20..72 << 20].iter().all(|&b| b == 0x5a));
+}
+
+#[test]
+fn the_readmes_volume_gets_a_filesystem_and_is_mounted_word_for_word() {
+    if !have(&["mkfs.ext4"]) || !may_mount() {
+        return;
+    }
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, block) = readme
+        .split_once("```console\n# tidemark up --fuse-mount /mnt/tidemark\n")
+        .unwrap();
+    let scene = Scene::new("64MiB");
+    let mut commands = block.split("```").next().unwrap().replace("# ", "");
+    for (named, here) in [
+        ("/mnt/tidemark", "files"),
+        ("/srv", "srv"),
+        ("/mnt/before", "before"),
+    ] {
+        assert!(commands.contains(named), "{named}");
+        commands = commands.replace(named, scene.path(here).to_str().unwrap());
+    }
+    fs::create_dir(scene.path("srv")).unwrap();
+    let path = std::env::var("PATH").unwrap() + ":/usr/sbin:/sbin";
+    let path = format!("{}:{path}", bin_dir().display());
+    let output = Command::new("bash")
+        .args(["-euxo", "pipefail", "-c", &commands])
+        .env("PATH", path)
+        .env("TIDEMARK_CAPTURE", &scene.services.cli.capture)
+        .env("TIDEMARK_VAULT", &scene.services.cli.vault)
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+    assert!(told.contains("umount"), "{told}");
 }
 
 #[test]
